@@ -1,0 +1,342 @@
+"""Stage 0, config. In: a TOML file and `--set` overrides. Out: one frozen, validated, hashed `Config`.
+
+An unknown key is an error. Options of a source, tuner, strategy or task are validated by that member's own model, so
+that a new member brings its own keys. Relative paths are relative to the configuration file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from consilium import registry
+from consilium.errors import ConfigError
+from consilium.registry import Options, options_error
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Partition(Options):
+    """How a set becomes a federation; a group is never divided."""
+
+    kind: Literal["natural", "iid", "dirichlet", "quantity"] = "natural"
+    num_sites: int | None = Field(default=None, ge=1)
+    alpha: float | None = Field(default=None, gt=0)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _complete(self) -> Partition:
+        needed = {"natural": set(), "iid": {"num_sites"}, "dirichlet": {"num_sites", "alpha"}, "quantity": {"num_sites"}}
+        optional = {"quantity": {"alpha"}}.get(self.kind, set())
+        given = {key for key in ("num_sites", "alpha") if getattr(self, key) is not None}
+        if not needed[self.kind] <= given or not given <= needed[self.kind] | optional:
+            raise ValueError(f"partition kind {self.kind!r} takes {sorted(needed[self.kind] | optional) or 'no numbers'}")
+        return self
+
+
+class Split(Options):
+    """Shares of train, val and test by group; or a column of the table; or a file written by `consilium data split`."""
+
+    train: float = Field(default=0.7, ge=0, le=1)
+    val: float = Field(default=0.1, ge=0, le=1)
+    test: float = Field(default=0.2, ge=0, le=1)
+    seed: int = 0
+    column: str | None = None
+    file: Path | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Split:
+        if abs(self.train + self.val + self.test - 1) > 1e-9:
+            raise ValueError("train + val + test must be 1")
+        if self.column and self.file:
+            raise ValueError("a split comes from a column or from a file, not both")
+        if (self.column or self.file) and self.model_fields_set & {"train", "val", "test", "seed"}:
+            raise ValueError("shares and seed have no effect beside a given column or file")
+        return self
+
+
+class _Member(BaseModel):
+    """A table whose `name` picks a registered member; all further keys are that member's options."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    def options(self) -> dict[str, object]:
+        """The member's own options, as written."""
+        return dict(self.model_extra or {})
+
+
+class SitesConfig(_Member):
+    """Where the hospitals' images are and how they are divided."""
+
+    source: str = "phantom"
+    partition: Partition = Partition()
+    split: Split = Split()
+    held_out: tuple[str, ...] = ()
+    tolerate_corrupt: float = Field(default=0.0, ge=0, lt=1)  # largest share of unreadable images that is dropped
+
+
+class TaskConfig(_Member):
+    """What is learnt."""
+
+    name: str = "classification"
+    classes: tuple[str, ...] | None = None
+
+
+class BackboneConfig(Options):
+    """Which pre-trained model; the file's own preprocessing is used unless it is overridden here."""
+
+    name: str = "embedded"
+    weights: str | None = None  # a file, "random", "embedded"; None: the model hub
+    image_size: int | None = Field(default=None, ge=8)
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
+    crop_fraction: float | None = Field(default=None, gt=0, le=1)
+    crop_mode: Literal["center", "squash", "border"] | None = None
+
+
+class TunerConfig(_Member):
+    """One tuner; several tables make a hybrid."""
+
+    name: str = "lora"
+
+
+class HeadConfig(Options):
+    """The classifier on top."""
+
+    kind: Literal["linear", "mlp"] = "linear"
+    hidden: int = Field(default=256, ge=1)
+    share: Literal["shared", "personal", "frozen"] = "shared"
+
+
+class StrategyConfig(_Member):
+    """The federated algorithm."""
+
+    name: str = "fedavg"
+
+
+class Schedule(Options):
+    """Learning-rate factor over the whole federation, not restarted every round unless `restart`."""
+
+    name: Literal["constant", "cosine", "linear", "one_cycle"] = "cosine"
+    warmup: float = Field(default=0.05, ge=0, lt=1)  # share of the steps; for one_cycle the rising share
+    restart: bool = False
+
+
+class TrainConfig(Options):
+    """Local training and rounds."""
+
+    rounds: int = Field(default=10, ge=1)
+    local_epochs: float | None = Field(default=None, gt=0)
+    local_steps: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float | None = Field(default=None, gt=0)  # None: the tuner's preset per role
+    learning_rates: dict[str, float] = Field(default_factory=dict)  # by role
+    weight_decay: float = Field(default=0.01, ge=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)  # sgd only
+    moments: Literal["reset", "keep"] = "reset"
+    schedule: Schedule = Schedule()
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    augmentation: Literal["none", "dermoscopy", "radiograph"] = "none"
+    participation: Fraction = 1.0  # share of the sites drawn in each round
+    quorum: Fraction = 1.0  # share of the drawn sites that must reply
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if self.local_epochs is not None and self.local_steps is not None:
+            raise ValueError("give local_epochs or local_steps, not both")
+        if self.optimizer != "sgd" and "momentum" in self.model_fields_set:
+            raise ValueError("momentum has an effect with optimizer = 'sgd' only")
+        return self
+
+
+class EvaluationConfig(Options):
+    """What is measured and compared."""
+
+    references: tuple[Literal["local", "pooled"], ...] = ()
+    serve: Literal["last", "best"] = "last"
+    select: str = "balanced_accuracy"  # validation metric for serve = "best"
+    bootstrap: int = Field(default=1000, ge=0)
+    every: int = Field(default=1, ge=1)  # rounds between validations
+
+
+class EngineConfig(Options):
+    """How the simulation is carried out; changes no result except through `threads` and `device`."""
+
+    name: Literal["simulate"] = "simulate"
+    workers: int | Literal["auto"] = 1
+    threads: int = Field(default=1, ge=1)
+    device: str = "auto"
+    cache: Path | None = None  # folder of the decoded-image store; None: the user's cache folder
+
+
+def _one_or_many(value: object) -> object:
+    return [value] if isinstance(value, Mapping) else value
+
+
+class Config(BaseModel):
+    """A run as a value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = "quick-start"
+    seed: int = Field(default=0, ge=0)
+    sites: SitesConfig = SitesConfig()
+    task: TaskConfig = TaskConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    tuner: Annotated[tuple[TunerConfig, ...], BeforeValidator(_one_or_many), Field(min_length=1)] = (TunerConfig(),)
+    head: HeadConfig = HeadConfig()
+    strategy: StrategyConfig = StrategyConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="after")
+    def _members_exist(self) -> Config:
+        for kind, name, table in self.members():
+            registry.parse_options(registry.get(kind, name), table.options())
+        return self
+
+    def members(self) -> list[tuple[registry.Kind, str, _Member]]:
+        """(kind, name, table) of every registered member this run uses."""
+        tuners: list[tuple[registry.Kind, str, _Member]] = [("tuners", t.name, t) for t in self.tuner]
+        return [
+            ("sources", self.sites.source, self.sites),
+            ("tasks", self.task.name, self.task),
+            *tuners,
+            ("strategies", self.strategy.name, self.strategy),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values of every key, defaults filled in for the members too."""
+        plain: dict[str, Any] = self.model_dump(mode="json")
+        targets = [plain["sites"], plain["task"], *plain["tuner"], plain["strategy"]]
+        for (kind, name, table), target in zip(self.members(), targets, strict=True):
+            options = registry.parse_options(registry.get(kind, name), table.options())
+            target.update(options.model_dump(mode="json"))
+        return plain
+
+
+AGREED = ("seed", "task", "tuner", "head", "strategy", "train")  # what all sites must share, beside the backbone's digest
+_NO_EFFECT = ("workers", "cache")  # engine keys that change neither data nor results
+
+
+def agreement_hash(config: Config, backbone_digest: str, classes: Sequence[str]) -> str:
+    """Hash of what all sites must share; checked on the wire."""
+    plain = config.to_dict()
+    agreed = {key: plain[key] for key in AGREED}
+    return _hash({**agreed, "backbone": backbone_digest, "classes": list(classes), "image": _image(plain)})
+
+
+def config_hash(config: Config, backbone_digest: str) -> str:
+    """Hash of the whole configuration, without the engine keys that cannot change a result (workers, cache)."""
+    plain = config.to_dict()
+    plain["engine"] = {key: value for key, value in plain["engine"].items() if key not in _NO_EFFECT}
+    return _hash({**plain, "backbone_digest": backbone_digest})
+
+
+def _image(plain: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in plain["backbone"].items() if key not in ("weights", "name")}
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file (None: the quick start), apply `a.b=value` overrides, make paths absolute, validate.
+
+    Raises ConfigError with key, allowed and received for anything that is not understood.
+    """
+    table = _read(path) if path is not None else quick_start()
+    for override in overrides:
+        _set(table, override)
+    return from_dict(table, base=path.resolve().parent if path is not None else Path.cwd())
+
+
+def quick_start() -> dict[str, Any]:
+    """The configuration of `consilium run` without a file."""
+    text = (Path(__file__).parent / "quick_start.toml").read_text()
+    return tomllib.loads(text)
+
+
+def from_dict(table: Mapping[str, Any], base: Path | None = None) -> Config:
+    """Validate a plain table; relative paths are relative to `base`."""
+    try:
+        return Config.model_validate(_absolute(table, base or Path.cwd()))
+    except ValidationError as error:
+        raise _config_error(error) from error
+
+
+def _config_error(error: ValidationError) -> ConfigError:
+    first = error.errors()[0]
+    return options_error("configuration", error, _model_at(first["loc"]))
+
+
+def _model_at(location: Sequence[int | str]) -> type[BaseModel]:
+    model: type[BaseModel] = Config
+    for part in location[:-1]:
+        field = model.model_fields.get(str(part))
+        kind = field.annotation if field is not None else None
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            break
+        model = kind
+    return model
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError("the configuration file does not exist", received=str(path), remedy="give the path of a TOML file")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError("the configuration is not valid TOML", where=str(path), received=str(error)) from error
+
+
+def _set(table: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError("an override is written key=value", where="--set", received=override, allowed="train.rounds=3")
+    *parents, last = key.strip().split(".")
+    target: Any = table
+    for parent in parents:
+        target = target[int(parent)] if isinstance(target, list) else target.setdefault(parent, {})
+    if isinstance(target, list):
+        target = target[0] if len(target) == 1 else target
+    if not isinstance(target, dict):
+        raise ConfigError("this key holds no table", where="--set", received=override, allowed="tuner.0.rank=4 for a list")
+    target[last] = _value(text.strip())
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+_PATHS = (("sites", "table"), ("sites", "images"), ("sites", "path"), ("sites", "split", "file"), ("engine", "cache"))
+
+
+def _absolute(table: Mapping[str, Any], base: Path) -> dict[str, Any]:
+    copy: dict[str, Any] = json.loads(json.dumps(table, default=str))
+    for *parents, last in _PATHS:
+        target: Any = copy
+        for parent in parents:
+            target = target.get(parent, {}) if isinstance(target, dict) else {}
+        if isinstance(target, dict) and isinstance(target.get(last), str):
+            target[last] = str((base / Path(target[last]).expanduser()).resolve())
+    backbone = copy.get("backbone")
+    weights = backbone.get("weights") if isinstance(backbone, dict) else None
+    if isinstance(weights, str) and weights not in ("random", "embedded"):
+        backbone["weights"] = str((base / Path(weights).expanduser()).resolve())
+    return copy

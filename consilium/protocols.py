@@ -1,0 +1,386 @@
+"""Common: the words of the house. Everything that flows between stages, and what a tuner, a task or a strategy must offer.
+
+A tuner makes a few trainable tensors and gives each a Tag. A strategy reads tags and decides what travels. They meet
+nowhere else. All state is named tensors, in and out; nothing here is mutable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from consilium.tensors import Tensors
+
+Slot = Literal["parameter", "control", "statistic", "base"]
+Split = Literal["train", "val", "test"]
+UInt8Array = npt.NDArray[np.uint8]
+IntArray = npt.NDArray[np.int64]
+StringArray = npt.NDArray[np.str_]
+
+
+# ------------------------------------------------------------------------------------------------ what a tensor is
+@dataclass(frozen=True)
+class Tag:
+    """What a tensor is for.
+
+    `role`: head, lora_a, lora_b, prompt, adapter, norm, bias, attention, weight, router ... `part`: the adapter it belongs
+    to (shared, personal, ...). `block`: index of the transformer block, None outside of blocks.
+    """
+
+    module: str
+    role: str
+    part: str = "shared"
+    block: int | None = None
+    slot: Slot = "parameter"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Shape, type and tag of one named tensor; None in a shape is a free dimension."""
+
+    shape: tuple[int | None, ...]
+    tag: Tag
+    dtype: torch.dtype = torch.float32
+
+
+Specs = Mapping[str, Spec]
+Selector = Callable[[Tag], bool]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapter on the backbone. `personal` parts never travel; `ranks` overrides a tuner's rank at some sites."""
+
+    name: str = "shared"
+    personal: bool = False
+    ranks: Mapping[str, int] = field(default_factory=dict)
+
+
+Combination = Literal["sum", "router"]  # how several parts act on one module
+
+
+# ------------------------------------------------------------------------------------------------ data at a site
+@dataclass(frozen=True)
+class Examples:
+    """One split at one site. `images`: uint8 [rows of the store, H, W, 3], memory-mapped; `rows` [n] picks from it."""
+
+    images: UInt8Array
+    rows: IntArray  # [n] index into images
+    labels: IntArray  # [n] class index
+    ids: StringArray  # [n] image id
+    groups: StringArray  # [n] patient or lesion
+    origins: StringArray  # [n] name of the site the row came from (differs from the site's own name when pooled)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True)
+class SiteData:
+    """A hospital's three splits."""
+
+    name: str
+    train: Examples
+    val: Examples
+    test: Examples
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`images` float32 [B, 3, H, W], normalised; `labels` int64 [B]; `rows` int64 [B], positions in the split."""
+
+    images: Tensor
+    labels: Tensor
+    rows: Tensor
+
+
+class Source(Protocol):
+    """Where images and their table come from."""
+
+    def records(self) -> Any:
+        """A pandas DataFrame with string columns id, label, site, group and, if given by the data, split."""
+        ...
+
+    def content(self, id: str) -> bytes:
+        """The stored bytes of one image; their hash is the image's identity."""
+        ...
+
+    def decode(self, content: bytes) -> UInt8Array:
+        """RGB pixels uint8 [H, W, 3]; DataError where the bytes are no readable image."""
+        ...
+
+
+# ------------------------------------------------------------------------------------------------ the model
+@dataclass(frozen=True)
+class Preprocessing:
+    """How the weights want their images: pixels / 255, minus mean, over std."""
+
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
+    crop_fraction: float = 1.0
+    crop_mode: Literal["center", "squash", "border"] = "center"
+
+
+@dataclass(frozen=True)
+class ModuleRole:
+    """Place of a linear or norm module of the backbone: role qkv, proj, fc1, fc2, norm1, norm2, norm, patch_embed."""
+
+    role: str
+    block: int | None
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen feature extractor: `module(images [B,3,H,W]) -> features [B, num_features]`, in eval mode."""
+
+    module: torch.nn.Module
+    name: str
+    digest: str  # of all frozen weights, 64 hexadecimal digits
+    preprocessing: Preprocessing
+    modules: Mapping[str, ModuleRole]  # dotted module name -> its role
+    num_blocks: int
+    num_features: int
+    num_parameters: int
+    licence: str = "unknown"
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What a tuner added: the trainable tensors, their initial values and the learning rate that suits each role."""
+
+    specs: Specs
+    initial: Tensors
+    learning_rates: Mapping[str, float]  # role -> AdamW learning rate
+
+
+class Tuner(Protocol):
+    """Makes a few trainable tensors on a frozen backbone. Options are its own frozen pydantic model."""
+
+    def attach(self, backbone: Backbone, parts: Sequence[Part], combination: Combination, seed: int) -> Attached:
+        """Add adapters to `backbone.module` in place (or name existing parameters); initial values come from `seed`."""
+        ...
+
+    def active(self, round: int, site: str, seed: int) -> Selector:
+        """Which of its tensors are trained in this round at this site."""
+        ...
+
+    def merge(self, backbone: Backbone, variables: Tensors) -> None:
+        """Fold `variables` into the backbone's own weights and remove the adapters; ConfigError where algebra forbids."""
+        ...
+
+
+class Model(Protocol):
+    """Backbone, tuner and head as one function of its trainable tensors; the frozen weights are shared by all sites."""
+
+    @property
+    def specs(self) -> Specs: ...
+
+    @property
+    def initial(self) -> Tensors: ...
+
+    @property
+    def learning_rates(self) -> Mapping[str, float]: ...
+
+    def forward(self, variables: Tensors, images: Tensor) -> Tensor:
+        """Head outputs [B, C] for images float [B, 3, H, W]; names missing in `variables` keep their frozen value.
+        A name of the backbone itself may be given too (strategies that change the base)."""
+        ...
+
+    def features(self, variables: Tensors, images: Tensor) -> Tensor:
+        """Pooled features [B, num_features] before the head."""
+        ...
+
+    def active(self, round: int, site: str, seed: int) -> Selector:
+        """What is trained in this round at this site: the tuners' choice and, unless frozen, the head."""
+        ...
+
+
+class Task(Protocol):
+    """Owns the head's size, the loss and what is measured."""
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    @property
+    def num_outputs(self) -> int: ...
+
+    def loss(self, outputs: Tensor, labels: Tensor, class_counts: Sequence[int]) -> Tensor:
+        """Mean loss of a batch; outputs [B, num_outputs], labels [B]; class_counts as configured: site or federation."""
+        ...
+
+    def probabilities(self, outputs: Tensor) -> Tensor:
+        """Outputs [n, num_outputs] as the numbers that are stored and reported, [n, C]."""
+        ...
+
+    def validation(self, probabilities: Any, labels: IntArray) -> Mapping[str, float]:
+        """Quick metrics without intervals for a round's log; NaN where undefined."""
+        ...
+
+    def metrics(self, predictions: Any) -> Mapping[str, Any]:
+        """Full metrics from a table of predictions (site, id, group, label, one column per class), with intervals."""
+        ...
+
+
+# ------------------------------------------------------------------------------------------------ learning at a site
+Objective = Callable[[Tensors, Batch, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Result of one call of `LocalTraining.fit`."""
+
+    variables: Tensors
+    loss: float  # mean over the steps
+    num_steps: int
+    image_passes: int
+    step_lengths: Mapping[str, float]  # name -> sum of its learning rates over the steps
+
+
+class LocalTraining(Protocol):
+    """The only training loop, as a strategy sees it. Data, device, optimiser, schedule and seeds are inside."""
+
+    @property
+    def round(self) -> int: ...
+
+    @property
+    def site(self) -> str: ...
+
+    @property
+    def specs(self) -> Specs: ...
+
+    @property
+    def num_examples(self) -> int: ...
+
+    @property
+    def class_counts(self) -> Sequence[int]: ...
+
+    def active(self, tag: Tag) -> bool:
+        """Whether the tuner trains this tensor in this round."""
+        ...
+
+    def loss(self, variables: Tensors, batch: Batch) -> Tensor:
+        """The task's loss of the model with these variables."""
+        ...
+
+    def fit(
+        self,
+        variables: Tensors,
+        *,
+        objective: Objective | None = None,
+        only: Selector | None = None,
+        epochs: float | None = None,
+        purpose: str = "train",
+    ) -> Fitted:
+        """Train the variables that `only` (default: `active`) selects; any mapping may be given, model variables or not."""
+        ...
+
+    def features(self, variables: Tensors) -> tuple[Tensor, Tensor]:
+        """Features [n, num_features] and labels [n] of the training split, without augmentation."""
+        ...
+
+
+# ------------------------------------------------------------------------------------------------ the federation
+@dataclass(frozen=True)
+class Personal:
+    """What a site keeps. It is no mapping and has no way into a message."""
+
+    tensors: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a site sends back after one round."""
+
+    site: str
+    tensors: Tensors
+    num_examples: int
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Outcome of `Strategy.learn`: `update` leaves the site, `personal` stays, `trained` is served before aggregation."""
+
+    update: Tensors
+    personal: Personal
+    trained: Tensors
+    loss: float
+    num_steps: int
+    image_passes: int
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """What the coordinator holds: `shared` may be sent, `memory` (momentum, control variates, ...) is never sent as such."""
+
+    round: int
+    sites: tuple[str, ...]
+    shared: Tensors
+    memory: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A site that gave no update, and why: non_finite, stale, refused, lost, error."""
+
+    site: str
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a strategy says of itself before anything runs; pairings are checked against it."""
+
+    parts: tuple[Part, ...] = (Part(),)
+    combination: Combination = "sum"
+    needs_individual_updates: bool = False  # False: only the weighted sum, so secure aggregation is possible
+    required_roles: frozenset[str] = frozenset()
+    changes_base: bool = False
+    has_global_model: bool = True  # the shared tensors alone are a model
+
+
+class Strategy(Protocol):
+    """Both halves of a federated algorithm, as pure functions."""
+
+    @property
+    def declares(self) -> Declaration: ...
+
+    def up(self, specs: Specs, round: int) -> Specs:
+        """Everything a site may send in this round; `specs` are the model's variables that may travel."""
+        ...
+
+    def down(self, specs: Specs, round: int) -> Specs:
+        """Everything the coordinator may send in this round."""
+        ...
+
+    def init_server(self, initial: Tensors, sites: Sequence[str]) -> ServerState:
+        """State before round 1; `initial` are the model's variables that may travel."""
+        ...
+
+    def send(self, server: ServerState, site: str) -> Tensors:
+        """All that `site` should know now; the coordinator sends what the site does not have yet."""
+        ...
+
+    def init_site(self, initial: Tensors, site: str) -> Personal:
+        """A site's state before its first round; `initial` are all variables of the model."""
+        ...
+
+    def learn(self, received: Tensors, personal: Personal, training: LocalTraining) -> Learned:
+        """One round at a site; `received` is all the site knows of what was sent to it."""
+        ...
+
+    def combine(self, server: ServerState, updates: Sequence[Update]) -> ServerState:
+        """One round at the coordinator; updates sorted by site, each tensor averaged over the sites that trained it."""
+        ...
+
+    def deploy(self, received: Tensors, personal: Personal) -> Mapping[str, Tensors]:
+        """Full variables of the models to use: "personal" always, "global" where the shared tensors alone are a model."""
+        ...

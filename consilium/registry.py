@@ -1,0 +1,114 @@
+"""Common: what is registered. In: a kind and a name. Out: the member that carries the name, built from its options.
+
+Members are found in three ways, all lazy: modules of this package (`consilium/<kind>/*.py`), entry points of other
+packages (group `consilium.<kind>`, value = a module that registers on import), and calls of `register` by hand.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from consilium.errors import ConfigError
+
+T = TypeVar("T", bound="Options")
+R = TypeVar("R")
+Kind = Literal["tuners", "strategies", "tasks", "sources"]
+KINDS: tuple[Kind, ...] = ("tuners", "strategies", "tasks", "sources")
+_PACKAGES: Mapping[Kind, str] = {
+    "tuners": "consilium.tuners",
+    "strategies": "consilium.strategies",
+    "tasks": "consilium.tasks",
+    "sources": "consilium.sites",
+}
+
+
+class Options(BaseModel):
+    """Base of every member's options: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One registered tuner, strategy, task or source; `build(options)` makes it."""
+
+    kind: Kind
+    name: str
+    options: type[Options]
+    build: Callable[[Any], Any]
+    summary: str
+    source: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+_members: dict[tuple[Kind, str], Member] = {}
+_discovered: set[Kind] = set()
+
+
+def register(
+    kind: Kind, name: str, *, options: type[T], summary: str, source: str = "", facts: Mapping[str, str] | None = None
+) -> Callable[[Callable[[T], R]], Callable[[T], R]]:
+    """Decorate a class or function that takes the options and returns the member; a name may be given only once."""
+
+    def add(build: Callable[[T], R]) -> Callable[[T], R]:
+        known = _members.get((kind, name))
+        if known is not None and known.build is not build:
+            raise ConfigError(f"two {kind} are called {name!r}", received=f"{known.build!r} and {build!r}")
+        _members[kind, name] = Member(kind, name, options, build, summary, source, dict(facts or {}))
+        return build
+
+    return add
+
+
+def members(kind: Kind) -> dict[str, Member]:
+    """All members of a kind by name, sorted; imports their modules on first use."""
+    if kind not in _discovered:
+        _discovered.add(kind)
+        _discover(kind)
+    return {name: member for (k, name), member in sorted(_members.items()) if k == kind}
+
+
+def get(kind: Kind, name: str) -> Member:
+    """The member of that name, or an error that lists the names there are."""
+    found = members(kind)
+    if name not in found:
+        raise ConfigError(f"no {kind} of this name", where=kind, allowed=", ".join(found), received=name)
+    return found[name]
+
+
+def build(kind: Kind, name: str, options: Mapping[str, object]) -> Any:
+    """Validate `options` with the member's own model and build it."""
+    member = get(kind, name)
+    return member.build(parse_options(member, options))
+
+
+def parse_options(member: Member, options: Mapping[str, object]) -> Options:
+    """The member's options, or a `ConfigError` that names the key, what is allowed and what was received."""
+    try:
+        return member.options.model_validate(dict(options))
+    except ValidationError as error:
+        raise options_error(f"{member.kind}.{member.name}", error, member.options) from error
+
+
+def options_error(where: str, error: ValidationError, model: type[BaseModel]) -> ConfigError:
+    """Turn pydantic's first finding into our five-part error."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    allowed = ", ".join(model.model_fields) if first["type"] == "extra_forbidden" else first["msg"]
+    what = "unknown key" if first["type"] == "extra_forbidden" else "this value cannot be used"
+    return ConfigError(f"{what}: {key}", where=where, allowed=allowed, received=repr(first["input"]))
+
+
+def _discover(kind: Kind) -> None:
+    package = importlib.import_module(_PACKAGES[kind])
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{_PACKAGES[kind]}.{module.name}")
+    for point in entry_points(group=f"consilium.{kind}"):
+        point.load()

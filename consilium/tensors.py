@@ -1,0 +1,127 @@
+"""Common: the algebra of named tensors. In: mappings from name to tensor. Out: mappings from name to tensor, or bytes.
+
+Sums run in float64 over terms in the order given (callers sort by site), so that the order of arrival changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load, save
+from torch import Tensor
+
+from consilium.errors import WireError
+
+Tensors = Mapping[str, Tensor]
+
+
+def map_tensors(function: Callable[..., Tensor], first: Tensors, *others: Tensors) -> dict[str, Tensor]:
+    """Apply `function` name by name; all mappings must have the same names."""
+    for other in others:
+        if other.keys() != first.keys():
+            difference = sorted(first.keys() ^ other.keys())[:3]
+            raise WireError("two sets of tensors have different names", received=f"not in both: {difference}")
+    return {name: function(first[name], *(other[name] for other in others)) for name in sorted(first)}
+
+
+def detach(tensors: Tensors) -> dict[str, Tensor]:
+    """Contiguous CPU copies without a gradient, sorted by name: the form in which tensors travel and rest."""
+    return {name: tensors[name].detach().to("cpu", copy=True).contiguous() for name in sorted(tensors)}
+
+
+def weighted_mean(terms: Sequence[tuple[float, Tensors]]) -> dict[str, Tensor]:
+    """Mean of the terms by weight, name by name over the terms that hold the name; float64 inside, first term's dtype out.
+
+    Raises WireError where the weights of a name add up to nothing.
+    """
+    names = sorted({name for _, tensors in terms for name in tensors})
+    return {name: _mean_of([(w, t[name]) for w, t in terms if name in t], name) for name in names}
+
+
+def _mean_of(terms: Sequence[tuple[float, Tensor]], name: str) -> Tensor:
+    total = float(sum(weight for weight, _ in terms))
+    if not total > 0:
+        raise WireError("the weights of a mean must add up to more than nothing", where=name, received=total)
+    result = torch.zeros_like(terms[0][1], dtype=torch.float64)
+    for weight, tensor in terms:
+        result += tensor.to(torch.float64) * weight
+    return (result / total).to(terms[0][1].dtype)
+
+
+def squared_distance(first: Tensors, second: Tensors) -> Tensor:
+    """sum ||first - second||^2 over the names of `second`; differentiable, a zero-dimensional tensor."""
+    terms = [(first[name] - second[name].to(first[name].device)).square().sum() for name in sorted(second)]
+    return torch.stack(terms).sum() if terms else torch.zeros(())
+
+
+def non_finite(tensors: Tensors) -> list[str]:
+    """Names of the tensors that hold a NaN or an infinity."""
+    return [name for name in sorted(tensors) if not bool(torch.isfinite(tensors[name]).all())]
+
+
+def equal(first: Tensors, second: Tensors) -> bool:
+    """Same names, shapes, types and bits."""
+    if first.keys() != second.keys():
+        return False
+    return all(digest(first[name]) == digest(second[name]) for name in first)
+
+
+def digest(tensor: Tensor) -> str:
+    """16 hexadecimal digits of SHA-256 over type, shape and bytes: the version of one tensor."""
+    plain = tensor.detach().cpu().contiguous()
+    head = f"{plain.dtype}{tuple(plain.shape)}".encode()
+    return hashlib.sha256(head + _raw(plain)).hexdigest()[:16]
+
+
+def digest_all(tensors: Tensors) -> str:
+    """64 hexadecimal digits over all names, types, shapes and bytes."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        plain = tensors[name].detach().cpu().contiguous()
+        total.update(f"{name}|{plain.dtype}{tuple(plain.shape)}|".encode())
+        total.update(_raw(plain))
+    return total.hexdigest()
+
+
+def _raw(plain: Tensor) -> memoryview:
+    return memoryview(plain.reshape(-1).view(torch.uint8).numpy()) if plain.numel() else memoryview(b"")
+
+
+def num_elements(tensors: Tensors) -> int:
+    """Number of scalars."""
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def dumps(tensors: Tensors, meta: Mapping[str, object] | None = None) -> bytes:
+    """Serialise as safetensors, names sorted; `meta` is JSON and lands in the file's own header."""
+    header = {"consilium": json.dumps(meta, sort_keys=True)} if meta is not None else None
+    return save({name: tensors[name].contiguous() for name in sorted(tensors)}, metadata=header)
+
+
+def loads(data: bytes) -> dict[str, Tensor]:
+    """The tensors of `dumps`; WireError where the bytes are not a whole safetensors file."""
+    try:
+        return load(data)
+    except Exception as error:
+        raise WireError("these bytes are not a whole safetensors payload", received=f"{len(data)} bytes") from error
+
+
+def read_meta(path: str) -> dict[str, object]:
+    """The `meta` given to `dumps`, read from a file without its tensors."""
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get("consilium", "{}")
+    found: dict[str, object] = json.loads(text)
+    return found
+
+
+def select(tensors: Tensors, names: Iterable[str]) -> dict[str, Tensor]:
+    """The named tensors; a missing name is an error, not a gap."""
+    wanted = sorted(names)
+    missing = [name for name in wanted if name not in tensors]
+    if missing:
+        raise WireError("tensors are missing", allowed=sorted(tensors)[:5], received=missing[:5])
+    return {name: tensors[name] for name in wanted}
