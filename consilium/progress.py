@@ -1,0 +1,193 @@
+"""Common: the displays of a run. In: the events a run emits, plain mappings. Out: a live view, lines, or JSON lines.
+
+Events: prepare (what, done, total), start (name, sites, rounds, out), site (round, site, status, loss), round (a line
+of events.jsonl), reference (name), finish (result, report, headline). A display is a function of one event and keeps
+nothing of a run that the run itself would need.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+Event = Mapping[str, Any]
+Display = Callable[[Event], None]
+_BARS = "▁▂▃▄▅▆▇█"
+_METRIC = "balanced_accuracy"
+
+
+@contextmanager
+def live(console: Console | None = None) -> Iterator[Display]:
+    """Rounds, time left and a row per site, redrawn in place; plain lines where the output is no terminal."""
+    console = console or Console()
+    if not console.is_terminal:
+        yield lambda event: _print(console, line(event))
+        return
+    board = _Board(console)
+    with Live(board, console=console, refresh_per_second=4, transient=False):
+        yield board.take
+    for text in board.closing:
+        _print(console, text)
+
+
+@contextmanager
+def quiet(console: Console | None = None) -> Iterator[Display]:
+    """The outcome only."""
+    console = console or Console()
+    yield lambda event: _print(console, line(event)) if event["event"] == "finish" else None
+
+
+@contextmanager
+def json_lines() -> Iterator[Display]:
+    """One JSON object per event and line on standard output; a number that is no number becomes null."""
+    yield lambda event: print(json.dumps(_plain(event)), flush=True)
+
+
+def line(event: Event) -> str | None:
+    """One event as a line of a log; None for what a log does not need."""
+    return {"start": _start, "round": _round, "reference": _reference, "finish": _finish, "prepare": _prepare}.get(
+        event["event"], lambda _: None
+    )(event)
+
+
+def sparkline(values: list[float], low: float = 0.0, high: float = 1.0) -> str:
+    """Values as a row of small bars between `low` and `high`; a blank where a value is undefined."""
+    return "".join(_bar((value - low) / (high - low)) for value in values)
+
+
+def estimate(value: object) -> str:
+    """A number, or a value with its interval, in three digits."""
+    if isinstance(value, Mapping):
+        if value.get("low") is None or value.get("high") is None:
+            return estimate(value.get("value"))
+        return f"{estimate(value.get('value'))} [{estimate(value['low'])}, {estimate(value['high'])}]"
+    return f"{value:.3f}" if isinstance(value, float) and math.isfinite(value) else "-" if value is None else str(value)
+
+
+def _bar(share: float) -> str:
+    return " " if math.isnan(share) else _BARS[min(max(int(share * len(_BARS)), 0), len(_BARS) - 1)]
+
+
+def _prepare(event: Event) -> str | None:
+    return f"{event['what']}: {event['total']}" if event["done"] == event["total"] else None
+
+
+def _start(event: Event) -> str:
+    return f"{event['name']}: {len(event['sites'])} sites, {event['rounds']} rounds, in {event['out']}"
+
+
+def _round(event: Event) -> str:
+    failed = [f"{name}: {site['status']}" for name, site in event["sites"].items() if site["status"] not in _QUIET]
+    parts = [f"round {event['round']}", f"{event['seconds']:.1f} s", f"loss {estimate(_mean_loss(event))}"]
+    value = (event.get("val_mean") or {}).get(_METRIC)
+    return ", ".join([*parts, f"validation balanced accuracy {estimate(value)}", *failed])
+
+
+def _reference(event: Event) -> str:
+    return f"reference: {event['name']}"
+
+
+def _finish(event: Event) -> str:
+    headline = [f"{name.replace('_', ' ')}: {estimate(value)}" for name, value in event.get("headline", {}).items()]
+    return "\n".join([*headline, f"result: {event['result']}", f"report: {event['report']}"])
+
+
+_QUIET = ("ok", "not_drawn")
+
+
+def _mean_loss(event: Event) -> float | None:
+    losses = [site["loss"] for site in event["sites"].values() if site.get("loss") is not None]
+    return sum(losses) / len(losses) if losses else None
+
+
+def _print(console: Console, text: str | None) -> None:
+    if text is not None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, (int, str, bool)) or value is None else str(value)
+
+
+@dataclass
+class _Row:
+    """What the view shows of one site."""
+
+    status: str = "waiting"
+    loss: float | None = None
+    history: list[float] = field(default_factory=list)
+
+
+class _Board:
+    """The live view: what was last heard of the run and of every site."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console)
+        self._task = self._progress.add_task("preparing", total=None)
+        self._rows: dict[str, _Row] = {}
+        self._name = ""
+        self.closing: list[str | None] = []
+
+    def take(self, event: Event) -> None:
+        """Change the view by one event."""
+        handle = {
+            "prepare": self._prepare,
+            "start": self._start,
+            "site": self._site,
+            "round": self._round,
+            "reference": self._reference,
+            "finish": self._finish,
+        }.get(event["event"])
+        if handle is not None:
+            handle(event)
+
+    def __rich__(self) -> RenderableType:
+        if not self._rows:
+            return self._progress
+        table = Table("site", "status", "loss", "validation balanced accuracy", box=None, pad_edge=False)
+        for name, row in list(self._rows.items()):
+            last = estimate(row.history[-1]) if row.history else "-"
+            table.add_row(name, row.status, estimate(row.loss), f"{last} {sparkline(row.history[-24:])}")
+        return Group(self._progress, table)
+
+    def _prepare(self, event: Event) -> None:
+        self._progress.update(self._task, description=event["what"], completed=event["done"], total=event["total"])
+
+    def _start(self, event: Event) -> None:
+        self._name = self._name or event["name"]
+        self._rows = {site: _Row() for site in event["sites"]}
+        self._progress.reset(self._task, description=event["name"], total=event["rounds"])
+
+    def _site(self, event: Event) -> None:
+        row = self._rows.setdefault(event["site"], _Row())
+        row.status = event["status"]
+        row.loss = event.get("loss", row.loss)
+
+    def _round(self, event: Event) -> None:
+        for name, site in event["sites"].items():
+            self._site({"site": name, **site})
+            value = site.get("val", {}).get("outgoing", {}).get(_METRIC)
+            self._rows[name].history.append(math.nan if value is None else value)
+        self._progress.update(self._task, completed=event["round"])
+
+    def _reference(self, event: Event) -> None:
+        self._progress.update(self._task, description=f"{self._name}: reference {event['name']}")
+
+    def _finish(self, event: Event) -> None:
+        self.closing.append(line(event))
