@@ -1,0 +1,34 @@
+# make demo, make test, make lint, make docs. Needs Python 3.11 to 3.13; makes its own environment in $(VENV).
+VENV ?= .venv
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ "$$n" -gt 4 ] && n=4; echo $$n)
+PYTHON_IN_VENV = $(VENV)/bin/python
+DEMO = runs/demo
+
+.PHONY: demo test lint docs
+
+demo: $(VENV)/.installed
+	rm -rf $(DEMO)
+	$(PYTHON_IN_VENV) -m consilium run --out $(DEMO)/lora --set name=lora
+	$(PYTHON_IN_VENV) -m consilium run --out $(DEMO)/linear --set name=linear --set 'tuner={name="linear"}'
+	$(PYTHON_IN_VENV) -m consilium report $(DEMO)/lora $(DEMO)/linear --out $(DEMO)/report.html
+
+test: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -q -n $(WORKERS)
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+docs: $(VENV)/.installed-dev
+	$(PYTHON_IN_VENV) scripts/generate_docs.py
+
+$(VENV)/.installed: pyproject.toml scripts/environment.sh
+	sh scripts/environment.sh $(VENV)
+	$(PYTHON_IN_VENV) -m pip install -q -e .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml scripts/environment.sh
+	sh scripts/environment.sh $(VENV)
+	$(PYTHON_IN_VENV) -m pip install -q -e '.[dev]'
+	touch $@
