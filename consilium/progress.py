@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,22 +59,24 @@ def line(event: Event) -> str | None:
     )(event)
 
 
-def sparkline(values: list[float], low: float = 0.0, high: float = 1.0) -> str:
-    """Values as a row of small bars between `low` and `high`; a blank where a value is undefined."""
-    return "".join(_bar((value - low) / (high - low)) for value in values)
+def sparkline(shares: Sequence[float]) -> str:
+    """Numbers from 0 to 1 as a row of small bars; a blank where a number is undefined."""
+    return "".join(map(_bar, shares))
 
 
 def estimate(value: object) -> str:
-    """A number, or a value with its interval, in three digits."""
+    """A number, or a value with its interval, in three digits; a dash where it is undefined."""
     if isinstance(value, Mapping):
-        if value.get("low") is None or value.get("high") is None:
-            return estimate(value.get("value"))
-        return f"{estimate(value.get('value'))} [{estimate(value['low'])}, {estimate(value['high'])}]"
-    return f"{value:.3f}" if isinstance(value, float) and math.isfinite(value) else "-" if value is None else str(value)
+        interval = [value.get("low"), value.get("high")]
+        bounds = "" if None in interval else f" [{', '.join(map(estimate, interval))}]"
+        return estimate(value.get("value")) + bounds
+    if isinstance(value, float):
+        return f"{value:.3f}" if math.isfinite(value) else "-"
+    return "-" if value is None else str(value)
 
 
 def _bar(share: float) -> str:
-    return " " if math.isnan(share) else _BARS[min(max(int(share * len(_BARS)), 0), len(_BARS) - 1)]
+    return " " if math.isnan(share) else _BARS[int(min(max(share, 0.0), 1.0) * (len(_BARS) - 1) + 0.5)]
 
 
 def _prepare(event: Event) -> str | None:

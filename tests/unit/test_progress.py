@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from consilium import progress
+
+START = {"event": "start", "name": "trial", "sites": ["north", "south"], "rounds": 2, "out": "runs/trial"}
+ROUND = {
+    "event": "round",
+    "round": 1,
+    "seconds": 1.5,
+    "sites": {
+        "north": {"status": "ok", "loss": 0.5, "val": {"outgoing": {"balanced_accuracy": 0.75}}},
+        "south": {"status": "lost"},
+    },
+    "val_mean": {"balanced_accuracy": 0.75},
+}
+FINISH = {
+    "event": "finish",
+    "result": "runs/trial/result.json",
+    "report": "runs/trial/report.html",
+    "headline": {"balanced_accuracy": {"value": 0.7, "low": 0.6, "high": 0.8, "n": 9}},
+}
+EVENTS = [
+    {"event": "prepare", "what": "decoding images", "done": 3, "total": 3},
+    START,
+    {"event": "site", "round": 1, "site": "north", "status": "training", "loss": None},
+    ROUND,
+    {"event": "reference", "name": "pooled"},
+    FINISH,
+]
+
+
+def _shown(show: object, **console: object) -> str:
+    stream = io.StringIO()
+    screen = Console(file=stream, width=100, **console)  # type: ignore[arg-type]
+    with show(screen) as display:  # type: ignore[operator]
+        for event in EVENTS:
+            display(event)
+    return stream.getvalue()
+
+
+def test_where_there_is_no_terminal_a_run_is_a_few_plain_lines() -> None:
+    assert _shown(progress.live).splitlines() == [
+        "decoding images: 3",
+        "trial: 2 sites, 2 rounds, in runs/trial",
+        "round 1, 1.5 s, loss 0.500, validation balanced accuracy 0.750, south: lost",
+        "reference: pooled",
+        "balanced accuracy: 0.700 [0.600, 0.800]",
+        "result: runs/trial/result.json",
+        "report: runs/trial/report.html",
+    ]
+
+
+def test_the_live_view_has_a_row_per_site_and_ends_with_the_outcome() -> None:
+    shown = _shown(progress.live, force_terminal=True)
+    north = [row for row in shown.splitlines() if "north" in row][-1]
+    assert "0.500" in north
+    assert "0.750 ▆" in north
+    assert "lost" in [row for row in shown.splitlines() if "south" in row][-1]
+    assert "1/2" in shown
+    assert shown.rstrip().endswith("report: runs/trial/report.html")
+
+
+def test_quiet_prints_the_outcome_only() -> None:
+    assert _shown(progress.quiet).splitlines()[0] == "balanced accuracy: 0.700 [0.600, 0.800]"
+
+
+def test_json_lines_are_one_valid_object_per_event(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.json_lines() as display:
+        for event in [*EVENTS, {"event": "round", "loss": math.nan}]:
+            display(event)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[:-1] == EVENTS
+    assert lines[-1]["loss"] is None
+
+
+def test_a_failing_run_closes_the_live_view() -> None:
+    stream = io.StringIO()
+    with pytest.raises(KeyboardInterrupt), progress.live(Console(file=stream, force_terminal=True)) as display:
+        display(START)
+        raise KeyboardInterrupt
+    assert stream.getvalue().endswith("\x1b[?25h")  # the cursor is shown again
+
+
+@given(st.lists(st.floats(allow_infinity=True) | st.floats(0, 1)))
+def test_a_sparkline_has_one_sign_per_value(values: list[float]) -> None:
+    assert len(progress.sparkline(values)) == len(values)
+
+
+def test_a_sparkline_rises_with_its_values() -> None:
+    assert progress.sparkline([0.0, 0.5, 1.0, math.nan]) == "▁▅█ "
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.12345, "0.123"),
+        (None, "-"),
+        (math.nan, "-"),
+        (3, "3"),
+        ({"value": 0.5, "low": 0.25, "high": 0.75}, "0.500 [0.250, 0.750]"),
+        ({"value": 0.5, "low": None, "high": None}, "0.500"),
+    ],
+)
+def test_an_estimate_shows_its_interval_where_there_is_one(value: object, text: str) -> None:
+    assert progress.estimate(value) == text
