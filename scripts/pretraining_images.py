@@ -18,7 +18,16 @@ Labels = dict[str, npt.NDArray[np.int64]]
 TAU = np.float32(2 * np.pi)
 MAX_FIGURES = 4
 UNKNOWN = -100
-TASKS = {"figure": 12, "filling": 10, "ground": 10, "hue": 8, "ground_hue": 8, "count": MAX_FIGURES, "size": 4, "edge": 3}
+TASKS = {
+    "figure": 12,
+    "filling": 10,
+    "ground": 10,
+    "hue": 8,
+    "ground_hue": 8,
+    "count": MAX_FIGURES,
+    "size": 4,
+    "edge": 3,
+}
 TASKS |= {"angle": 6, "scale": 4, "contrast": 4, "order": 2}
 
 

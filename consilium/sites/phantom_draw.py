@@ -1,0 +1,303 @@
+"""Stage 1, sites. In: what a lesion, its patient and a camera are like. Out: a drawn, dermoscopy-like picture, uint8 [S, S, 3].
+
+Light falls on skin and is absorbed by two pigments: picture = skin * exp(-melanin - blood), then white and blue-white
+structures are laid over it. Every sign of a lesion is a field on a plane that turns with the lesion, so that two
+photographs of one lesion show the same signs. Lengths: the picture spans -1..1, whatever its size in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+Field = npt.NDArray[np.float64]  # [S, S], or [S, S, 3] for a picture
+UInt8Array = npt.NDArray[np.uint8]
+Random = np.random.Generator
+
+MELANIN = np.array([0.55, 1.0, 1.35])  # absorption in red, green and blue
+BLOOD = np.array([0.12, 1.0, 0.85])
+FAIR, DARK = np.array([0.93, 0.76, 0.68]), np.array([0.47, 0.32, 0.25])
+VEIL, WHITE, HAIR, INK = (
+    np.array(c) for c in ((0.52, 0.58, 0.70), (0.97, 0.93, 0.86), (0.14, 0.10, 0.08), (0.30, 0.18, 0.52))
+)
+
+
+@dataclass(frozen=True)
+class Camera:
+    """How a site photographs: what stands between the skin and the stored pixels."""
+
+    gain: tuple[float, float, float]  # of red, green and blue
+    blur: float  # standard deviation as a share of the picture's width
+    vignette: float  # share of light lost in the corners
+    slope: float  # largest change of light across the picture
+    gamma: float
+    noise: float  # standard deviation, 1 is white
+    quality: int  # quantisation step of the blocks' coefficients, in grey levels; 0: none
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """Amount of each sign; 0 is absent."""
+
+    melanin: float
+    blood: float
+    irregularity: float  # of the border
+    softness: float  # of the border
+    variegation: float  # unevenness of the pigment
+    network: float  # regular pigment network
+    broken_network: float
+    globules: float
+    streaks: float
+    veil: float
+    milia: float  # white cysts
+    fissures: float
+    vessels: float
+
+
+@dataclass(frozen=True)
+class Patient:
+    """What all pictures of one patient share."""
+
+    tone: float  # 0 fair to 1 dark
+    hairs: float  # expected number in one picture
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Where the lesion's own coordinates u, v lie in the picture's x, y."""
+
+    x: Field
+    y: Field
+    u: Field
+    v: Field
+    angle: float
+    zoom: float
+    shift: tuple[float, float]
+
+    def place(self, points: Field) -> Field:
+        """Points [n, 2] of the lesion as points of the picture."""
+        cos, sin = np.cos(self.angle), np.sin(self.angle)
+        turned = np.stack([cos * points[:, 0] - sin * points[:, 1], sin * points[:, 0] + cos * points[:, 1]], 1)
+        return turned * self.zoom + np.array(self.shift)
+
+
+@lru_cache(maxsize=8)
+def _grid(size: int) -> tuple[Field, Field]:
+    line = (np.arange(size) + 0.5) * (2 / size) - 1
+    x, y = np.meshgrid(line, line)
+    return x, y
+
+
+def _plane(shot: Random, size: int) -> Plane:
+    x, y = _grid(size)
+    angle, zoom = float(shot.uniform(0, 2 * np.pi)), float(shot.uniform(0.8, 1.15))
+    shift = (float(shot.uniform(-0.18, 0.18)), float(shot.uniform(-0.18, 0.18)))
+    dx, dy = (x - shift[0]) / zoom, (y - shift[1]) / zoom
+    cos, sin = np.cos(angle), np.sin(angle)
+    return Plane(x, y, cos * dx + sin * dy, cos * dy - sin * dx, angle, zoom, shift)
+
+
+def _noise(random: Random, x: Field, y: Field, cells: float) -> Field:
+    """Smooth noise in -1..1, `cells` grid cells to one unit of length; repeats after 16 cells."""
+    values = random.uniform(-1, 1, (16, 16)).ravel()
+    px, py = x * cells + 32, y * cells + 32
+    ix, iy = px.astype(np.int64), py.astype(np.int64)
+    fx, fy = px - ix, py - iy
+    fx, fy = fx * fx * (3 - 2 * fx), fy * fy * (3 - 2 * fy)
+    left, right = ix & 15, (ix + 1) & 15
+    above, below = (iy & 15) * 16, ((iy + 1) & 15) * 16
+    top = values[above + left] * (1 - fx) + values[above + right] * fx
+    bottom = values[below + left] * (1 - fx) + values[below + right] * fx
+    return top * (1 - fy) + bottom * fy
+
+
+def _dots(points: Field, radius: float, size: int) -> Field:
+    """Sum of round soft dots at the points [n, 2] of the picture."""
+    line = (np.arange(size) + 0.5) * (2 / size) - 1
+    across = np.exp(-(((line[:, None] - points[:, 0]) / radius) ** 2))
+    down = np.exp(-(((line[:, None] - points[:, 1]) / radius) ** 2))
+    return np.einsum("in,jn->ij", down, across)
+
+
+def _step(values: Field, width: float) -> Field:
+    """0 to 1 as the values rise through nothing, smoothly over `width`."""
+    ramp = np.clip(values / width + 0.5, 0, 1)
+    return ramp * ramp * (3 - 2 * ramp)
+
+
+def _extent(random: Random, plane: Plane, irregularity: float) -> Field:
+    """1 in the lesion's middle, 0 at its border, below 0 outside."""
+    radius = random.uniform(0.42, 0.62)
+    stretch = random.uniform(0.8, 1.25)
+    angle = np.arctan2(plane.v, plane.u)
+    border = np.ones_like(angle)
+    for order in range(2, 9):
+        amount = irregularity * random.standard_normal() / np.sqrt(order - 1)
+        border += amount * np.cos(order * angle + random.uniform(0, 2 * np.pi))
+    return 1 - np.hypot(plane.u * stretch, plane.v / stretch) / (radius * np.clip(border, 0.4, 1.7))
+
+
+def _scatter(random: Random, number: int) -> Field:
+    """Points [number, 2] spread evenly over a disc about as large as a lesion."""
+    angle, distance = random.uniform(0, 2 * np.pi, number), 0.5 * np.sqrt(random.uniform(0, 1, number))
+    return np.stack([distance * np.cos(angle), distance * np.sin(angle)], 1)
+
+
+# ------------------------------------------------------------ signs: (random, plane, extent) -> field of about 0..1
+def _mesh(random: Random, plane: Plane, warp: float) -> Field:
+    pitch = random.uniform(4.5, 6.0)
+    bend = warp * _noise(random, plane.u, plane.v, 4)
+    u, v = plane.u * pitch + bend, plane.v * pitch - bend
+    away = np.minimum(np.abs(np.mod(u + 0.5 * v, 1) - 0.5), np.abs(np.mod(0.87 * v, 1) - 0.5))
+    return np.exp(-((away / 0.16) ** 2))
+
+
+def _network(random: Random, plane: Plane, extent: Field) -> Field:
+    return _mesh(random, plane, 0.15) * _step(extent - 0.08, 0.3)
+
+
+def _broken_network(random: Random, plane: Plane, extent: Field) -> Field:
+    patches = _step(_noise(random, plane.u, plane.v, 2.5) + 0.1, 0.4)
+    return 1.3 * _mesh(random, plane, 1.1) * patches * _step(extent, 0.2)
+
+
+def _globules(random: Random, plane: Plane, extent: Field) -> Field:
+    points = plane.place(_scatter(random, int(random.integers(9, 16))))
+    return _dots(points, 0.055 * plane.zoom, len(extent)) * _step(extent, 0.2)
+
+
+def _streaks(random: Random, plane: Plane, extent: Field) -> Field:
+    number = int(random.integers(14, 22))
+    sector = _step(_noise(random, plane.u, plane.v, 1.2) + 0.3, 0.5)
+    rays = np.maximum(np.cos(number * np.arctan2(plane.v, plane.u) + random.uniform(0, 2 * np.pi)), 0) ** 2
+    return rays * sector * np.exp(-(((extent + 0.08) / 0.2) ** 2))
+
+
+def _veil(random: Random, plane: Plane, extent: Field) -> Field:
+    return _step(_noise(random, plane.u, plane.v, 2) + 0.05, 0.6) * _step(extent - 0.25, 0.4)
+
+
+def _milia(random: Random, plane: Plane, extent: Field) -> Field:
+    points = plane.place(_scatter(random, int(random.integers(8, 15))))
+    return np.minimum(_dots(points, 0.05 * plane.zoom, len(extent)), 1) * _step(extent, 0.2)
+
+
+def _fissures(random: Random, plane: Plane, extent: Field) -> Field:
+    folds = np.cos(9 * _noise(random, plane.u, plane.v, 3.5) + random.uniform(0, 2 * np.pi))
+    return np.maximum(folds, 0) ** 2 * _step(extent, 0.15)
+
+
+def _vessels(random: Random, plane: Plane, extent: Field) -> Field:
+    tree = np.minimum(np.abs(_noise(random, plane.u, plane.v, 3)), 1.3 * np.abs(_noise(random, plane.u, plane.v, 5)))
+    return np.exp(-((tree / 0.09) ** 2)) * _step(extent + 0.1, 0.3)
+
+
+Sign = Callable[[Random, Plane, Field], Field]
+PIGMENT: tuple[tuple[str, Sign, float], ...] = (  # sign, how it is drawn, melanin at full strength
+    ("network", _network, 0.75),
+    ("broken_network", _broken_network, 0.75),
+    ("globules", _globules, 0.8),
+    ("streaks", _streaks, 0.9),
+    ("fissures", _fissures, 0.7),
+)
+
+
+def _lesion(random: Random, lesion: Lesion, plane: Plane) -> tuple[Field, Field, Field, Field]:
+    """Fields of melanin, blood, veil and white. Signs that are absent are drawn too, so that one changes no other."""
+    extent = _extent(random, plane, lesion.irregularity)
+    cover = _step(extent, 0.08 + lesion.softness)
+    uneven = 1 + lesion.variegation * (_noise(random, plane.u, plane.v, 2) + 0.5 * _noise(random, plane.u, plane.v, 5))
+    melanin = lesion.melanin * cover * np.clip(uneven, 0.1, 2.5)
+    for name, draw, strength in PIGMENT:
+        melanin = melanin + strength * getattr(lesion, name) * draw(random, plane, extent)
+    blood = lesion.blood * cover + 0.9 * lesion.vessels * _vessels(random, plane, extent)
+    return melanin, blood, lesion.veil * _veil(random, plane, extent), lesion.milia * _milia(random, plane, extent)
+
+
+def _over(picture: Field, colour: Field, opacity: Field) -> Field:
+    share = np.clip(opacity, 0, 1)[..., None]
+    return picture * (1 - share) + colour * share
+
+
+def _hairs(shot: Random, picture: Field, plane: Plane, expected: float) -> Field:
+    cover = np.zeros_like(plane.x)
+    for _ in range(int(shot.poisson(expected))):
+        angle, offset, bend = shot.uniform(0, np.pi), shot.uniform(-0.9, 0.9), shot.uniform(-0.4, 0.4)
+        along = np.cos(angle) * plane.x + np.sin(angle) * plane.y
+        away = np.cos(angle) * plane.y - np.sin(angle) * plane.x - offset - bend * along * along
+        cover = np.maximum(cover, np.exp(-((away / 0.022) ** 2)))
+    return _over(picture, HAIR, 0.85 * cover)
+
+
+def _mark(shot: Random, picture: Field) -> Field:
+    """A row of ink dots along one edge, as put on the skin before an operation."""
+    number = int(shot.integers(4, 7))
+    along = np.linspace(-0.6, 0.6, number) + shot.uniform(-0.2, 0.2)
+    edge = np.full(number, shot.uniform(0.76, 0.9) * shot.choice([-1, 1]))
+    points = np.stack([along, edge] if shot.random() < 0.5 else [edge, along], 1)
+    return _over(picture, INK, 0.9 * np.minimum(1.5 * _dots(points, 0.075, len(picture)), 1))
+
+
+# ----------------------------------------------------------------------------------------------------------- camera
+@lru_cache(maxsize=16)
+def _blur(size: int, width: float) -> Field:
+    place = np.arange(size)
+    weights = np.exp(-0.5 * ((place[:, None] - place) / max(width * size, 1e-3)) ** 2)
+    total: Field = weights / weights.sum(1, keepdims=True)
+    return total
+
+
+@lru_cache(maxsize=1)
+def _cosines() -> npt.NDArray[np.int64]:
+    """The 8-point cosine transform as integers (times 4096), so that blocks are the same on every machine."""
+    place = np.arange(8)
+    rows = np.cos(np.pi * (2 * place + 1) * place[:, None] / 16) * np.where(place[:, None] == 0, np.sqrt(1 / 8), 0.5)
+    return np.round(4096 * rows).astype(np.int64)
+
+
+def _compressed(pixels: UInt8Array, step: int) -> UInt8Array:
+    """Keep the 8 x 8 cosine coefficients of each channel in multiples of `step` (more for fine ones), as JPEG does."""
+    size, base = len(pixels), _cosines()
+    edge = -size % 8
+    whole = np.pad(pixels, ((0, edge), (0, edge), (0, 0)), mode="edge").astype(np.int64)
+    blocks = whole.reshape(len(whole) // 8, 8, -1, 8, 3).transpose(0, 2, 4, 1, 3)
+    order = np.arange(8)
+    steps = (step * (2 + order[:, None] + order)) << 23
+    coefficients = base @ blocks @ base.T
+    kept = (2 * coefficients + steps) // (2 * steps) * steps
+    back = (base.T @ kept @ base + (1 << 47)) >> 48
+    return np.clip(back.transpose(0, 3, 1, 4, 2).reshape(whole.shape)[:size, :size], 0, 255).astype(np.uint8)
+
+
+def photograph(shot: Random, picture: Field, camera: Camera) -> UInt8Array:
+    """Pixels uint8 [S, S, 3] that the camera stores of a picture [S, S, 3] in 0..1."""
+    size = len(picture)
+    x, y = _grid(size)
+    slope = shot.uniform(-camera.slope, camera.slope, 2)
+    light = (1 + slope[0] * x + slope[1] * y) * (1 - camera.vignette * np.clip(x * x + y * y, 0, 2) / 2)
+    seen = picture * light[..., None] * (np.array(camera.gain) * shot.uniform(0.88, 1.12))
+    lens = _blur(size, camera.blur * 2)
+    seen = np.einsum("ij,jkc,lk->ilc", lens, seen, lens, optimize=True)
+    seen = np.clip(seen, 0, 1) ** camera.gamma + camera.noise * shot.standard_normal(seen.shape)
+    pixels = np.clip(np.round(255 * seen), 0, 255).astype(np.uint8)
+    return _compressed(pixels, camera.quality) if camera.quality else pixels
+
+
+def draw(
+    patient: Patient, lesion: Lesion, camera: Camera, *, marked: bool, size: int, randoms: tuple[Random, Random]
+) -> UInt8Array:
+    """One photograph, uint8 [size, size, 3]. `randoms`: the lesion's own generator and that of this shot."""
+    own, shot = randoms
+    plane = _plane(shot, size)
+    melanin, blood, veil, white = _lesion(own, lesion, plane)
+    texture = 1 + 0.05 * _noise(shot, plane.x, plane.y, 6) + 0.03 * _noise(shot, plane.x, plane.y, 14)
+    skin = (FAIR + patient.tone * (DARK - FAIR)) * texture[..., None]
+    picture = skin * np.exp(-melanin[..., None] * MELANIN - blood[..., None] * BLOOD)
+    shade = float(skin.mean() / FAIR.mean())
+    picture = _over(_over(picture, VEIL * shade, veil), WHITE * shade, white)
+    picture = _hairs(shot, picture, plane, patient.hairs)
+    return photograph(shot, _mark(shot, picture) if marked else picture, camera)
