@@ -1,0 +1,230 @@
+"""Stage 1, sites. In: the configuration of the sites and the backbone's preprocessing. Out: a `Federation`, ready to train on.
+
+Everything that can be wrong with the data is found here, before training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+import numpy as np
+import pandas as pd
+
+from consilium import registry
+from consilium.config import SitesConfig
+from consilium.errors import ConfigError, DataError
+from consilium.protocols import Examples, Preprocessing, SiteData, Source
+from consilium.sites import partition, splits
+from consilium.sites.images import first_few
+from consilium.sites.store import Progress, Store, open_store, transform_pixels
+
+__all__ = ["Federation", "open_source", "pool", "prepare", "table", "transform_pixels"]
+
+
+@dataclass(frozen=True)
+class Federation:
+    """All sites' data. `split` lists every image of the table, also dropped ones: id, site, group, label, split."""
+
+    sites: Mapping[str, SiteData]  # sorted by name, without the held-out ones
+    held_out: Mapping[str, SiteData]  # unseen hospitals: split like the others, never trained on
+    classes: tuple[str, ...]
+    split: pd.DataFrame
+    split_hash: str
+    data_digest: str  # over ids, labels, groups, sites and the images' bytes
+    warnings: tuple[str, ...]
+
+
+def prepare(
+    sites: SitesConfig,
+    classes: tuple[str, ...] | None,
+    preprocessing: Preprocessing,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> Federation:
+    """Read, partition, check, split, decode. Raises ConfigError or DataError for whatever would stop a training later."""
+    source, records = table(sites)
+    _check_sites(records, sites.held_out)
+    known = _classes(records, classes)
+    rows = splits.assign(records, sites.split)
+    store = open_store(
+        source, list(rows["id"]), preprocessing, decoding=_decoding(sites), folder=cache, progress=progress
+    )
+    readable = _readable(rows, store, sites.tolerate_corrupt)
+    every = {str(name): _site(str(name), part, store, known) for name, part in readable.groupby("site")}
+    trained = {name: data for name, data in every.items() if name not in sites.held_out}
+    _check_train(set(rows["site"]) - set(sites.held_out), trained)
+    return Federation(
+        sites=trained,
+        held_out={name: data for name, data in every.items() if name in sites.held_out},
+        classes=known,
+        split=rows[["id", "site", "group", "label", "split"]],
+        split_hash=splits.digest(rows),
+        data_digest=_data_digest(rows, store.hashes),
+        warnings=tuple(_warnings(rows, trained, known, store.corrupt)),
+    )
+
+
+def open_source(sites: SitesConfig) -> Source:
+    """The configured source; a split column named in `sites.split` is handed to the source that reads it."""
+    options, column = sites.options(), sites.split.column
+    if column is None:
+        source: Source = registry.build("sources", sites.source, options)
+        return source
+    if "columns" not in registry.get("sources", sites.source).options.model_fields:
+        raise ConfigError(f"the source {sites.source!r} has no columns", where="sites.split.column", received=column)
+    columns = options.get("columns") or {}
+    if not isinstance(columns, Mapping) or columns.get("split", column) != column:
+        raise ConfigError("two columns are named for the split", where="sites", received=f"{columns} and {column!r}")
+    source = registry.build("sources", sites.source, {**options, "columns": {**columns, "split": column}})
+    return source
+
+
+def table(sites: SitesConfig) -> tuple[Source, pd.DataFrame]:
+    """The source and its records with their final sites, sorted by id; split as given by the data, if at all."""
+    source = open_source(sites)
+    records = partition.divide(source.records(), sites.partition)
+    explicit = sites.split.model_fields_set & {"train", "val", "test", "seed", "file"}
+    if "split" in records and explicit:
+        what = "the table brings its own split, so these keys have no effect"
+        raise ConfigError(what, where="sites.split", received=", ".join(sorted(explicit)))
+    return source, records
+
+
+def pool(federation: Federation, name: str = "pooled") -> SiteData:
+    """All sites as one; `origins` still says where each row came from. Held-out sites stay out."""
+    parts = list(federation.sites.values())
+    return SiteData(
+        name=name,
+        train=_concatenate([site.train for site in parts]),
+        val=_concatenate([site.val for site in parts]),
+        test=_concatenate([site.test for site in parts]),
+    )
+
+
+def _concatenate(parts: Sequence[Examples]) -> Examples:
+    return Examples(
+        images=parts[0].images,
+        rows=np.concatenate([part.rows for part in parts]),
+        labels=np.concatenate([part.labels for part in parts]),
+        ids=np.concatenate([part.ids for part in parts]),
+        groups=np.concatenate([part.groups for part in parts]),
+        origins=np.concatenate([part.origins for part in parts]),
+    )
+
+
+def _decoding(sites: SitesConfig) -> str:
+    """All options of the source but paths and column names: any of them may change what `decode` makes of the bytes."""
+    options = registry.parse_options(registry.get("sources", sites.source), sites.options())
+    plain = options.model_dump(mode="json")
+    kept = {k: plain[k] for k, v in options if k != "columns" and not isinstance(v, PurePath)}
+    return json.dumps([sites.source, kept], sort_keys=True)
+
+
+def _check_sites(records: pd.DataFrame, held_out: Sequence[str]) -> None:
+    names = sorted(set(records["site"]))
+    unknown = sorted(set(held_out) - set(names))
+    if unknown:
+        raise ConfigError(
+            "held-out sites that do not exist",
+            where="sites.held_out",
+            allowed=first_few(names, 20),
+            received=first_few(unknown),
+        )
+    unfit = [name for name in names if name in (".", "..") or any(sign in name for sign in "/\\\0")]
+    if unfit:
+        raise DataError("a site's name must do as the name of a folder", where="site column", received=first_few(unfit))
+    if set(names) <= set(held_out):
+        raise ConfigError("every site is held out", where="sites.held_out", received=first_few(names))
+
+
+def _classes(records: pd.DataFrame, declared: tuple[str, ...] | None) -> tuple[str, ...]:
+    found = sorted(set(records["label"]))
+    if declared is None:
+        return tuple(found)
+    unknown = [label for label in found if label not in declared]
+    if unknown:
+        num_rows = int(records["label"].isin(unknown).sum())
+        raise DataError(
+            f"{num_rows} images have labels that are no declared class",
+            where="task.classes",
+            allowed=", ".join(declared),
+            received=first_few(unknown),
+        )
+    return declared
+
+
+def _readable(rows: pd.DataFrame, store: Store, tolerated: float) -> pd.DataFrame:
+    share = len(store.corrupt) / len(rows)
+    if share > tolerated:
+        raise DataError(
+            f"{len(store.corrupt)} of {len(rows)} images are unreadable",
+            where="sites.tolerate_corrupt",
+            allowed=f"a share of {tolerated:g}",
+            received=first_few(store.corrupt, 10),
+            remedy="mend or remove them (`consilium data audit` lists all), or raise the tolerated share to drop them",
+        )
+    return rows[~rows["id"].isin(store.corrupt)]
+
+
+def _site(name: str, rows: pd.DataFrame, store: Store, classes: tuple[str, ...]) -> SiteData:
+    train, val, test = (_examples(rows[rows["split"] == split], store, classes) for split in splits.NAMES)
+    return SiteData(name, train, val, test)
+
+
+def _examples(rows: pd.DataFrame, store: Store, classes: tuple[str, ...]) -> Examples:
+    index = {label: number for number, label in enumerate(classes)}
+    return Examples(
+        images=store.images,
+        rows=np.array([store.rows[id] for id in rows["id"]], dtype=np.int64),
+        labels=np.array([index[label] for label in rows["label"]], dtype=np.int64),
+        ids=rows["id"].to_numpy(dtype=np.str_),
+        groups=rows["group"].to_numpy(dtype=np.str_),
+        origins=rows["site"].to_numpy(dtype=np.str_),
+    )
+
+
+def _check_train(names: set[str], trained: Mapping[str, SiteData]) -> None:
+    empty = sorted(name for name in names if name not in trained or not len(trained[name].train))
+    if empty:
+        remedy = "give them training rows, or keep them out with sites.held_out"
+        raise DataError("sites without training rows", received=first_few(empty), remedy=remedy)
+
+
+def _data_digest(rows: pd.DataFrame, hashes: Mapping[str, str]) -> str:
+    plain = sorted(rows[["id", "site", "group", "label"]].itertuples(index=False, name=None))
+    text = json.dumps([[*row, hashes.get(row[0], "")] for row in plain])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _warnings(
+    rows: pd.DataFrame, sites: Mapping[str, SiteData], classes: tuple[str, ...], corrupt: Sequence[str]
+) -> list[str]:
+    found = []
+    if rows["group"].is_unique:
+        found.append("no group holds two images: if a patient or lesion may have several, name the group column")
+    shared = splits.groups_at_several_sites(rows)
+    if shared:
+        found.append(f"{len(shared)} groups occur at several sites: {first_few(shared)}")
+    if corrupt:
+        found.append(f"{len(corrupt)} unreadable images were dropped: {first_few(corrupt)}")
+    seen = set().union(*(set(data.train.labels.tolist()) for data in sites.values()))
+    absent = [label for number, label in enumerate(classes) if number not in seen]
+    if absent:
+        found.append(f"no site has training images of the classes {first_few(absent, 20)}")
+    return found + [text for name, data in sites.items() for text in _site_warnings(name, data, classes)]
+
+
+def _site_warnings(name: str, data: SiteData, classes: tuple[str, ...]) -> list[str]:
+    found = []
+    if len(set(data.train.labels.tolist())) == 1:
+        found.append(f"site {name} trains on one class only: {classes[int(data.train.labels[0])]}")
+    if len(np.unique(np.concatenate([data.train.groups, data.val.groups, data.test.groups]))) == 1:
+        found.append(f"site {name} has one patient only: everything is in one split")
+    lacking = [split for split, part in (("val", data.val), ("test", data.test)) if not len(part)]
+    if lacking:
+        found.append(f"site {name} has no images for {' and '.join(lacking)}: its metrics there have n = 0")
+    return found

@@ -1,0 +1,232 @@
+"""Stage 1, sites. In: image bytes by id and the backbone's preprocessing. Out: all pixels, uint8 [n, H, W, 3], memory-mapped.
+
+Each different image is decoded and resized once. A store is a pair of files in the cache folder, named by a hash over the
+images' own hashes and all that shapes the pixels: `<key>.npy`, and `<key>.json` with size, checksum and unreadable images.
+Only one process builds a store; it writes beside the final name and renames when all is on disk, the JSON last, so that a
+crash leaves nothing that could be mistaken for a store. The operating system frees the lock of a process that dies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from filelock import FileLock
+from PIL import Image
+
+from consilium.errors import DataError
+from consilium.protocols import Preprocessing, Source, UInt8Array
+
+Progress = Callable[[int, int], None]  # (images done, images in all)
+FORMAT = 1
+_FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+@dataclass(frozen=True)
+class Store:
+    """`images` uint8 [n, H, W, 3]; `rows` gives the row of each readable id; `hashes` the SHA-256 of each readable file."""
+
+    images: UInt8Array
+    rows: Mapping[str, int]
+    hashes: Mapping[str, str]
+    corrupt: tuple[str, ...]  # ids without readable pixels, sorted
+
+
+def default_folder() -> Path:
+    """The user's cache folder for decoded images."""
+    home = Path.home()
+    if "XDG_CACHE_HOME" in os.environ:
+        base = Path(os.environ["XDG_CACHE_HOME"])
+    elif sys.platform == "darwin":
+        base = home / "Library" / "Caches"
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local"))
+    else:
+        base = home / ".cache"
+    return base / "consilium" / "images"
+
+
+def hash_contents(source: Source, ids: Sequence[str]) -> dict[str, str]:
+    """SHA-256 of the stored bytes of each id; ids whose bytes cannot be read are left out."""
+    hashes = {}
+    for id in ids:
+        try:
+            hashes[id] = hashlib.sha256(source.content(id)).hexdigest()
+        except DataError:
+            continue
+    return hashes
+
+
+def open_store(
+    source: Source,
+    ids: Sequence[str],
+    preprocessing: Preprocessing,
+    *,
+    decoding: str = "",
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> Store:
+    """The pixels of `ids`, from the cache where they are there, else decoded now.
+
+    `decoding` names all options of the source that change what its `decode` makes of the same bytes. Raises DataError
+    where the cache cannot be written.
+    """
+    hashes = hash_contents(source, ids)
+    id_of = {content_hash: id for id, content_hash in sorted(hashes.items(), reverse=True)}
+    order = sorted(id_of)
+    path = (folder or default_folder()) / f"{_key(order, preprocessing, decoding)}.npy"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            corrupt = _read_index(path)
+            if corrupt is None:
+                corrupt = _build(path, source, [id_of[one] for one in order], preprocessing, progress)
+    except OSError as error:
+        remedy = "free some space, or choose another folder with engine.cache"
+        raise DataError(
+            "the store of decoded images cannot be written", where=str(path), received=str(error), remedy=remedy
+        ) from error
+    bad = {order[row] for row in corrupt}
+    row_of = {content_hash: row for row, content_hash in enumerate(order) if content_hash not in bad}
+    rows = {id: row_of[hashes[id]] for id in ids if hashes.get(id) in row_of}
+    return Store(np.load(path, mmap_mode="r"), rows, hashes, tuple(sorted(set(ids) - rows.keys())))
+
+
+def transform_pixels(pixels: UInt8Array, preprocessing: Preprocessing) -> UInt8Array:
+    """RGB uint8 [H, W, 3] resized and cropped to [S, S, 3], as timm's evaluation transform does (antialiased).
+
+    center: shorter side to floor(S / crop_fraction), then the middle. squash: both sides to it, then the middle. border:
+    longer side to it, then the middle, missing borders filled with the mean colour.
+    """
+    image, size = Image.fromarray(pixels), preprocessing.image_size
+    goal = math.floor(size / preprocessing.crop_fraction)
+    resized = image.resize(
+        _resized_size(image.size, goal, preprocessing.crop_mode), _FILTERS[preprocessing.interpolation]
+    )
+    return _crop_or_pad(np.asarray(resized), size, [round(255 * value) for value in preprocessing.mean])
+
+
+def _resized_size(size: tuple[int, int], goal: int, mode: str) -> tuple[int, int]:
+    """Width and height after resizing; the longer side is truncated as torchvision does, or rounded as timm does."""
+    if mode == "squash":
+        return goal, goal
+    if mode == "border":
+        ratio = max(size) / goal
+        return max(1, round(size[0] / ratio)), max(1, round(size[1] / ratio))
+    width, height = size
+    return (goal, int(goal * height / width)) if width <= height else (int(goal * width / height), goal)
+
+
+def _crop_or_pad(pixels: UInt8Array, size: int, fill: Sequence[int]) -> UInt8Array:
+    height, width = pixels.shape[:2]
+    result = np.empty((size, size, 3), dtype=np.uint8)
+    result[:] = np.asarray(fill, dtype=np.uint8)
+    (top, from_top, rows), (left, from_left, columns) = _window(height, size), _window(width, size)
+    result[top : top + rows, left : left + columns] = pixels[
+        from_top : from_top + rows, from_left : from_left + columns
+    ]
+    return result
+
+
+def _window(have: int, want: int) -> tuple[int, int, int]:
+    """Where to put, where to take from, and how many."""
+    return (0, round((have - want) / 2.0), want) if have >= want else ((want - have) // 2, 0, have)
+
+
+def _key(order: Sequence[str], preprocessing: Preprocessing, decoding: str) -> str:
+    shape = asdict(preprocessing)
+    if preprocessing.crop_mode != "border":
+        shape.pop("mean")  # only borders are filled with it
+    shape.pop("std")
+    text = json.dumps([FORMAT, shape, decoding, list(order)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read_index(path: Path) -> list[int] | None:
+    """Rows without readable pixels; None where there is no whole, undamaged store."""
+    try:
+        index = json.loads(path.with_suffix(".json").read_text())
+        with path.open("rb") as file:
+            whole = (
+                path.stat().st_size == index["bytes"]
+                and hashlib.file_digest(file, "sha256").hexdigest() == index["sha256"]
+            )
+        return [int(row) for row in index["corrupt"]] if whole else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _build(
+    path: Path, source: Source, ids: Sequence[str], preprocessing: Preprocessing, progress: Progress | None
+) -> list[int]:
+    size = preprocessing.image_size
+    needed, free = len(ids) * size * size * 3, shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise OSError(f"{needed:,} bytes are needed, {free:,} are free")
+    partial = path.with_suffix(".partial")
+    try:
+        with partial.open("wb") as file:
+            corrupt = _write_rows(file, _decoded(source, ids, preprocessing), (len(ids), size, size, 3), progress)
+            file.flush()
+            os.fsync(file.fileno())
+        with partial.open("rb") as file:
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+        index = {"bytes": partial.stat().st_size, "sha256": checksum, "corrupt": corrupt}
+        path.with_suffix(".json").unlink(missing_ok=True)
+        partial.replace(path)
+        partial.write_text(json.dumps(index))
+        partial.replace(path.with_suffix(".json"))
+    finally:
+        partial.unlink(missing_ok=True)
+    return corrupt
+
+
+def _write_rows(
+    file: BinaryIO, rows: Iterator[UInt8Array | None], shape: tuple[int, ...], progress: Progress | None
+) -> list[int]:
+    """Write a .npy file row by row (a full disk is then an error, not a signal as with a mapped file)."""
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    corrupt = []
+    for number, pixels in enumerate(rows):
+        if pixels is None:
+            corrupt.append(number)
+        file.write(np.zeros(shape[1:], dtype=np.uint8) if pixels is None else np.ascontiguousarray(pixels))
+        if progress is not None:
+            progress(number + 1, shape[0])
+    return corrupt
+
+
+def _decoded(source: Source, ids: Sequence[str], preprocessing: Preprocessing) -> Iterator[UInt8Array | None]:
+    """Pixels in the order of `ids`, None where unreadable; bytes are read here, decoded by a few threads."""
+
+    def decode(content: bytes) -> UInt8Array | None:
+        try:
+            return transform_pixels(source.decode(content), preprocessing)
+        except DataError:
+            return None
+
+    num_threads = min(4, os.cpu_count() or 1)
+    pending: deque[Future[UInt8Array | None]] = deque()
+    with ThreadPoolExecutor(num_threads) as pool:
+        for id in ids:
+            pending.append(pool.submit(decode, source.content(id)))
+            if len(pending) > 4 * num_threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
