@@ -1,7 +1,7 @@
 """Common: the command line. In: words. Out: one call of a public function per verb, and what it returned, printed.
 
-Nothing heavy is imported before a verb runs. Exit codes: 0 done, 1 a run that failed, 2 an input that cannot be used
-(nothing was started), 130 interrupted.
+Nothing heavy is imported before a verb runs. Exit codes: 0 done; 1 a run or a run folder that failed; 2 words, a
+configuration, data or weights that cannot be used; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import typer
 
 from consilium import cli_data
 from consilium.cli_data import ConfigFile, Json, Settings, print_json
-from consilium.errors import ConsiliumError, TrainingError, WireError
+from consilium.errors import BackboneError, ConfigError, ConsiliumError, DataError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "--debug" in words:
             raise
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, (TrainingError, WireError)) else 2)
+        sys.exit(2 if isinstance(error, (ConfigError, DataError, BackboneError)) else 1)
 
 
 def _version(wanted: bool) -> None:

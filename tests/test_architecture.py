@@ -21,7 +21,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "consilium"
 STAGES = ("sites", "backbones", "tasks", "tuners", "local", "strategies", "engines", "report")
-ASSEMBLY = ("__init__", "__main__", "cli", "cli_data", "run", "check", "predict", "export")
+COMPOSITION = ("__init__", "__main__", "cli", "cli_data", "experiment", "run", "check", "predict", "export")
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = {"torch", "torchvision", "timm", "pandas", "numpy", "sklearn", "pyarrow", "pydantic", "PIL", "matplotlib"}
 READING_PATH = ("protocols.py", "run.py", "tuners/lora.py", "strategies/fedavg.py")
@@ -78,9 +78,9 @@ def _function_sizes(path: Path) -> Iterator[tuple[str, int]]:
 @pytest.mark.parametrize("path", SOURCES, ids=_name)
 def test_no_stage_imports_another(path: Path) -> None:
     home = _home(path)
-    if home in ASSEMBLY:
+    if home in COMPOSITION:
         return
-    foreign = _imported(path) & {*STAGES, *ASSEMBLY} - {home, "__init__"}
+    foreign = _imported(path) & {*STAGES, *COMPOSITION} - {home, "__init__"}
     if home == "engines":
         foreign -= set(STAGES)
     assert not foreign, f"{_name(path)} belongs to {home} and imports {sorted(foreign)}"
@@ -111,7 +111,7 @@ MODULES = [path for path in SOURCES if not path.name.startswith("__")]
 def test_a_module_opens_with_its_stage(path: Path) -> None:
     """Strategies and tuners go on with the header of an algorithm instead of what comes in and goes out."""
     docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
-    assert re.match(r"(Stage \d+\b|Common:|Assembly:)", docstring), docstring
+    assert re.match(r"(Stage \d+\b|Common:|Composition:|Engine:)", docstring), docstring
     if path.parent.name not in ("strategies", "tuners") and path.name != "protocols.py":
         assert "In: " in docstring
         assert "Out: " in docstring

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from contextlib import AbstractContextManager
 
 import pytest
 from hypothesis import given
@@ -82,11 +83,16 @@ def test_json_lines_are_one_valid_object_per_event(capsys: pytest.CaptureFixture
     assert lines[-1]["loss"] is None
 
 
-def test_a_failing_run_closes_the_live_view() -> None:
-    stream = io.StringIO()
-    with pytest.raises(KeyboardInterrupt), progress.live(Console(file=stream, force_terminal=True)) as display:
+def _interrupted(show: AbstractContextManager[progress.Display]) -> None:
+    with show as display:
         display(START)
         raise KeyboardInterrupt
+
+
+def test_a_failing_run_closes_the_live_view() -> None:
+    stream = io.StringIO()
+    with pytest.raises(KeyboardInterrupt):
+        _interrupted(progress.live(Console(file=stream, force_terminal=True)))
     assert stream.getvalue().endswith("\x1b[?25h")  # the cursor is shown again
 
 

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from consilium import config
+from consilium.errors import ConfigError
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").rglob("*.toml"))
+
+
+def _table(text: str = "") -> dict[str, Any]:
+    return tomllib.loads(text)
+
+
+def _refused(text: str) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        config.from_dict(_table(text))
+    return caught.value
+
+
+def test_the_quick_start_is_a_valid_configuration() -> None:
+    assert config.load(None).sites.source == "phantom"
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_every_shipped_configuration_is_valid(path: Path) -> None:
+    assert config.load(path).name
+
+
+def test_a_configuration_survives_its_own_plain_form() -> None:
+    first = config.from_dict(_table('seed = 3\n[strategy]\nname = "fedprox"\nmu = 0.5\n[train]\nlocal_steps = 4'))
+    again = config.from_dict(json.loads(json.dumps(first.to_dict())))
+    assert again.to_dict() == first.to_dict()
+    assert first.to_dict()["strategy"]["mu"] == 0.5
+    assert first.to_dict()["tuner"][0]["rank"] >= 1  # a member's default is filled in
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "allowed"),
+    [
+        ("sead = 1", "sead", "seed"),
+        ("[train]\nlocal_epoch = 1", "train.local_epoch", "local_epochs"),
+        ("[train.schedule]\nwarm = 0.1", "train.schedule.warm", "warmup"),
+        ("[sites.split]\nseeds = 1", "sites.split.seeds", "seed"),
+        ("[head]\nshared = true", "head.shared", "share"),
+    ],
+)
+def test_an_unknown_key_is_refused_and_the_known_ones_are_named(text: str, key: str, allowed: str) -> None:
+    error = _refused(text)
+    assert error.what == f"unknown key: {key}"
+    assert allowed in str(error.allowed).split(", ")
+
+
+def test_an_unknown_option_of_a_member_is_refused_too() -> None:
+    assert _refused('[strategy]\nname = "fedavg"\nmu = 0.5').what == "unknown key: mu"
+    assert _refused('[[tuner]]\nname = "lora"\nranc = 4').where == "tuners.lora"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seed = -1",
+        "[train]\nrounds = 0",
+        "[train]\nlocal_epochs = 1\nlocal_steps = 5",
+        "[train]\nmomentum = 0.5",
+        '[sites.partition]\nkind = "dirichlet"\nnum_sites = 3',
+        '[sites.partition]\nkind = "iid"\nnum_sites = 3\nalpha = 0.5',
+        '[sites.partition]\nkind = "natural"\nnum_sites = 3',
+        "[sites.split]\ntrain = 0.9",
+        '[sites.split]\ncolumn = "fold"\nfile = "split.parquet"',
+        '[sites.split]\ncolumn = "fold"\nseed = 3',
+        "tuner = []",
+        '[head]\nshare = "sometimes"',
+    ],
+)
+def test_values_that_make_no_sense_are_refused(text: str) -> None:
+    _refused(text)
+
+
+def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "run.toml"
+    file.parent.mkdir()
+    file.write_text(
+        '[backbone]\nname = "vit_tiny_patch16_224"\nweights = "../weights.safetensors"\n[engine]\ncache = "c"'
+    )
+    loaded = config.load(file)
+    assert loaded.backbone.weights == str(tmp_path / "weights.safetensors")
+    assert loaded.engine.cache == tmp_path / "deep" / "c"
+
+
+@pytest.mark.parametrize("word", ["random", "embedded"])
+def test_words_for_weights_are_no_paths(word: str) -> None:
+    assert config.from_dict({"backbone": {"weights": word}}).backbone.weights == word
+
+
+def test_overrides_reach_nested_keys_and_keep_their_types() -> None:
+    loaded = config.load(None, ["train.rounds=3", "train.schedule.name=constant", "seed = 7", 'tuner={name="linear"}'])
+    assert (loaded.train.rounds, loaded.train.schedule.name, loaded.seed) == (3, "constant", 7)
+    assert [tuner.name for tuner in loaded.tuner] == ["linear"]
+
+
+def test_an_override_reaches_the_only_tuner_and_one_of_several_by_its_place() -> None:
+    table = {"tuner": [{"name": "lora"}, {"name": "lora"}]}
+    config._set(table, "tuner.1.rank=2")
+    assert table["tuner"] == [{"name": "lora"}, {"name": "lora", "rank": 2}]
+    assert config.load(None, ['tuner=[{name="lora"}]', "tuner.rank=2"]).tuner[0].options() == {"rank": 2}
+
+
+@pytest.mark.parametrize("override", ["train.rounds", "=3", "seed.deeper=1", "tuner.7.rank=1", "tuner.first.rank=1"])
+def test_an_override_that_reaches_nothing_is_refused(override: str) -> None:
+    with pytest.raises(ConfigError):
+        config.load(None, [override])
+
+
+@pytest.mark.parametrize("content", [b"[train", b"\xff\xfe"])
+def test_a_file_that_is_no_toml_is_refused_with_its_name(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "broken.toml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"broken\.toml"):
+        config.load(file)
+
+
+def _hashes(**changes: object) -> tuple[str, str]:
+    made = config.from_dict(changes)
+    return config.agreement_hash(made, "digest", ["a", "b"]), config.config_hash(made, "digest")
+
+
+def test_what_changes_no_result_changes_no_hash() -> None:
+    assert _hashes() == _hashes(engine={"workers": 4, "cache": "elsewhere"})
+
+
+def test_where_data_lie_and_the_threads_change_the_configuration_but_not_the_agreement() -> None:
+    for change in ({"engine": {"threads": 2}}, {"sites": {"split": {"seed": 5}}}, {"evaluation": {"bootstrap": 10}}):
+        agreement, whole = _hashes(**change)
+        assert agreement == _hashes()[0]
+        assert whole != _hashes()[1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"tuner": {"name": "linear"}},
+        {"head": {"share": "personal"}},
+        {"strategy": {"name": "local"}},
+        {"train": {"rounds": 11}},
+        {"backbone": {"image_size": 48}},
+    ],
+)
+def test_what_all_sites_must_share_changes_the_agreement(change: dict[str, object]) -> None:
+    agreement, whole = _hashes(**change)
+    assert agreement != _hashes()[0]
+    assert whole != _hashes()[1]
+
+
+def test_a_default_written_out_is_the_same_configuration() -> None:
+    assert _hashes() == _hashes(train={"rounds": 10}, head={"kind": "linear"})
