@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from consilium import metrics, registry
@@ -26,6 +26,14 @@ class ClassificationOptions(registry.Options):
     beta: float = Field(default=0.999, ge=0, lt=1)  # effective_number only
     focal_gamma: float = Field(default=0.0, ge=0)  # 0: cross-entropy
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _effective(self) -> ClassificationOptions:
+        if self.class_weight != "effective_number" and self.beta != 0.999:
+            raise ValueError("beta has an effect with class_weight = 'effective_number' only")
+        if self.class_weight == "none" and self.class_counts != "site":
+            raise ValueError("class_counts has no effect with class_weight = 'none'")
+        return self
 
 
 @registry.register(
