@@ -1,0 +1,143 @@
+"""Stage 3, tuners. In: a backbone, one or several tuners, a head. Out: one function of the trainable tensors.
+
+A hybrid is a list: variables are the union, each tuner chooses among its own, and the order changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from consilium import tensors
+from consilium.config import HeadConfig
+from consilium.errors import ConfigError
+from consilium.protocols import Attached, Backbone, Declaration, Selector, Specs, Tuner
+from consilium.tensors import Tensors
+from consilium.tuners.head import RATE, Head
+
+
+@dataclass(frozen=True)
+class TunedModel:
+    """`protocols.Model`: the frozen weights live in `backbone.module`, all that is learnt comes in as `variables`."""
+
+    backbone: Backbone
+    tuners: tuple[Tuner, ...]
+    head: Head
+    specs: Specs
+    learning_rates: Mapping[str, float]
+    attached: tuple[Attached, ...]  # one per tuner
+    head_start: dict[str, Tensor]  # a frozen head's values
+    names: frozenset[str]  # of every parameter and buffer of the backbone, adapters included
+
+    def initial(self, seed: int) -> Tensors:
+        """Start values of all variables, drawn from `seed` and each variable's own name."""
+        head = tensors.select(self.head.initial(seed), self.head.specs)
+        found = {name: value for each in self.attached for name, value in each.initial(seed).items()}
+        return tensors.detach({**found, **head})
+
+    def forward(self, variables: Tensors, images: Tensor) -> Tensor:
+        """Outputs [B, num_outputs], never in half precision; missing names keep their frozen value."""
+        outputs = self.head.apply({**self.head_start, **variables}, self.features(variables, images))
+        return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
+
+    def features(self, variables: Tensors, images: Tensor) -> Tensor:
+        """Pooled features [B, num_features]; ConfigError for a name that is neither the backbone's nor the head's."""
+        inside = {name: value for name, value in variables.items() if name not in self.head_start}
+        if not inside.keys() <= self.names:
+            raise ConfigError("the model has no such variable", received=sorted(inside.keys() - self.names)[:3])
+        features: Tensor = functional_call(self.backbone.module, inside, (images,), tie_weights=False)
+        return features
+
+    def active(self, round: int, site: str, seed: int) -> Selector:
+        """What any tuner trains among its own tensors, and the head unless it is frozen."""
+        owned = [{spec.tag for spec in each.specs.values()} for each in self.attached]
+        choices = [(own, tuner.active(round, site, seed)) for own, tuner in zip(owned, self.tuners, strict=True)]
+        head = {spec.tag for spec in self.head.specs.values()}
+        return lambda tag: tag in head or any(tag in own and chosen(tag) for own, chosen in choices)
+
+    def to(self, device: torch.device | str) -> TunedModel:
+        """Move the frozen weights, in place; variables and images must be given on the same device."""
+        self.backbone.module.to(device)
+        self.head_start.update({name: value.to(device) for name, value in self.head_start.items()})
+        return self
+
+
+def attach(
+    backbone: Backbone,
+    tuners: Sequence[Tuner],
+    head: HeadConfig,
+    num_outputs: int,
+    declaration: Declaration,
+    seed: int,
+) -> TunedModel:
+    """Attach all tuners to the backbone and put a head on top.
+
+    Raises ConfigError where two tuners claim one tensor, where nothing is left to train, or where the strategy needs a
+    role that no tensor has.
+    """
+    added = tuple(tuner.attach(backbone, declaration.parts, declaration.combination) for tuner in tuners)
+    top = Head(head, backbone.num_features, num_outputs)
+    specs = _union([*(each.specs for each in added), top.specs])
+    _require(specs, declaration)
+    return TunedModel(
+        backbone=backbone,
+        tuners=tuple(tuners),
+        head=top,
+        specs=specs,
+        learning_rates=_rates(added),
+        attached=added,
+        head_start=top.initial(seed),
+        names=frozenset(name for name, _ in [*backbone.module.named_parameters(), *backbone.module.named_buffers()]),
+    )
+
+
+def merge(model: TunedModel, variables: Tensors) -> nn.Module:
+    """Fold everything into the backbone, in place, and take the adapters off; the plain module, without the head.
+
+    To unmerge, load the backbone again. ConfigError where a tuner cannot be folded.
+    """
+    own = dict(model.backbone.module.named_parameters())
+    with torch.no_grad():
+        for name in variables.keys() & own.keys() - model.specs.keys():  # a strategy changed the base
+            own[name].copy_(variables[name])
+    for tuner in model.tuners:
+        tuner.merge(model.backbone, variables)
+    return model.backbone.module
+
+
+def _union(all_specs: Sequence[Specs]) -> Specs:
+    names = [name for specs in all_specs for name in specs]
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(names) != len(set(names)) else []
+    if twice:
+        raise ConfigError(
+            "two tuners claim the same tensor", where="tuner", received=twice[:3], remedy="leave one of them out"
+        )
+    return {name: spec for specs in all_specs for name, spec in sorted(specs.items())}
+
+
+def _require(specs: Specs, declaration: Declaration) -> None:
+    if not specs:
+        raise ConfigError("nothing is left to train", where="head.share", allowed="shared, personal", received="frozen")
+    roles = {spec.tag.role for spec in specs.values()}
+    if not declaration.required_roles <= roles:
+        raise ConfigError(
+            "the strategy needs tensors that these tuners do not have",
+            where="strategy with tuner",
+            allowed=f"tuners with the roles {sorted(declaration.required_roles)}",
+            received=f"roles {sorted(roles)}",
+        )
+
+
+def _rates(added: Sequence[Attached]) -> dict[str, float]:
+    """By role; where two tuners suit one role differently the smaller rate is safe for both. A tuner that trains only
+    the head may name the head's rate, which no longer holds in a hybrid with moving features."""
+    moving = [each for each in added if each.specs]
+    rates: dict[str, float] = {"head": RATE}
+    for each in moving or added:
+        for role, rate in each.learning_rates.items():
+            rates[role] = min(rate, rates[role]) if role in rates and moving else rate
+    return rates

@@ -1,0 +1,56 @@
+"""Stage 3, tuners. In: a backbone. Out: all its parameters as variables that start at their pre-trained values.
+
+Full fine-tuning; with `fedavg` the method of McMahan et al., AISTATS 2017, arXiv 1602.05629.
+Leaves the site: every weight. The identity that pins it: at the start it is the frozen backbone, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from consilium import registry, tensors
+from consilium.protocols import Attached, Backbone, Combination, Part, Selector, Spec
+from consilium.tensors import Tensors
+from consilium.tuners import base
+
+RATE = 5e-5  # AdamW; pre-trained weights are forgotten at the rates that suit a few new tensors
+ROLES = ("norm", "attention", "bias", "weight", "embedding")
+
+
+class FullOptions(registry.Options):
+    """None."""
+
+
+@registry.register(
+    "tuners",
+    "full",
+    options=FullOptions,
+    summary="every parameter of the backbone",
+    source="McMahan et al. 2017, arXiv 1602.05629",
+    facts={"formula": "W", "count": "all"},
+)
+class Full:
+    """Trains the whole backbone."""
+
+    def __init__(self, options: FullOptions) -> None:
+        self.options = options
+
+    def attach(self, backbone: Backbone, parts: Sequence[Part], combination: Combination) -> Attached:
+        """Name every parameter of the backbone; nothing is added, nothing is drawn."""
+        part = base.only_part("full", parts, combination)
+        own = base.parameters(backbone.module)
+        start = tensors.detach(own)
+        specs = {name: Spec(tuple(p.shape), base.tag(backbone, name, part.name), p.dtype) for name, p in own.items()}
+        return Attached(specs=specs, initial=lambda _: start, learning_rates=dict.fromkeys(ROLES, RATE))
+
+    def active(self, round: int, site: str, seed: int) -> Selector:  # noqa: ARG002
+        """Everything."""
+        return lambda _: True
+
+    @torch.no_grad()
+    def merge(self, backbone: Backbone, variables: Tensors) -> None:
+        """Write the variables into the backbone."""
+        for name, own in base.parameters(backbone.module).items():
+            own.copy_(variables[name])
