@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from consilium.errors import BackboneError
 from consilium.tensors import Tensors
 
+PLAIN = "vit_base_patch16_224"  # timm's entry for a VisionTransformer of any size: the card gives the numbers
 EMBEDDED = Path(__file__).parent / "embedded"
 SETTINGS = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "input_size", "license")
 
@@ -66,9 +67,9 @@ def embedded(pretrained: bool = True) -> Weights:
         raise BackboneError(
             "the embedded weights do not have the checksum of their card", remedy="install the package again"
         )
-    architecture = dict(card["architecture"])
-    settings = {**card["preprocessing"], "license": card["licence"]}
-    return Weights(architecture.pop("name"), load_file(path) if pretrained else None, settings, architecture)
+    own, size = card["preprocessing"], card["preprocessing"]["image_size"]
+    settings = {**own, "crop_pct": own["crop_fraction"], "input_size": (3, size, size), "license": card["licence"]}
+    return Weights(PLAIN, load_file(path) if pretrained else None, settings, card["architecture"])
 
 
 def timm_settings(name: str) -> dict[str, Any]:

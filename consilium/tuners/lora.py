@@ -101,7 +101,7 @@ class Lora:
         self.options = options
 
     def attach(self, backbone: Backbone, parts: Sequence[Part], combination: Combination) -> Attached:
-        """Hang factors beside every target. ConfigError for a target or block that is not there, or too large a rank."""
+        """Hang factors beside every target. ConfigError for a target, block or rank that the backbone does not have."""
         specs: dict[str, Spec] = {}
         for name, place in self._targets(backbone).items():
             linear = _free_linear(backbone, name)
