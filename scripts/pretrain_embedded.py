@@ -2,9 +2,9 @@
 
     python scripts/pretrain_embedded.py consilium/backbones/embedded
 
-A small ViT learns to name what it sees in drawn scenes (`pretraining_images.py`): figure, filling, ground, colours, count,
-size, edge, direction, scale, contrast. The heads are thrown away. CPU only; every number comes from the recipe, and equal
-recipes on equal machines give equal bits.
+A small ViT learns to name what it sees in drawn scenes (`pretraining_images.py`): figure, filling, ground, colours,
+count, size, edge, direction, scale, contrast. The heads are thrown away. CPU only; every number comes from the recipe,
+and equal recipes on equal machines give equal bits.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def pretrain(recipe: Recipe, report: Callable[[int, float], None]) -> dict[str, 
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
         optimiser.step()
         schedule.step()
-        report(step, float(loss))
+        report(step, loss.item())
     return {name: tensor.half().contiguous() for name, tensor in sorted(backbone.state_dict().items())}
 
 
@@ -101,7 +101,7 @@ def card(recipe: Recipe, data: bytes, losses: list[float], seconds: float) -> di
     """What the file is, how it was made and how it wants its images."""
     return {
         "name": "embedded",
-        "description": "A small ViT, pre-trained on drawn scenes without any photograph; for the quick start and for tests.",
+        "description": "A small ViT, pre-trained on drawn scenes, no photograph; for the quick start and for tests.",
         "architecture": ARCHITECTURE,
         "preprocessing": {
             "image_size": ARCHITECTURE["img_size"],

@@ -1,8 +1,8 @@
-"""Images for the pre-training of the embedded backbone. In: a seed and a step. Out: a batch of drawn scenes and their labels.
+"""Images for the pre-training of the embedded backbone. In: a seed and a step. Out: a batch of scenes and their labels.
 
-Every scene is a background with one to four equal figures. Figures are regular (polygons, stars, rings, spirals ...) and
-fillings are periodic (gratings, checks, rings ...) or noise: nothing here resembles skin, hair, a lesion or the marks of
-a dermatoscope, so that the phantom data set stays new to the backbone.
+Every scene is a background with one to four equal figures. Figures are regular (polygons, stars, rings, spirals ...),
+fillings are periodic (gratings, checks, rings ...) or noise: nothing here resembles skin, hair, a lesion or the marks
+of a dermatoscope, so that the phantom data set stays new to the backbone.
 """
 
 from __future__ import annotations
@@ -85,16 +85,16 @@ def _wave(phase: Array) -> Array:
 
 
 FILLINGS: tuple[Callable[[Array, Array, Array], Array], ...] = (
-    lambda u, v, w: 0 * u,
-    lambda u, v, w: _wave(u),
-    lambda u, v, w: np.sign(_wave(u)),
-    lambda u, v, w: np.sign(_wave(u / 2) * _wave(v / 2)),
-    lambda u, v, w: _wave(u) * _wave(v),
-    lambda u, v, w: _wave(np.sqrt(u * u + v * v)),
-    lambda u, v, w: 2 * np.mod(u, 1) - 1,
-    lambda u, v, w: np.sign(np.mod(v + np.abs(np.mod(u, 1) - 0.5), 1) - 0.5),
-    lambda u, v, w: 1.6 * w,
-    lambda u, v, w: np.sign(np.mod(u, 1) - 0.8) * np.sign(np.mod(v + 0.5 * np.floor(u), 1) - 0.8),
+    lambda u, _v, _w: 0 * u,
+    lambda u, _v, _w: _wave(u),
+    lambda u, _v, _w: np.sign(_wave(u)),
+    lambda u, v, _w: np.sign(_wave(u / 2) * _wave(v / 2)),
+    lambda u, v, _w: _wave(u) * _wave(v),
+    lambda u, v, _w: _wave(np.sqrt(u * u + v * v)),
+    lambda u, _v, _w: 2 * np.mod(u, 1) - 1,
+    lambda u, v, _w: np.sign(np.mod(v + np.abs(np.mod(u, 1) - 0.5), 1) - 0.5),
+    lambda _u, _v, w: 1.6 * w,
+    lambda u, v, _w: np.sign(np.mod(u, 1) - 0.8) * np.sign(np.mod(v + 0.5 * np.floor(u), 1) - 0.8),
 )
 
 
@@ -165,7 +165,7 @@ def _labels(rng: np.random.Generator, count: int) -> Labels:
 
 
 def _visible(labels: Labels) -> Labels:
-    """Labels with UNKNOWN where the picture cannot show them: a plain filling has no contrast, rings have no direction."""
+    """Labels, UNKNOWN where the picture cannot show them: a plain filling has no contrast, rings have no direction."""
     without = {"angle": (0, 3, 4, 5, 8), "scale": (0,), "contrast": (0,)}
     hidden = {task: np.isin(labels["filling"], fillings) for task, fillings in without.items()}
     return {task: np.where(hidden.get(task, False), UNKNOWN, label) for task, label in labels.items()}
@@ -182,7 +182,7 @@ def _paint(rng: np.random.Generator, labels: Labels, hue: str, field: Array, con
 
 
 def draw(seed: int, step: int, count: int, size: int) -> tuple[npt.NDArray[np.uint8], Labels]:
-    """`count` scenes uint8 [count, size, size, 3] and, per task of TASKS, int64 labels [count]; a function of the arguments."""
+    """`count` scenes uint8 [count, size, size, 3] and, per task of TASKS, int64 labels [count]."""
     rng = np.random.default_rng([seed, step])
     labels = _labels(rng, count)
     angle = (labels["angle"] + rng.uniform(-0.4, 0.4, count)) * np.pi / TASKS["angle"]

@@ -1,8 +1,9 @@
-"""Stage 1, sites. In: a few numbers. Out: a drawn data set of hospitals, dermoscopy-like, of known truth; no file, no network.
+"""Stage 1, sites. In: a few numbers. Out: a drawn, dermoscopy-like data set of hospitals, without files or network.
 
-As physicists test a scanner with a phantom, so a federation can be tested with images of which everything is known. Four
-classes of lesion differ in how often they show a sign (`SIGNS`), none in one sign alone. Sites differ in camera, light, skin,
-class mix and size. Ink dots at the edge are a sign of carcinoma at one site (`MARKED_SITE`) and mean nothing elsewhere.
+As physicists test a scanner with a phantom, so a federation can be tested with images of which everything is known.
+Four classes of lesion differ in how often they show a sign (`SIGNS`), none in one sign alone. Sites differ in camera,
+light, skin, class mix and size. Ink dots at the edge are a sign of carcinoma at one site (`MARKED_SITE`) and mean
+nothing elsewhere.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from pydantic import Field, model_validator
 from consilium import registry, seeds
 from consilium.errors import DataError
 from consilium.protocols import UInt8Array
-from consilium.sites.phantom_draw import Camera, Lesion, Patient, draw
+from consilium.sites.phantom_camera import Camera
+from consilium.sites.phantom_draw import Lesion, Patient, draw
 
 CLASSES = ("carcinoma", "keratosis", "melanoma", "naevus")
 MARKED_SITE = "harbour"
@@ -45,7 +47,7 @@ AMOUNTS: Mapping[str, tuple[tuple[float, float, float, float], float]] = {
 
 
 class PhantomOptions(registry.Options):
-    """How many pictures of how many sites. `difficulty` moves all classes' signs towards their mean: at 1 nothing differs."""
+    """How many pictures of how many sites. `difficulty` moves the classes' signs to their mean; at 1 none differ."""
 
     num_images: int = Field(default=1600, ge=1)  # in total
     num_sites: int = Field(default=4, ge=1)
@@ -98,18 +100,18 @@ def _further(number: int, seed: int) -> PhantomSite:
     random = seeds.numpy_generator(seed, site=name, purpose="phantom site")
     gain = random.uniform(0.85, 1.08, 3)
     camera = Camera(
-        (float(gain[0]), float(gain[1]), float(gain[2])),
-        float(random.uniform(0.003, 0.012)),
-        *(float(random.uniform(0, high)) for high in (0.7, 0.25)),
-        float(random.uniform(0.8, 1.2)),
-        float(random.uniform(0.005, 0.04)),
-        int(random.integers(0, 6)),
+        gain=(float(gain[0]), float(gain[1]), float(gain[2])),
+        blur=float(random.uniform(0.003, 0.012)),
+        vignette=float(random.uniform(0, 0.7)),
+        slope=float(random.uniform(0, 0.25)),
+        gamma=float(random.uniform(0.8, 1.2)),
+        noise=float(random.uniform(0.005, 0.04)),
+        quality=int(random.integers(0, 6)),
     )
     mix = tuple(float(share) for share in random.dirichlet(np.full(len(CLASSES), 5.0)))
     tone = (float(random.uniform(0.1, 0.7)), float(random.uniform(0.05, 0.2)))
-    return PhantomSite(
-        name, float(random.uniform(0.1, 0.35)), mix, tone, float(random.uniform(0, 3)), camera, EVERYWHERE
-    )
+    weight, hairs = float(random.uniform(0.1, 0.35)), float(random.uniform(0, 3))
+    return PhantomSite(name, weight, mix, tone, hairs, camera, EVERYWHERE)
 
 
 @dataclass(frozen=True)
@@ -155,16 +157,11 @@ def lesion_signs(random: np.random.Generator, label: int, difficulty: float) -> 
         return values[label] + difficulty * (mean - values[label])
 
     shown = {sign: float(random.random() < of(often)) * random.uniform(0.6, 1.1) for sign, often in SIGNS.items()}
-    amounts = {
-        name: max(0.0, of(means) + spread * float(random.standard_normal()))
-        for name, (means, spread) in AMOUNTS.items()
-    }
-    return Lesion(**amounts, **shown)
+    drawn = {name: of(means) + spread * float(random.standard_normal()) for name, (means, spread) in AMOUNTS.items()}
+    return Lesion(**shown, **{name: max(0.0, value) for name, value in drawn.items()})
 
 
-@registry.register(
-    "sources", "phantom", options=PhantomOptions, summary="drawn lesions at drawn hospitals, of known truth"
-)
+@registry.register("sources", "phantom", options=PhantomOptions, summary="drawn lesions at drawn hospitals")
 class Phantom:
     """The source `phantom`: a picture is a function of the options and its id."""
 
@@ -188,9 +185,7 @@ class Phantom:
     def content(self, id: str) -> bytes:
         """One picture as binary PPM: lossless, the same bytes whatever the version of an image library."""
         if id not in self._shots:
-            raise DataError(
-                "the phantom has no picture of this id", allowed=f"0 to {len(self._shots) - 1}", received=id
-            )
+            raise DataError("the phantom has no picture of this id", allowed="an id of its records", received=id)
         size = self._options.image_size
         return b"P6\n%d %d\n255\n" % (size, size) + self._draw(self._shots[id]).tobytes()
 
@@ -199,23 +194,17 @@ class Phantom:
         kind, _, rest = content.partition(b"\n")
         sides, _, rest = rest.partition(b"\n")
         depth, _, pixels = rest.partition(b"\n")
-        width, height = (int(side) if side.isdigit() else 0 for side in (sides.split() + [b"", b""])[:2])
+        width, height = (int(side) if side.isdigit() else 0 for side in [*sides.split(), b"", b""][:2])
         if (kind, depth) != (b"P6", b"255") or not pixels or len(pixels) != 3 * width * height:
-            raise DataError(
-                "these bytes are no picture of the phantom", allowed="binary PPM", received=repr(content[:16])
-            )
+            raise DataError("these bytes are no picture", allowed="binary PPM of 8 bit", received=repr(content[:16]))
         return np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
 
     def _draw(self, shot: Shot) -> UInt8Array:
         def random(name: str, what: str) -> np.random.Generator:
             return seeds.numpy_generator(self._options.seed, site=shot.site.name, purpose=f"phantom {what} {name}")
 
-        site, patient, own, taken = (
-            shot.site,
-            random(shot.group, "patient"),
-            random(shot.lesion, "lesion"),
-            random(shot.id, "shot"),
-        )
+        site, patient = shot.site, random(shot.group, "patient")
+        own, taken = random(shot.lesion, "lesion"), random(shot.id, "shot")
         skin = Patient(float(np.clip(patient.normal(*site.tone), 0, 1)), site.hairs * float(patient.uniform(0, 2)))
         lesion = lesion_signs(own, shot.label, self._options.difficulty)
         marked = bool(patient.random() < site.marks[shot.label])

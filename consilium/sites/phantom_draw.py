@@ -1,4 +1,4 @@
-"""Stage 1, sites. In: what a lesion, its patient and a camera are like. Out: a drawn, dermoscopy-like picture, uint8 [S, S, 3].
+"""Stage 1, sites. In: what a lesion, its patient and a camera are like. Out: a drawn picture, uint8 [S, S, 3].
 
 Light falls on skin and is absorbed by two pigments: picture = skin * exp(-melanin - blood), then white and blue-white
 structures are laid over it. Every sign of a lesion is a field on a plane that turns with the lesion, so that two
@@ -9,34 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 
-Field = npt.NDArray[np.float64]  # [S, S], or [S, S, 3] for a picture
-UInt8Array = npt.NDArray[np.uint8]
-Random = np.random.Generator
+from consilium.sites.phantom_camera import Camera, Field, Random, UInt8Array, grid, photograph
+
 
 MELANIN = np.array([0.55, 1.0, 1.35])  # absorption in red, green and blue
 BLOOD = np.array([0.12, 1.0, 0.85])
 FAIR, DARK = np.array([0.93, 0.76, 0.68]), np.array([0.47, 0.32, 0.25])
-VEIL, WHITE, HAIR, INK = (
-    np.array(c) for c in ((0.52, 0.58, 0.70), (0.97, 0.93, 0.86), (0.14, 0.10, 0.08), (0.30, 0.18, 0.52))
-)
-
-
-@dataclass(frozen=True)
-class Camera:
-    """How a site photographs: what stands between the skin and the stored pixels."""
-
-    gain: tuple[float, float, float]  # of red, green and blue
-    blur: float  # standard deviation as a share of the picture's width
-    vignette: float  # share of light lost in the corners
-    slope: float  # largest change of light across the picture
-    gamma: float
-    noise: float  # standard deviation, 1 is white
-    quality: int  # quantisation step of the blocks' coefficients, in grey levels; 0: none
+VEIL, WHITE = np.array([0.52, 0.58, 0.70]), np.array([0.97, 0.93, 0.86])
+HAIR, INK = np.array([0.14, 0.10, 0.08]), np.array([0.30, 0.18, 0.52])
 
 
 @dataclass(frozen=True)
@@ -82,18 +65,12 @@ class Plane:
         """Points [n, 2] of the lesion as points of the picture."""
         cos, sin = np.cos(self.angle), np.sin(self.angle)
         turned = np.stack([cos * points[:, 0] - sin * points[:, 1], sin * points[:, 0] + cos * points[:, 1]], 1)
-        return turned * self.zoom + np.array(self.shift)
-
-
-@lru_cache(maxsize=8)
-def _grid(size: int) -> tuple[Field, Field]:
-    line = (np.arange(size) + 0.5) * (2 / size) - 1
-    x, y = np.meshgrid(line, line)
-    return x, y
+        placed: Field = turned * self.zoom + np.array(self.shift)
+        return placed
 
 
 def _plane(shot: Random, size: int) -> Plane:
-    x, y = _grid(size)
+    x, y = grid(size)
     angle, zoom = float(shot.uniform(0, 2 * np.pi)), float(shot.uniform(0.8, 1.15))
     shift = (float(shot.uniform(-0.18, 0.18)), float(shot.uniform(-0.18, 0.18)))
     dx, dy = (x - shift[0]) / zoom, (y - shift[1]) / zoom
@@ -120,7 +97,8 @@ def _dots(points: Field, radius: float, size: int) -> Field:
     line = (np.arange(size) + 0.5) * (2 / size) - 1
     across = np.exp(-(((line[:, None] - points[:, 0]) / radius) ** 2))
     down = np.exp(-(((line[:, None] - points[:, 1]) / radius) ** 2))
-    return np.einsum("in,jn->ij", down, across)
+    total: Field = np.einsum("in,jn->ij", down, across)
+    return total
 
 
 def _step(values: Field, width: float) -> Field:
@@ -240,51 +218,6 @@ def _mark(shot: Random, picture: Field) -> Field:
     edge = np.full(number, shot.uniform(0.76, 0.9) * shot.choice([-1, 1]))
     points = np.stack([along, edge] if shot.random() < 0.5 else [edge, along], 1)
     return _over(picture, INK, 0.9 * np.minimum(1.5 * _dots(points, 0.075, len(picture)), 1))
-
-
-# ----------------------------------------------------------------------------------------------------------- camera
-@lru_cache(maxsize=16)
-def _blur(size: int, width: float) -> Field:
-    place = np.arange(size)
-    weights = np.exp(-0.5 * ((place[:, None] - place) / max(width * size, 1e-3)) ** 2)
-    total: Field = weights / weights.sum(1, keepdims=True)
-    return total
-
-
-@lru_cache(maxsize=1)
-def _cosines() -> npt.NDArray[np.int64]:
-    """The 8-point cosine transform as integers (times 4096), so that blocks are the same on every machine."""
-    place = np.arange(8)
-    rows = np.cos(np.pi * (2 * place + 1) * place[:, None] / 16) * np.where(place[:, None] == 0, np.sqrt(1 / 8), 0.5)
-    return np.round(4096 * rows).astype(np.int64)
-
-
-def _compressed(pixels: UInt8Array, step: int) -> UInt8Array:
-    """Keep the 8 x 8 cosine coefficients of each channel in multiples of `step` (more for fine ones), as JPEG does."""
-    size, base = len(pixels), _cosines()
-    edge = -size % 8
-    whole = np.pad(pixels, ((0, edge), (0, edge), (0, 0)), mode="edge").astype(np.int64)
-    blocks = whole.reshape(len(whole) // 8, 8, -1, 8, 3).transpose(0, 2, 4, 1, 3)
-    order = np.arange(8)
-    steps = (step * (2 + order[:, None] + order)) << 23
-    coefficients = base @ blocks @ base.T
-    kept = (2 * coefficients + steps) // (2 * steps) * steps
-    back = (base.T @ kept @ base + (1 << 47)) >> 48
-    return np.clip(back.transpose(0, 3, 1, 4, 2).reshape(whole.shape)[:size, :size], 0, 255).astype(np.uint8)
-
-
-def photograph(shot: Random, picture: Field, camera: Camera) -> UInt8Array:
-    """Pixels uint8 [S, S, 3] that the camera stores of a picture [S, S, 3] in 0..1."""
-    size = len(picture)
-    x, y = _grid(size)
-    slope = shot.uniform(-camera.slope, camera.slope, 2)
-    light = (1 + slope[0] * x + slope[1] * y) * (1 - camera.vignette * np.clip(x * x + y * y, 0, 2) / 2)
-    seen = picture * light[..., None] * (np.array(camera.gain) * shot.uniform(0.88, 1.12))
-    lens = _blur(size, camera.blur * 2)
-    seen = np.einsum("ij,jkc,lk->ilc", lens, seen, lens, optimize=True)
-    seen = np.clip(seen, 0, 1) ** camera.gamma + camera.noise * shot.standard_normal(seen.shape)
-    pixels = np.clip(np.round(255 * seen), 0, 255).astype(np.uint8)
-    return _compressed(pixels, camera.quality) if camera.quality else pixels
 
 
 def draw(
