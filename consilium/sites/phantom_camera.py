@@ -1,4 +1,4 @@
-"""Stage 1, sites. In: a picture as light would show it, [S, S, 3] in 0..1. Out: the pixels a site's camera stores, uint8."""
+"""Stage 1, sites. In: a picture as light would show it, [S, S, 3] in 0..1. Out: the pixels a camera stores, uint8."""
 
 from __future__ import annotations
 

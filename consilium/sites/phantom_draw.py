@@ -14,7 +14,6 @@ import numpy as np
 
 from consilium.sites.phantom_camera import Camera, Field, Random, UInt8Array, grid, photograph
 
-
 MELANIN = np.array([0.55, 1.0, 1.35])  # absorption in red, green and blue
 BLOOD = np.array([0.12, 1.0, 0.85])
 FAIR, DARK = np.array([0.93, 0.76, 0.68]), np.array([0.47, 0.32, 0.25])
