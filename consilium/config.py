@@ -337,6 +337,6 @@ def _absolute(table: Mapping[str, Any], base: Path) -> dict[str, Any]:
             target[last] = str((base / Path(target[last]).expanduser()).resolve())
     backbone = copy.get("backbone")
     weights = backbone.get("weights") if isinstance(backbone, dict) else None
-    if isinstance(weights, str) and weights not in ("random", "embedded"):
+    if isinstance(backbone, dict) and isinstance(weights, str) and weights not in ("random", "embedded"):
         backbone["weights"] = str((base / Path(weights).expanduser()).resolve())
     return copy

@@ -1,8 +1,8 @@
 """Common: the displays of a run. In: the events a run emits, plain mappings. Out: a live view, lines, or JSON lines.
 
-Events: prepare (what, done, total), start (name, sites, rounds, out), site (round, site, status, loss), round (a line
-of events.jsonl), reference (name), finish (result, report, headline). A display is a function of one event and keeps
-nothing of a run that the run itself would need.
+Events: prepare (what, done, total), start (name, sites, rounds, out), site (round, site, status, numbers), round (a line
+of events.jsonl), reference (name, kind: start, round or reused), finish (result, report, headline). A display is a
+function of one event and keeps nothing of a run that the run itself would need.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 Event = Mapping[str, Any]
@@ -94,8 +102,9 @@ def _round(event: Event) -> str:
     return ", ".join([*parts, f"validation balanced accuracy {estimate(value)}", *failed])
 
 
-def _reference(event: Event) -> str:
-    return f"reference: {event['name']}"
+def _reference(event: Event) -> str | None:
+    words = {"start": "trains", "reused": f"taken from {event.get('from')}"}.get(event["kind"])
+    return f"reference {event['name']}: {words}" if words else None
 
 
 def _finish(event: Event) -> str:
@@ -136,14 +145,14 @@ class _Row:
 
 
 class _Board:
-    """The live view: what was last heard of the run and of every site."""
+    """The live view: what was last heard of the run, of its references and of every site."""
 
     def __init__(self, console: Console) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._progress = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console)
-        self._task = self._progress.add_task("preparing", total=None)
+        left = (TextColumn("left"), TimeRemainingColumn())
+        self._progress = Progress(*columns, *left, console=console, speed_estimate_period=3600)
+        self._bars: dict[str, TaskID] = {}
         self._rows: dict[str, _Row] = {}
-        self._name = ""
         self.closing: list[str | None] = []
 
     def take(self, event: Event) -> None:
@@ -168,17 +177,24 @@ class _Board:
             table.add_row(name, row.status, estimate(row.loss), f"{last} {sparkline(row.history[-24:])}")
         return Group(self._progress, table)
 
+    def _advance(self, name: str, done: int, total: int | None = None) -> None:
+        """Move the bar of that name, made on first use; a resumed run's earlier rounds do not count for its speed."""
+        if name not in self._bars:
+            self._bars[name] = self._progress.add_task(name, total=total)
+        elif done > 1 and not self._progress.tasks[self._bars[name]].completed:
+            self._progress.reset(self._bars[name], completed=done - 1)
+        self._progress.update(self._bars[name], completed=done)
+
     def _prepare(self, event: Event) -> None:
-        self._progress.update(self._task, description=event["what"], completed=event["done"], total=event["total"])
+        self._advance(event["what"], event["done"], event["total"])
 
     def _start(self, event: Event) -> None:
-        self._name = self._name or event["name"]
         self._rows = {site: _Row() for site in event["sites"]}
-        self._progress.reset(self._task, description=event["name"], total=event["rounds"])
+        self._advance("rounds", 0, event["rounds"])
 
     def _site(self, event: Event) -> None:
         row = self._rows.setdefault(event["site"], _Row())
-        row.status = event["status"]
+        row.status = event["status"].replace("_", " ")
         row.loss = event.get("loss", row.loss)
 
     def _round(self, event: Event) -> None:
@@ -186,10 +202,11 @@ class _Board:
             self._site({"site": name, **site})
             value = site.get("val", {}).get("outgoing", {}).get(_METRIC)
             self._rows[name].history.append(math.nan if value is None else value)
-        self._progress.update(self._task, completed=event["round"])
+        self._advance("rounds", event["round"])
 
     def _reference(self, event: Event) -> None:
-        self._progress.update(self._task, description=f"{self._name}: reference {event['name']}")
+        if event["kind"] != "reused":
+            self._advance(f"reference {event['name']}", event.get("round", 0), event.get("rounds"))
 
     def _finish(self, event: Event) -> None:
         self.closing.append(line(event))

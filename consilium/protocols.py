@@ -154,18 +154,22 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Attached:
-    """What a tuner added: the trainable tensors, their initial values and the learning rate that suits each role."""
+    """What a tuner added: the trainable tensors, their initial values and the learning rate that suits each role.
+
+    `initial(seed)` may be called many times: shared tensors start from the run's seed, personal ones from a seed that
+    only the site knows (a head that the server ever knew gives labels away, Yang et al. 2021).
+    """
 
     specs: Specs
-    initial: Tensors
+    initial: Callable[[int], Tensors]
     learning_rates: Mapping[str, float]  # role -> AdamW learning rate
 
 
 class Tuner(Protocol):
     """Makes a few trainable tensors on a frozen backbone. Options are its own frozen pydantic model."""
 
-    def attach(self, backbone: Backbone, parts: Sequence[Part], combination: Combination, seed: int) -> Attached:
-        """Add adapters to `backbone.module` in place (or name existing parameters); initial values come from `seed`."""
+    def attach(self, backbone: Backbone, parts: Sequence[Part], combination: Combination) -> Attached:
+        """Add adapters to `backbone.module` in place, or name existing parameters."""
         ...
 
     def active(self, round: int, site: str, seed: int) -> Selector:
@@ -183,8 +187,9 @@ class Model(Protocol):
     @property
     def specs(self) -> Specs: ...
 
-    @property
-    def initial(self) -> Tensors: ...
+    def initial(self, seed: int) -> Tensors:
+        """Start values of all variables, drawn from `seed` and each variable's own name."""
+        ...
 
     @property
     def learning_rates(self) -> Mapping[str, float]: ...
@@ -212,6 +217,15 @@ class Task(Protocol):
     @property
     def num_outputs(self) -> int: ...
 
+    @property
+    def class_counts(self) -> Literal["site", "federation"]:
+        """Whose class counts the loss wants; "federation" makes every site send its own before the first round."""
+        ...
+
+    def with_classes(self, classes: Sequence[str]) -> Task:
+        """The same task for these classes."""
+        ...
+
     def loss(self, outputs: Tensor, labels: Tensor, class_counts: Sequence[int]) -> Tensor:
         """Mean loss of a batch; outputs [B, num_outputs], labels [B]; class_counts as configured: site or federation."""
         ...
@@ -224,7 +238,9 @@ class Task(Protocol):
         """Quick metrics without intervals for a round's log; NaN where undefined."""
         ...
 
-    def metrics(self, predictions: Any) -> Mapping[str, Any]:
+    def metrics(
+        self, predictions: Any, bootstrap: int = 1000, seed: int = 0, sites: Sequence[str] = ()
+    ) -> Mapping[str, Any]:
         """Full metrics from a table of predictions (site, id, group, label, one column per class), with intervals."""
         ...
 
@@ -306,11 +322,10 @@ class Update:
 
 @dataclass(frozen=True)
 class Learned:
-    """Outcome of `Strategy.learn`: `update` leaves the site, `personal` stays, `trained` is served before aggregation."""
+    """Outcome of `Strategy.learn`: `update` leaves the site, `personal` stays."""
 
     update: Tensors
     personal: Personal
-    trained: Tensors
     loss: float
     num_steps: int
     image_passes: int
@@ -344,7 +359,6 @@ class Declaration:
     needs_individual_updates: bool = False  # False: only the weighted sum, so secure aggregation is possible
     required_roles: frozenset[str] = frozenset()
     changes_base: bool = False
-    has_global_model: bool = True  # the shared tensors alone are a model
 
 
 class Strategy(Protocol):
@@ -354,23 +368,23 @@ class Strategy(Protocol):
     def declares(self) -> Declaration: ...
 
     def up(self, specs: Specs, round: int) -> Specs:
-        """Everything a site may send in this round; `specs` are the model's variables that may travel."""
+        """Everything a site may send in this round; `specs` are all variables of the model."""
         ...
 
     def down(self, specs: Specs, round: int) -> Specs:
         """Everything the coordinator may send in this round."""
         ...
 
-    def init_server(self, initial: Tensors, sites: Sequence[str]) -> ServerState:
-        """State before round 1; `initial` are the model's variables that may travel."""
+    def init_server(self, initial: Tensors, specs: Specs, sites: Sequence[str]) -> ServerState:
+        """State before round 1; `initial` and `specs` are all variables of the model."""
         ...
 
     def send(self, server: ServerState, site: str) -> Tensors:
         """All that `site` should know now; the coordinator sends what the site does not have yet."""
         ...
 
-    def init_site(self, initial: Tensors, site: str) -> Personal:
-        """A site's state before its first round; `initial` are all variables of the model."""
+    def init_site(self, initial: Tensors, specs: Specs, site: str) -> Personal:
+        """A site's state before its first round; `initial` and `specs` are all variables of the model."""
         ...
 
     def learn(self, received: Tensors, personal: Personal, training: LocalTraining) -> Learned:
@@ -382,5 +396,6 @@ class Strategy(Protocol):
         ...
 
     def deploy(self, received: Tensors, personal: Personal) -> Mapping[str, Tensors]:
-        """Full variables of the models to use: "personal" always, "global" where the shared tensors alone are a model."""
+        """Full variables of the models to use: "personal" always, "global" where the shared tensors alone are a model.
+        Called with what was received last, and, for the model before aggregation, with what the site itself trained."""
         ...

@@ -34,7 +34,7 @@ def detach(tensors: Tensors) -> dict[str, Tensor]:
 
 
 def weighted_mean(terms: Sequence[tuple[float, Tensors]]) -> dict[str, Tensor]:
-    """Mean of the terms by weight, name by name over the terms that hold the name; float64 inside, first term's dtype out.
+    """Mean by weight, name by name over the terms that hold the name; float64 inside, the first term's dtype out.
 
     Raises WireError where the weights of a name add up to nothing.
     """
@@ -87,8 +87,8 @@ def digest_all(tensors: Tensors) -> str:
     return total.hexdigest()
 
 
-def _raw(plain: Tensor) -> memoryview:
-    return memoryview(plain.reshape(-1).view(torch.uint8).numpy()) if plain.numel() else memoryview(b"")
+def _raw(plain: Tensor) -> bytes:
+    return plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
 
 
 def num_elements(tensors: Tensors) -> int:

@@ -1,0 +1,264 @@
+"""Composition: the round loop. In: an experiment and a transport to its sites. Out: the served model, round by round.
+
+    draw sites -> send what each lacks -> collect replies -> combine -> checkpoint
+
+A site gets every tensor whose content differs from what it was sent last, so that a site that missed rounds catches up
+by the same rule. The checkpoint of a round is written before its line in events.jsonl; `--resume` continues after it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Protocol
+
+from consilium import checkpoint, seeds
+from consilium.errors import StateError, TrainingError
+from consilium.experiment import Experiment
+from consilium.ledger import Ledger
+from consilium.messages import Reply, Request, RequestKind, decode_reply, encode, size
+from consilium.protocols import Failure, ServerState, Specs, Update
+from consilium.tensors import Tensors, digest
+
+Display = Callable[[Mapping[str, object]], None]
+
+
+class Transport(Protocol):
+    """The seam: in process, or across hospitals."""
+
+    def sites(self) -> tuple[str, ...]: ...
+
+    def round(self, requests: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]: ...
+
+
+@dataclass
+class Progress:
+    """All the coordinator knows after a closed round; what a checkpoint holds."""
+
+    server: ServerState
+    receipts: dict[str, dict[str, str]] = field(default_factory=dict)  # site -> name -> digest of what it was sent
+    builds_on: dict[str, int] = field(default_factory=dict)  # site -> round of its last state
+    ledger: Ledger = field(default_factory=Ledger)
+    class_counts: list[int] = field(default_factory=list)
+    passes: dict[str, int] = field(default_factory=dict)  # site -> images it has trained on
+    best: dict[str, Any] = field(default_factory=dict)  # round, value and builds_on of the best validated round
+    seconds: float = 0.0
+
+
+@dataclass
+class Coordinator:
+    """Runs one federation to its end. `stop_after` ends early on purpose (tests of resuming)."""
+
+    experiment: Experiment
+    transport: Transport
+    folder: Path
+    display: Display
+
+    def run(self) -> Progress:
+        """Rounds up to the last, from the newest checkpoint if there is one; then the finish. TrainingError, StateError."""
+        progress = self._latest() or self._start()
+        for number in range(progress.server.round + 1, self.experiment.config.train.rounds + 1):
+            progress = self._close_round(progress, number)
+        return self._finish(progress)
+
+    # -------------------------------------------------------------------------------------------- rounds
+    def _start(self) -> Progress:
+        model, sites = self.experiment.model, self.transport.sites()
+        initial = model.initial(self.experiment.config.seed)
+        progress = Progress(self.experiment.strategy.init_server(initial, model.specs, sites))
+        if self.experiment.task.class_counts == "federation":
+            replies = self._ask(progress, "describe", 0, sites, {"class_counts": True})
+            columns = zip(*(reply.numbers["class_counts"] for reply in replies), strict=True)
+            progress.class_counts = [sum(column) for column in columns]
+        return progress
+
+    def _close_round(self, progress: Progress, number: int) -> Progress:
+        started = perf_counter()
+        before = Ledger.from_dict(progress.ledger.to_dict())
+        drawn = drawn_sites(self.experiment.config.train.participation, self.transport.sites(),
+                            self.experiment.config.seed, number)  # fmt: skip
+        context = {
+            "validate": number % self.experiment.config.evaluation.every == 0 or number == 1,
+            "class_counts": progress.class_counts,
+            "keep": sorted(set(progress.best.get("builds_on", {}).values())),
+        }
+        replies = self._ask(progress, "round", number, drawn, context)
+        updates = [Update(reply.site, reply.tensors, reply.num_examples) for reply in replies]
+        server = self.experiment.strategy.combine(progress.server, [u for u in updates if u.num_examples > 0])
+        self._judge(progress, replies)
+        for reply in replies:
+            progress.builds_on[reply.site] = number
+            progress.passes[reply.site] = progress.passes.get(reply.site, 0) + reply.numbers["image_passes"]
+        seconds = perf_counter() - started
+        progress = replace(progress, server=replace(server, round=number), seconds=progress.seconds + seconds)
+        self._save(progress)
+        self._log(self._event(progress, before, replies, drawn, seconds))
+        return progress
+
+    def _judge(self, progress: Progress, replies: Sequence[Reply]) -> None:
+        """The validation of what came in is about the round before; remember the best by the unweighted mean of sites."""
+        evaluation, judged = self.experiment.config.evaluation, progress.server.round
+        values = [reply.numbers["val"]["incoming"].get(evaluation.select) for reply in replies]
+        known = [value for value in values if value is not None]
+        if evaluation.serve == "best" and judged >= 1 and known:
+            mean = math.fsum(known) / len(known)
+            if mean > progress.best.get("value", -math.inf):
+                progress.best = {"round": judged, "value": mean, "builds_on": dict(progress.builds_on)}
+
+    def _finish(self, progress: Progress) -> Progress:
+        """Serve the last round, or the best validated one; every site reads its test split once."""
+        if self.experiment.config.evaluation.serve == "best":
+            self._judge(progress, self._ask(progress, "evaluate", progress.server.round, self.transport.sites(), {}))
+            ledger, passes, seconds = progress.ledger, progress.passes, progress.seconds
+            progress = self._load(self._path(progress.best["round"]))
+            progress = replace(progress, ledger=ledger, passes=passes, seconds=seconds)
+        self._ask(progress, "finish", progress.server.round, self.transport.sites(), {})
+        return progress
+
+    def visit(self, progress: Progress) -> None:
+        """Let sites that took no part read their images once with the shared model; their bytes are not the run's."""
+        guests = replace(progress, receipts={}, builds_on={}, ledger=Ledger())
+        self._ask(guests, "finish", progress.server.round, self.transport.sites(), {})
+
+    # -------------------------------------------------------------------------------------------- messages
+    def _ask(
+        self, progress: Progress, kind: RequestKind, number: int, sites: Sequence[str], context: Mapping[str, Any]
+    ) -> list[Reply]:
+        """Send a request to each site and collect the replies, sorted by site. TrainingError below the quorum."""
+        down = self.experiment.strategy.down(self.experiment.model.specs, number)
+        up = self.experiment.strategy.up(self.experiment.model.specs, number)
+        requests: dict[str, bytes] = {}
+        for site in sorted(sites):
+            news = {} if kind == "describe" else self._news(progress, site)
+            request = Request(kind, site, number, progress.builds_on.get(site, 0), self.experiment.handshake, news, context)
+            requests[site] = encode(request, down)
+            progress.ledger.add("down", site, size(requests[site]))
+        answers: list[Reply | Failure] = []
+        for site, answer in self.transport.round(requests):
+            answers.append(answer if isinstance(answer, Failure) else self._read(progress, answer, up))
+            self.display(_site_event(kind, number, site, answers[-1]))
+        replies = [answer for answer in answers if isinstance(answer, Reply)]
+        failures = [answer for answer in answers if isinstance(answer, Failure)]
+        self._enough(replies, failures, len(requests), kind, number)
+        return replies
+
+    def _news(self, progress: Progress, site: str) -> Tensors:
+        """What the strategy has for the site and the site was not sent yet; takes the receipt."""
+        receipts = progress.receipts.setdefault(site, {})
+        news = {}
+        for name, tensor in self.experiment.strategy.send(progress.server, site).items():
+            version = digest(tensor)
+            if receipts.get(name) != version:
+                news[name], receipts[name] = tensor, version
+        return news
+
+    def _read(self, progress: Progress, answer: bytes, up: Specs) -> Reply | Failure:
+        reply = decode_reply(answer, up)
+        progress.ledger.add("up", reply.site, size(answer))
+        return reply.failure or reply
+
+    def _enough(
+        self, replies: Sequence[Reply], failures: Sequence[Failure], asked: int, kind: str, number: int
+    ) -> None:
+        reasons = "; ".join(f"{failure.site}: {failure.code}, {failure.message}" for failure in failures)
+        broken = [failure.site for failure in failures if failure.code == "non_finite"]
+        if broken:
+            remedy = "lower train.learning_rate or look at the site's data; the last good round is kept: --resume"
+            raise TrainingError(f"non-finite numbers from site {', '.join(broken)} in round {number}",
+                                where=str(self.folder), received=reasons, remedy=remedy)  # fmt: skip
+        needed = math.ceil(self.experiment.config.train.quorum * asked) if kind == "round" else asked
+        if len(replies) < max(needed, 1):
+            raise TrainingError(f"too few sites replied to '{kind}' of round {number}: {len(replies)} of {asked}",
+                                where=str(self.folder), allowed=f"at least {needed}", received=reasons,
+                                remedy="mend the sites and run again with --resume")  # fmt: skip
+
+    # -------------------------------------------------------------------------------------------- disk
+    def _path(self, number: int) -> Path:
+        return self.folder / "checkpoints" / f"round-{number:05d}.safetensors"
+
+    def _save(self, progress: Progress) -> None:
+        server, number = progress.server, progress.server.round
+        tensors = {f"shared/{name}": value for name, value in server.shared.items()}
+        tensors |= {f"memory/{name}": value for name, value in server.memory.items()}
+        meta = {"round": number, "sites": server.sites, "agreement": self.experiment.handshake.agreement}
+        known = {key: getattr(progress, key) for key in _PLAIN}
+        checkpoint.save(self._path(number), tensors, {**meta, **known, "ledger": progress.ledger.to_dict()})
+        for path in self._path(number).parent.glob("round-*.safetensors"):
+            if _number(path) not in (number - 1, number, progress.best.get("round")):
+                path.unlink()
+
+    def _load(self, path: Path) -> Progress:
+        tensors, meta = checkpoint.load(path)
+        if meta["agreement"] != self.experiment.handshake.agreement:
+            raise StateError("this checkpoint belongs to another configuration", where=str(path))
+        parts = {part: {name.removeprefix(f"{part}/"): value for name, value in tensors.items()
+                        if name.startswith(f"{part}/")} for part in ("shared", "memory")}  # fmt: skip
+        server = ServerState(meta["round"], tuple(meta["sites"]), parts["shared"], parts["memory"])
+        return Progress(server, ledger=Ledger.from_dict(meta["ledger"]), **{key: meta[key] for key in _PLAIN})
+
+    def _latest(self) -> Progress | None:
+        """The newest checkpoint; lines of events.jsonl about later rounds are dropped."""
+        found = sorted((self.folder / "checkpoints").glob("round-*.safetensors"), key=_number)
+        if not found:
+            return None
+        progress = self._load(found[-1])
+        lines = [line for line in _lines(self.folder) if json.loads(line)["round"] <= progress.server.round]
+        checkpoint.write_bytes(self.folder / "events.jsonl", "".join(f"{line}\n" for line in lines).encode())
+        return progress
+
+    def _log(self, event: Mapping[str, object]) -> None:
+        lines = [*_lines(self.folder), json.dumps(event, allow_nan=False)]
+        checkpoint.write_bytes(self.folder / "events.jsonl", "".join(f"{line}\n" for line in lines).encode())
+        self.display({"event": "round", **event})
+
+    def _event(
+        self, progress: Progress, before: Ledger, replies: Sequence[Reply], drawn: Sequence[str], seconds: float
+    ) -> dict[str, object]:
+        sites: dict[str, Any] = {site: {"status": "failed" if site in drawn else "not_drawn"} for site in self.transport.sites()}
+        sites |= {reply.site: {"status": "ok", **_finite(reply.numbers)} for reply in replies}
+        exchanged = {direction: {site: total - before.payload[direction].get(site, 0) for site, total in totals.items()}
+                     for direction, totals in progress.ledger.payload.items()}  # fmt: skip
+        outgoing = [reply.numbers["val"]["outgoing"] for reply in replies if reply.numbers["val"]["outgoing"]]
+        return {"round": progress.server.round, "seconds": seconds, "bytes": exchanged, "sites": sites,
+                "val_mean": _means(outgoing)}  # fmt: skip
+
+
+_PLAIN = ("receipts", "builds_on", "class_counts", "passes", "best", "seconds")
+
+
+def drawn_sites(participation: float, sites: Sequence[str], seed: int, number: int) -> tuple[str, ...]:
+    """The sites of a round: a share of them, at least one, drawn from (seed, round)."""
+    count = max(1, round(participation * len(sites)))
+    if count >= len(sites):
+        return tuple(sorted(sites))
+    chosen = seeds.numpy_generator(seed, round=number, purpose="participation").permutation(len(sites))[:count]
+    return tuple(sorted(sorted(sites)[at] for at in chosen))
+
+
+def _site_event(kind: str, number: int, site: str, reply: Reply | Failure) -> dict[str, object]:
+    if isinstance(reply, Failure):
+        return {"event": "site", "kind": kind, "round": number, "site": site, "status": reply.code}
+    return {"event": "site", "kind": kind, "round": number, "site": site, "status": "ok", **_finite(reply.numbers)}
+
+
+def _finite(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in numbers.items()}
+
+
+def _means(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    names = sorted({name for row in rows for name in row})
+    known = {name: [value for row in rows if (value := row.get(name)) is not None] for name in names}
+    return {name: math.fsum(values) / len(values) if values else None for name, values in known.items()}
+
+
+def _lines(folder: Path) -> list[str]:
+    path = folder / "events.jsonl"
+    return [line for line in path.read_text().splitlines() if line] if path.is_file() else []
+
+
+def _number(path: Path) -> int:
+    return int(path.stem.split("-")[1])

@@ -1,0 +1,190 @@
+"""Engine: the simulation. In: encoded requests for sites. Out: their encoded replies, from this machine.
+
+Sites are answered in this process or by a pool of worker processes. A site's answer depends on the request and its own
+folder alone, so neither the number of workers nor the order in which they finish changes a bit of any result.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Literal, cast
+
+import numpy as np
+import torch
+
+from consilium import seeds
+from consilium.config import Config
+from consilium.engines.site import Site
+from consilium.experiment import Experiment, assemble
+from consilium.protocols import Examples, Failure, SiteData, UInt8Array
+
+Recorder = Callable[[Literal["down", "up"], str, bytes], None]
+Secret = Callable[[str], int]
+
+
+@dataclass(frozen=True)
+class Federation:
+    """All a process needs to answer for the sites of one run. `folder`: where sites keep their state."""
+
+    config: Config
+    classes: tuple[str, ...]
+    sites: Mapping[str, SiteData]
+    folder: Path
+    secrets: Mapping[str, int]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "sites": {name: _without_pixels(data) for name, data in self.sites.items()}}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        object.__setattr__(self, "sites", {name: _with_pixels(data) for name, data in self.sites.items()})
+
+
+def secrets_of(seed: int, sites: Mapping[str, SiteData]) -> dict[str, int]:
+    """Seeds of the sites' personal tensors in a simulation; a deployment draws them at each hospital."""
+    return {name: seeds.derive(seed, site=name, purpose="personal start") for name in sites}
+
+
+class Answering:
+    """Answers for any site of several federations, building each experiment once per process."""
+
+    def __init__(self, federations: Mapping[str, Federation]) -> None:
+        self.federations = federations
+        self.experiments: dict[str, Experiment] = {}
+
+    def __call__(self, key: str, site: str, data: bytes) -> bytes:
+        federation = self.federations[key]
+        if key not in self.experiments:
+            self.experiments[key] = assemble(federation.config, federation.classes)
+        with _threads(federation.config.engine.threads):
+            here = federation.folder / "sites" / site
+            return Site(self.experiments[key], federation.sites[site], here, federation.secrets[site]).handle(data)
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Gradient bits depend on the number of threads, so it is fixed by the configuration."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Simulation:
+    """Answers requests in this process (`workers` = 1) or by `workers` processes. Use as a context manager."""
+
+    def __init__(self, federations: Mapping[str, Federation], workers: int, record: Recorder | None = None) -> None:
+        self.answering, self.workers, self.record = Answering(federations), workers, record
+        self.pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Simulation:
+        if self.workers > 1:
+            self.pool = ProcessPoolExecutor(
+                self.workers, get_context("spawn"), initializer=_start_worker, initargs=(self.answering.federations,)
+            )
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+    def transport(self, key: str) -> Transport:
+        """The wire to the sites of one federation."""
+        return Transport(self, key, tuple(sorted(self.answering.federations[key].sites)))
+
+    def submit(self, key: str, site: str, data: bytes) -> Future[bytes]:
+        """A future of the reply."""
+        if self.pool is not None:
+            return self.pool.submit(_answer_in_worker, key, site, data)
+        future: Future[bytes] = Future()
+        future.set_result(self.answering(key, site, data))
+        return future
+
+
+@dataclass(frozen=True)
+class Transport:
+    """The seam between the round loop and the sites."""
+
+    simulation: Simulation
+    key: str
+    names: tuple[str, ...]
+
+    def sites(self) -> tuple[str, ...]:
+        """Names of all sites, sorted."""
+        return self.names
+
+    def round(self, requests: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
+        """Replies as they arrive in the order of sites; the largest sites start first."""
+        record = self.simulation.record or (lambda *_: None)
+        federation = self.simulation.answering.federations[self.key]
+        largest = sorted(requests, key=lambda site: (-len(federation.sites[site].train), site))
+        futures = {}
+        for site in largest:
+            record("down", site, requests[site])
+            futures[site] = self.simulation.submit(self.key, site, requests[site])
+        for site in sorted(requests):
+            try:
+                reply = futures[site].result()
+                record("up", site, reply)
+                yield site, reply
+            except BrokenProcessPool:
+                yield site, Failure(site, "lost", "its worker process died (out of memory?)")
+
+
+def num_workers(wanted: int | Literal["auto"], num_sites: int) -> int:
+    """ "auto": one per core this process may use, at most one per site."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, num_sites) if wanted == "auto" else wanted)
+
+
+# ------------------------------------------------------------------------------------------------ worker processes
+_here: list[Answering] = []
+
+
+def _start_worker(federations: Mapping[str, Federation]) -> None:
+    _here[:] = [Answering(federations)]
+
+
+def _answer_in_worker(key: str, site: str, data: bytes) -> bytes:
+    return _here[0](key, site, data)
+
+
+@dataclass(frozen=True)
+class _PixelFile:
+    """Stands for a memory map while a federation travels to a worker."""
+
+    path: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+def _without_pixels(data: SiteData) -> SiteData:
+    return _each_split(data, lambda images: _file_of(images) if isinstance(images, np.memmap) else images)
+
+
+def _with_pixels(data: SiteData) -> SiteData:
+    return _each_split(data, lambda images: _map(images) if isinstance(images, _PixelFile) else images)
+
+
+def _file_of(images: np.memmap) -> _PixelFile:  # type: ignore[type-arg]
+    return _PixelFile(str(images.filename), tuple(images.shape), int(images.offset))
+
+
+def _map(file: _PixelFile) -> object:
+    return np.memmap(file.path, dtype=np.uint8, mode="r", offset=file.offset, shape=file.shape)
+
+
+def _each_split(data: SiteData, change: Callable[[object], object]) -> SiteData:
+    def split(examples: Examples) -> Examples:
+        return replace(examples, images=cast(UInt8Array, change(examples.images)))
+
+    return replace(data, train=split(data.train), val=split(data.val), test=split(data.test))

@@ -1,0 +1,166 @@
+"""Engine: a hospital's side of a run. In: the bytes of a request. Out: the bytes of a reply.
+
+`Site.handle` is the same function in a simulation and in a deployment. It checks the handshake before it touches data,
+evaluates what came in (validation data only), trains, evaluates what goes out. What must survive lies on the site's own
+disk; a request names the state it builds on, so a request that comes twice gives the same reply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from consilium import checkpoint
+from consilium.engines.state import SiteState, StateFolder
+from consilium.errors import ConsiliumError, TrainingError, WireError
+from consilium.experiment import Experiment
+from consilium.local.predict import outputs
+from consilium.local.train import Trainer
+from consilium.messages import Handshake, Reply, Request, decode_request, encode, envelope_of
+from consilium.protocols import Examples, Failure, Learned, Personal, SiteData
+from consilium.tensors import Tensors, equal, non_finite
+
+Numbers = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One hospital. `secret` seeds its personal tensors; in a deployment only the hospital knows it."""
+
+    experiment: Experiment
+    data: SiteData
+    folder: Path
+    secret: int
+
+    def handle(self, data: bytes) -> bytes:
+        """Answer a request; whatever goes wrong becomes a reply that names the failure."""
+        fields = envelope_of(data)
+        try:
+            self._agree(Handshake(**fields["handshake"]), str(fields["site"]))
+            specs = self.experiment.strategy.down(self.experiment.model.specs, int(fields["round"]))
+            reply = self._answer(decode_request(data, specs))
+            return encode(reply, self.experiment.strategy.up(self.experiment.model.specs, reply.round))
+        except ConsiliumError as error:
+            code = "non_finite" if isinstance(error, TrainingError) else "refused"
+            return encode(self._failed(fields, code, str(error)), {})
+        except Exception as error:
+            return encode(self._failed(fields, "error", f"{type(error).__name__}: {error}"), {})
+
+    def _answer(self, request: Request) -> Reply:
+        return {"describe": self._describe, "round": self._round, "evaluate": self._evaluate, "finish": self._finish}[
+            request.kind
+        ](request)
+
+    def _failed(self, fields: Mapping[str, Any], code: str, message: str) -> Reply:
+        return Reply(self.data.name, int(fields["round"]), 0, failure=Failure(self.data.name, code, message))
+
+    def _agree(self, theirs: Handshake, site: str) -> None:
+        ours = self.experiment.handshake
+        if site != self.data.name:
+            raise WireError("this request is for another site", allowed=self.data.name, received=site)
+        for key in ("version", "agreement", "backbone"):
+            if getattr(ours, key) != getattr(theirs, key):
+                remedy = "all sites and the coordinator need the same package, configuration and weights"
+                raise WireError(f"coordinator and site do not agree: {key}", where=f"site {site}",
+                                allowed=getattr(ours, key), received=getattr(theirs, key), remedy=remedy)  # fmt: skip
+
+    # -------------------------------------------------------------------------------------------- requests
+    def _describe(self, request: Request) -> Reply:
+        wanted = request.context.get("class_counts", False)
+        numbers = {"class_counts": self._class_counts()} if wanted else {}
+        return Reply(self.data.name, request.round, len(self.data.train), numbers=numbers)
+
+    def _round(self, request: Request) -> Reply:
+        started = perf_counter()
+        state = self._state(request)
+        validated = bool(request.context.get("validate", True))
+        incoming = self._validate(state.received, state.personal) if validated else {}
+        moments = dict(state.moments)
+        learned = self._learn(request, state, moments)
+        broken = non_finite(learned.update) or non_finite(learned.personal.tensors)
+        if broken:
+            message = f"round {request.round}: NaN or infinity in {', '.join(broken[:3])}"
+            return Reply(self.data.name, request.round, 0, failure=Failure(self.data.name, "non_finite", message))
+        sent = {**state.received, **learned.update}
+        outgoing = self._validate(sent, learned.personal) if validated else {}
+        after = SiteState(request.round, state.received, learned.personal, learned.update, moments)
+        self._states.save(after, keep={request.builds_on, *request.context.get("keep", ())})
+        numbers = {"loss": learned.loss, "num_steps": learned.num_steps, "image_passes": learned.image_passes,
+                   "seconds": perf_counter() - started, "val": {"incoming": incoming, "outgoing": outgoing}}  # fmt: skip
+        return Reply(self.data.name, request.round, len(self.data.train), learned.update, numbers)
+
+    def _evaluate(self, request: Request) -> Reply:
+        state = self._state(request)
+        numbers = {"val": {"incoming": self._validate(state.received, state.personal)}}
+        return Reply(self.data.name, request.round, len(self.data.train), numbers=numbers)
+
+    def _finish(self, request: Request) -> Reply:
+        """Read the test split, once, with the models that will be used, and leave them on the site's disk."""
+        state = self._state(request)
+        models = dict(self.experiment.strategy.deploy(state.received, state.personal))
+        if state.sent and not equal(state.sent, {name: state.received[name] for name in state.sent}):
+            before = self.experiment.strategy.deploy({**state.received, **state.sent}, state.personal)
+            models["before_aggregation"] = before["personal"]
+        tables = [self._predictions(split, model, models[model]) for model in models for split in ("val", "test")]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        table = pd.concat(tables, ignore_index=True)
+        checkpoint.write_bytes(self.folder / "predictions.parquet", table.to_parquet(index=False))
+        checkpoint.save(self.folder / "served.safetensors", models["personal"], {"round": request.round})
+        return Reply(self.data.name, request.round, len(self.data.train), numbers={"models": sorted(models)})
+
+    # -------------------------------------------------------------------------------------------- pieces
+    @property
+    def _states(self) -> StateFolder:
+        return StateFolder(self.folder, self.experiment.handshake.agreement)
+
+    def _state(self, request: Request) -> SiteState:
+        """The state this request builds on, with what the request brought."""
+        if request.builds_on:
+            state = self._states.load(request.builds_on)
+        else:
+            model = self.experiment.model
+            personal = self.experiment.strategy.init_site(model.initial(self.secret), model.specs, self.data.name)
+            state = SiteState(0, {}, personal)
+        received = {**state.received, **request.tensors}
+        return SiteState(state.round, received, state.personal, state.sent, state.moments)
+
+    def _learn(self, request: Request, state: SiteState, moments: dict[str, Any]) -> Learned:
+        counts = request.context.get("class_counts") or self._class_counts()
+        trainer = Trainer(self.experiment.setting, self.data.train, request.round, self.data.name, counts, moments)
+        return self.experiment.strategy.learn(state.received, state.personal, trainer)
+
+    def _class_counts(self) -> list[int]:
+        counts = np.bincount(self.data.train.labels, minlength=len(self.experiment.task.classes))
+        return [int(count) for count in counts]
+
+    def _validate(self, received: Tensors, personal: Personal) -> Numbers:
+        variables = self.experiment.strategy.deploy(received, personal)["personal"]
+        return _plain(self.experiment.task.validation(self._probabilities(variables, self.data.val), self.data.val.labels))
+
+    def _probabilities(self, variables: Tensors, examples: Examples) -> Any:
+        setting, task = self.experiment.setting, self.experiment.task
+        if not len(examples):
+            return np.zeros((0, len(task.classes)))
+        found = outputs(setting.model, variables, examples, setting.preprocessing, setting.device, setting.config.precision)
+        return task.probabilities(found).numpy()
+
+    def _predictions(self, split: str, model: str, variables: Tensors) -> pd.DataFrame:
+        examples: Examples = getattr(self.data, split)
+        probabilities = self._probabilities(variables, examples)
+        columns = {"split": split, "model": model, "site": examples.origins, "id": examples.ids,
+                   "group": examples.groups, "label": examples.labels}  # fmt: skip
+        scores = {f"p.{name}": probabilities[:, at] for at, name in enumerate(self.experiment.task.classes)}
+        return pd.DataFrame({**columns, **scores}, index=range(len(examples)))
+
+
+def _plain(numbers: Mapping[str, float]) -> Numbers:
+    """JSON has no NaN: what is undefined is None."""
+    return {name: float(value) if np.isfinite(value) else None for name, value in numbers.items()}
+
+

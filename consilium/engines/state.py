@@ -1,0 +1,67 @@
+"""Engine: what a site keeps. In: a site's state after a round. Out: the same state, after any crash.
+
+One checksummed file per round in the site's own folder. It never leaves: nothing here can be put into a message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from consilium import checkpoint
+from consilium.errors import StateError
+from consilium.protocols import Personal
+from consilium.tensors import Tensors
+
+
+@dataclass(frozen=True)
+class SiteState:
+    """After a round: all that was received so far, what is personal, what was sent, the optimiser's moments."""
+
+    round: int
+    received: Tensors
+    personal: Personal
+    sent: Tensors = field(default_factory=dict)
+    moments: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StateFolder:
+    """The states of one site in one run; `agreement` ties them to the run."""
+
+    folder: Path
+    agreement: str
+
+    def save(self, state: SiteState, keep: Collection[int]) -> None:
+        """Write the state of a round and drop all others that are not to be kept."""
+        parts = {"received": state.received, "personal": state.personal.tensors, "sent": state.sent,
+                 "moments": state.moments}  # fmt: skip
+        flat = {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+        checkpoint.save(self._path(state.round), flat, {"round": state.round, "agreement": self.agreement})
+        for path in self.folder.glob("state-*.safetensors"):
+            if int(path.stem.split("-")[1]) not in {*keep, state.round}:
+                path.unlink()
+
+    def load(self, round: int) -> SiteState:
+        """The state after `round`; StateError where it is missing, damaged or of another run."""
+        path = self._path(round)
+        if not path.is_file():
+            have = sorted(int(p.stem.split("-")[1]) for p in self.folder.glob("state-*.safetensors"))
+            remedy = "restore the site's folder from its backup, or start a new run"
+            raise StateError("the site lacks the state that this request builds on", where=str(self.folder),
+                             allowed=f"rounds {have}", received=f"round {round}", remedy=remedy)  # fmt: skip
+        flat, meta = checkpoint.load(path)
+        if meta["agreement"] != self.agreement:
+            raise StateError("this state belongs to another run", where=str(path), received=meta["agreement"])
+        return SiteState(round, _part(flat, "received"), Personal(_part(flat, "personal")), _part(flat, "sent"),
+                         _part(flat, "moments"))  # fmt: skip
+
+    def _path(self, round: int) -> Path:
+        return self.folder / f"state-{round:05d}.safetensors"
+
+
+def _part(flat: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{part}/"): tensor for name, tensor in flat.items() if name.startswith(f"{part}/")}

@@ -1,0 +1,105 @@
+"""Composition: the pieces of one run. In: a configuration. Out: backbone, model, task, strategy and what all must agree on.
+
+Refuses, before anything is trained, pairings of tuner, head and strategy that do not fit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+
+from consilium import registry
+from consilium.backbones import timm_backbone
+from consilium.config import BackboneConfig, Config, agreement_hash
+from consilium.errors import ConfigError
+from consilium.local.train import Setting
+from consilium.messages import Handshake
+from consilium.protocols import Backbone, Model, Specs, Strategy, Task
+from consilium.tuners import compose
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One federated run, at either end of the wire."""
+
+    config: Config
+    backbone: Backbone
+    model: Model
+    task: Task
+    strategy: Strategy
+    handshake: Handshake
+    setting: Setting
+
+
+def assemble(config: Config, classes: Sequence[str]) -> Experiment:
+    """Build every piece of a run for these classes; ConfigError where two pieces do not fit together."""
+    device = pick_device(config.engine.device, config.train.precision)
+    task: Task = registry.build("tasks", config.task.name, config.task.options()).with_classes(classes)
+    strategy: Strategy = registry.build("strategies", config.strategy.name, config.strategy.options())
+    backbone = own_copy(_load_backbone(config.backbone.model_dump_json()))
+    backbone.module.to(device)
+    tuners = [registry.build("tuners", table.name, table.options()) for table in config.tuner]
+    model: Model = compose.attach(backbone, tuners, config.head, task.num_outputs, strategy.declares, config.seed)
+    _check_pairing(config, model.specs, strategy)
+    handshake = Handshake(agreement_hash(config, backbone.digest, classes), backbone.digest)
+    setting = Setting(model, task, config.train, backbone.preprocessing, config.seed, device)
+    return Experiment(config, backbone, model, task, strategy, handshake, setting)
+
+
+@lru_cache(maxsize=2)
+def _load_backbone(options: str) -> Backbone:
+    return timm_backbone.load(BackboneConfig.model_validate_json(options))
+
+
+def load_backbone(config: BackboneConfig) -> Backbone:
+    """The frozen backbone, read once per process; treat it as read-only."""
+    return _load_backbone(config.model_dump_json())
+
+
+def own_copy(backbone: Backbone) -> Backbone:
+    """Another module tree over the same frozen weights, so that adapters of one run do not show in another."""
+    shared = {id(tensor): tensor for tensor in [*backbone.module.parameters(), *backbone.module.buffers()]}
+    return replace(backbone, module=copy.deepcopy(backbone.module, memo=dict(shared)))
+
+
+def pick_device(wanted: str, precision: str) -> str:
+    """ "auto" is the GPU where there is one; ConfigError for a device that is absent or cannot do the precision."""
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    device = found if wanted == "auto" else wanted
+    if device.startswith("cuda") and found == "cpu":
+        raise ConfigError("no GPU was found", where="engine.device", allowed="auto, cpu", received=wanted)
+    if precision == "float16" and not device.startswith("cuda"):
+        allowed = "float32 or bfloat16 on a CPU"
+        raise ConfigError("float16 needs a GPU", where="train.precision", allowed=allowed, received=precision)
+    return device
+
+
+def _check_pairing(config: Config, specs: Specs, strategy: Strategy) -> None:
+    roles = {spec.tag.role for spec in specs.values()}
+    missing = strategy.declares.required_roles - roles
+    where = f"strategy.{config.strategy.name}"
+    if missing:
+        remedy = "choose a tuner (or head.share) that trains tensors of this role, or another strategy"
+        raise ConfigError("the strategy needs a role that nothing has", where=where, allowed=sorted(roles),
+                          received=f"missing: {sorted(missing)}", remedy=remedy)  # fmt: skip
+    travelling = {**strategy.up(specs, 0), **strategy.down(specs, 0)}
+    leaking = [name for name, spec in travelling.items() if spec.tag.part == "personal" or name in personal(specs)]
+    if leaking:
+        raise ConfigError("the strategy would send personal tensors", where=where, received=", ".join(leaking[:4]))
+    head_stays = not any(spec.tag.role == "head" for spec in strategy.up(specs, 0).values())
+    if "share" in config.head.model_fields_set and config.head.share == "shared" and head_stays and travelling:
+        remedy = "leave head.share out, or choose a strategy that shares the head"
+        raise ConfigError("head.share = 'shared' contradicts the strategy", where=where, remedy=remedy)
+    unknown = set(config.train.learning_rates) - roles
+    if unknown:
+        raise ConfigError("learning rates for roles that nothing has", where="train.learning_rates",
+                          allowed=sorted(roles), received=sorted(unknown))  # fmt: skip
+
+
+def personal(specs: Specs) -> set[str]:
+    """Names that may never travel, whatever a strategy declares."""
+    return {name for name, spec in specs.items() if spec.tag.part == "personal"}

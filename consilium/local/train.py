@@ -1,0 +1,262 @@
+"""Stage 4, local training: the only training loop. In: variables, a site's training split. Out: trained variables.
+
+What is minimised is a function, so no strategy has a loop, a device or an optimiser. Every draw (order, augmentation,
+dropout) comes from (run seed, round, site, purpose). Optimiser moments start at zero in every round unless kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from consilium import seeds
+from consilium.config import TrainConfig
+from consilium.errors import TrainingError
+from consilium.local.augment import PRESETS, normalise, to_float
+from consilium.local.predict import autocast, pooled_features
+from consilium.local.schedule import factor, federation_progress
+from consilium.protocols import Batch, Examples, Fitted, IntArray, Model, Objective, Preprocessing, Selector, Specs, Tag, Task
+from consilium.tensors import Tensors, detach
+
+FALLBACK_LEARNING_RATE = 1e-3  # for variables that are not the model's, such as mixing weights
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that does not change from round to round and from site to site."""
+
+    model: Model
+    task: Task
+    config: TrainConfig
+    preprocessing: Preprocessing
+    seed: int
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """`protocols.LocalTraining` for one site in one round. `moments` holds the optimiser's state, in and out, by purpose."""
+
+    setting: Setting
+    examples: Examples
+    round: int
+    site: str
+    class_counts: Sequence[int]
+    moments: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def specs(self) -> Specs:
+        """The model's variables."""
+        return self.setting.model.specs
+
+    @property
+    def num_examples(self) -> int:
+        """Training images at this site."""
+        return len(self.examples)
+
+    def active(self, tag: Tag) -> bool:
+        """Whether the tuners train this tensor in this round at this site."""
+        return self.setting.model.active(self.round, self.site, self.setting.seed)(tag)
+
+    def loss(self, variables: Tensors, batch: Batch) -> Tensor:
+        """The task's loss on a batch."""
+        outputs = self.setting.model.forward(variables, batch.images)
+        return self.setting.task.loss(outputs.float(), batch.labels, self.class_counts)
+
+    def features(self, variables: Tensors) -> tuple[Tensor, Tensor]:
+        """Features [n, num_features] and labels [n] of the training split, without augmentation."""
+        setting = self.setting
+        found = pooled_features(setting.model, variables, self.examples, setting.preprocessing, device=setting.device)
+        return found, torch.from_numpy(self.examples.labels)
+
+    def fit(
+        self,
+        variables: Tensors,
+        *,
+        objective: Objective | None = None,
+        only: Selector | None = None,
+        epochs: float | None = None,
+        purpose: str = "train",
+    ) -> Fitted:
+        """Train the selected variables; all others keep their bits. TrainingError where the loss is not finite."""
+        steps = plan(len(self.examples), self.setting.config, epochs, self._generator(purpose, "order"))
+        names = self._selected(variables, only or self.active)
+        if not names or not steps:
+            return Fitted(dict(variables), math.nan, 0, 0, {})
+        with seeds.ambient(self._seed(purpose, "dropout")):
+            return self._run(variables, names, steps, objective or self._task_objective, purpose)
+
+    def _run(
+        self, variables: Tensors, names: Sequence[str], steps: Sequence[list[IntArray]], objective: Objective, purpose: str
+    ) -> Fitted:
+        config, device = self.setting.config, self.setting.device
+        live = {name: value.detach().to(device, copy=True) for name, value in variables.items()}
+        for name in names:
+            live[name].requires_grad_()
+        optimizer = Optimizer(live, names, self._learning_rates(names), config, self.moments, purpose)
+        augmenting, drawing = self._generator(purpose, "augment"), self._generator(purpose, "objective")
+        losses = []
+        for number, step in enumerate(steps):
+            progress = federation_progress(config.schedule, self.round, config.rounds, number, len(steps))
+            batches = self._batches(step, augmenting)
+            losses.append(self._gradient(live, batches, sum(map(len, step)), objective, drawing, optimizer))
+            optimizer.step(factor(config.schedule, progress))
+        mean_loss = float(torch.stack(losses).mean())
+        self._finite(mean_loss)
+        optimizer.store(self.moments)
+        passes = sum(len(rows) for step in steps for rows in step)
+        return Fitted({**variables, **detach({name: live[name] for name in names})}, mean_loss, len(steps), passes,
+                      optimizer.step_lengths)  # fmt: skip
+
+    def _gradient(
+        self,
+        live: Tensors,
+        batches: Iterator[Batch],
+        count: int,
+        objective: Objective,
+        drawing: torch.Generator,
+        optimizer: Optimizer,
+    ) -> Tensor:
+        total = torch.zeros((), device=self.setting.device)
+        for batch in batches:
+            with autocast(self.setting.device, self.setting.config.precision):
+                loss = objective(live, batch, drawing) * (len(batch.labels) / count)
+            optimizer.backward(loss)
+            total += loss.detach()
+        return total
+
+    def _batches(self, step: Sequence[IntArray], augmenting: torch.Generator) -> Iterator[Batch]:
+        for rows in step:
+            yield make_batch(self.examples, rows, self.setting, augmenting)
+
+    def _task_objective(self, variables: Tensors, batch: Batch, generator: torch.Generator) -> Tensor:  # noqa: ARG002
+        return self.loss(variables, batch)
+
+    def _selected(self, variables: Tensors, select: Selector) -> list[str]:
+        known = self.setting.model.specs
+        return [name for name in sorted(variables) if name not in known or select(known[name].tag)]
+
+    def _learning_rates(self, names: Sequence[str]) -> dict[str, float]:
+        config, presets = self.setting.config, self.setting.model.learning_rates
+        known = self.setting.model.specs
+
+        def rate(name: str) -> float:
+            role = known[name].tag.role if name in known else ""
+            base = config.learning_rate or presets.get(role, FALLBACK_LEARNING_RATE)
+            return config.learning_rates.get(role, base)
+
+        return {name: rate(name) for name in names}
+
+    def _finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the training loss at site {self.site!r} is not finite in round {self.round}",
+                received=loss,
+                remedy="lower train.learning_rate, set train.clip_norm, or look for broken images",
+            )
+
+    def _generator(self, purpose: str, use: str) -> torch.Generator:
+        return torch.Generator().manual_seed(self._seed(purpose, use))
+
+    def _seed(self, purpose: str, use: str) -> int:
+        return seeds.derive(self.setting.seed, round=self.round, site=self.site, purpose=f"{purpose}/{use}")
+
+
+def plan(num: int, config: TrainConfig, epochs: float | None, generator: torch.Generator) -> list[list[IntArray]]:
+    """Optimiser steps of a round: each a list of micro-batches of row numbers. Every epoch is a new permutation.
+
+    An epoch ends with the smaller batch that is left, so that every image is seen once in it.
+    """
+    if num == 0:
+        return []
+    chunks: list[IntArray] = []
+    wanted = config.local_steps * config.accumulate if config.local_steps is not None and epochs is None else None
+    share = epochs if epochs is not None else config.local_epochs or 1.0
+    passes = math.ceil(share * num) if wanted is None else math.inf
+    while passes > 0 and (wanted is None or len(chunks) < wanted):
+        order = torch.randperm(num, generator=generator).numpy()[: int(min(num, passes))]
+        chunks += [order[at : at + config.batch_size] for at in range(0, len(order), config.batch_size)]
+        passes -= len(order)
+    chunks = chunks[:wanted]
+    return [chunks[at : at + config.accumulate] for at in range(0, len(chunks), config.accumulate)]
+
+
+def make_batch(examples: Examples, positions: IntArray, setting: Setting, augmenting: torch.Generator) -> Batch:
+    """Read rows of the store, augment, normalise."""
+    pixels = torch.from_numpy(np.ascontiguousarray(examples.images[examples.rows[positions]])).to(setting.device)
+    images = PRESETS[setting.config.augmentation](to_float(pixels), augmenting)
+    labels = torch.from_numpy(examples.labels[positions]).to(setting.device)
+    return Batch(normalise(images, setting.preprocessing), labels, torch.from_numpy(positions))
+
+
+class Optimizer:
+    """torch's AdamW or SGD with one rate per tensor, clipping, loss scaling, and moments that can be kept as tensors."""
+
+    def __init__(
+        self,
+        live: Mapping[str, Tensor],
+        names: Sequence[str],
+        rates: Mapping[str, float],
+        config: TrainConfig,
+        moments: Mapping[str, Tensor],
+        purpose: str,
+    ) -> None:
+        self.names, self.rates, self.config, self.purpose = list(names), rates, config, purpose
+        self.parameters = [live[name] for name in names]
+        self.step_lengths = dict.fromkeys(names, 0.0)
+        self.inner = self._build(rates)
+        self.scaler = torch.amp.GradScaler(enabled=config.precision == "float16")
+        self._restore(moments)
+
+    def _build(self, rates: Mapping[str, float]) -> torch.optim.Optimizer:
+        by_rate: dict[tuple[float, float], list[Tensor]] = {}
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            decay = self.config.weight_decay if parameter.ndim > 1 else 0.0  # biases and norms are not pulled to zero
+            by_rate.setdefault((rates[name], decay), []).append(parameter)
+        groups = [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in by_rate.items()]
+        if self.config.optimizer == "sgd":
+            return torch.optim.SGD(groups, momentum=self.config.momentum)
+        return torch.optim.AdamW(groups)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a micro-batch; a loss that needs no gradient adds nothing."""
+        if loss.requires_grad:
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+    def step(self, share: float) -> None:
+        """Clip and move, every rate times `share` of the schedule."""
+        if self.config.clip_norm is not None:
+            self.scaler.unscale_(self.inner)
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+        bases = [group["lr"] for group in self.inner.param_groups]
+        for group, base in zip(self.inner.param_groups, bases, strict=True):
+            group["lr"] = base * share
+        self.scaler.step(self.inner)
+        self.scaler.update()
+        self.inner.zero_grad(set_to_none=True)
+        for group, base in zip(self.inner.param_groups, bases, strict=True):
+            group["lr"] = base
+        for name in self.names:
+            self.step_lengths[name] += self.rates[name] * share
+
+    def store(self, moments: dict[str, Tensor]) -> None:
+        """Put the optimiser's state into `moments` if the policy is to keep it."""
+        if self.config.moments == "reset":
+            return
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            for key, value in self.inner.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    moments[f"{self.purpose}/{key}/{name}"] = value.detach().cpu().clone()
+
+    def _restore(self, moments: Mapping[str, Tensor]) -> None:
+        for key, value in moments.items():
+            purpose, state, name = key.split("/", 2)
+            if purpose == self.purpose and name in self.names:
+                parameter = self.parameters[self.names.index(name)]
+                device = parameter.device if state != "step" else "cpu"
+                self.inner.state[parameter][state] = value.to(device, copy=True)

@@ -1,0 +1,214 @@
+"""Composition: what a run leaves behind. In: a finished federation. Out: predictions, adapters, result.json, report.html."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from consilium import __version__, checkpoint, metrics
+from consilium.coordinator import Progress
+from consilium.experiment import Experiment
+from consilium.protocols import Examples, Personal, SiteData, Specs
+import importlib
+from consilium.sites.federation import Federation
+from consilium.tensors import Tensors
+
+PACKAGES = ("torch", "torchvision", "timm", "safetensors", "numpy", "pandas", "pydantic")
+DTYPES = {torch.float32: 4, torch.float64: 8, torch.bfloat16: 2, torch.float16: 2}
+SPLITS = ("val", "test")
+
+
+def collect(folder: Path, experiment: Experiment, progress: Progress) -> None:
+    """Gather what the sites of a simulation left on their disks: predictions and adapters. summary.json comes last."""
+    tables = [pd.read_parquet(path) for path in sorted((folder / "sites").glob("*/predictions.parquet"))]
+    checkpoint.write_bytes(folder / "predictions.parquet", pd.concat(tables).to_parquet(index=False))
+    for served in sorted((folder / "sites").glob("*/served.safetensors")):
+        tensors, _ = checkpoint.load(served)
+        _save_adapter(folder / "adapters" / f"{served.parent.name}.safetensors", tensors, experiment, served.parent.name)
+    models = experiment.strategy.deploy(progress.server.shared, Personal())
+    if "global" in models and models["global"].keys() == experiment.model.specs.keys():
+        _save_adapter(folder / "adapters" / "global.safetensors", models["global"], experiment, "global")
+    checkpoint.write_json(folder / "summary.json", {
+        "bytes": progress.ledger.summary(), "image_passes": progress.passes, "seconds": progress.seconds,
+        "served_round": progress.server.round})  # fmt: skip
+
+
+def _save_adapter(path: Path, tensors: Tensors, experiment: Experiment, name: str) -> None:
+    meta = {"model": name, "backbone": experiment.backbone.name, "backbone_digest": experiment.backbone.digest,
+            "classes": list(experiment.task.classes), "agreement_hash": experiment.handshake.agreement,
+            "tuner": [table.model_dump(mode="json") for table in experiment.config.tuner]}  # fmt: skip
+    checkpoint.save(path, tensors, meta)
+
+
+def write(
+    out: Path, experiment: Experiment, federation: Federation, progress: Mapping[str, Progress], plans: Sequence[str]
+) -> None:
+    """Compute every number of result.json from the files of the run folder and write it."""
+    table = pd.read_parquet(out / "predictions.parquet")
+    summary = checkpoint.read_json(out / "summary.json")
+    config, specs, names = experiment.config, experiment.model.specs, sorted(federation.sites)
+    up, down = experiment.strategy.up(specs, 1), experiment.strategy.down(specs, 1)
+    result: dict[str, Any] = {
+        "schema_version": 1,
+        "name": config.name,
+        "consilium_version": __version__,
+        "seed": config.seed,
+        **{key: checkpoint.read_json(out / "config.json")[key] for key in
+           ("config_hash", "agreement_hash", "split_hash", "data_digest", "versions")},
+        "hardware": hardware(experiment),
+        "backbone": {"name": experiment.backbone.name, "digest": experiment.backbone.digest,
+                     "licence": experiment.backbone.licence, "preprocessing": vars(experiment.backbone.preprocessing)},
+        "classes": list(federation.classes),
+        "parameters": parameters(experiment),
+        **summary,
+        "image_passes": {"total": sum(summary["image_passes"].values()), "per_site": summary["image_passes"]},
+        "wire": {"up": wire(up), "down": wire(down)},
+        "kept_at_site": wire({name: spec for name, spec in specs.items() if name not in up}),
+        "peak_memory_bytes": peak_memory(),
+        "rounds": config.train.rounds,
+        "sites": {name: site_table(data, federation.classes) for name, data in federation.sites.items()},
+        "warnings": list(federation.warnings),
+        "metrics": trees(table, experiment, names),
+    }  # fmt: skip
+    result |= _compared(out, experiment, federation, table, [name for name in plans if name in ("local", "pooled")])
+    if federation.held_out:
+        result["held_out"] = _held_out(out, experiment, federation)
+    checkpoint.write_json(out / "result.json", metrics.without_nan(result))
+
+
+def trees(table: pd.DataFrame, experiment: Experiment, names: Sequence[str]) -> dict[str, Any]:
+    """{split: {model: metric tree}} of a table of predictions."""
+    return {split: {str(model): _tree(rows, experiment, names)
+                    for model, rows in table[table["split"] == split].groupby("model")} for split in SPLITS}  # fmt: skip
+
+
+def _tree(rows: pd.DataFrame, experiment: Experiment, names: Sequence[str]) -> Any:
+    config = experiment.config
+    return experiment.task.metrics(rows, bootstrap=config.evaluation.bootstrap, seed=config.seed, sites=names)
+
+
+def _compared(
+    out: Path, experiment: Experiment, federation: Federation, table: pd.DataFrame, references: Sequence[str]
+) -> dict[str, Any]:
+    """Majority class, references, and which sites the federation harmed."""
+    config, names, classes = experiment.config, sorted(federation.sites), federation.classes
+    used = _test_rows(table)
+    counts = {name: np.bincount(data.train.labels, minlength=len(classes)).tolist()
+              for name, data in federation.sites.items()}  # fmt: skip
+    bootstrap, seed = config.evaluation.bootstrap, config.seed
+    found: dict[str, Any] = {"references": {}, "majority": {}}
+    if len(used):
+        found["majority"] = {"test": metrics.majority_baseline(counts, used, classes, bootstrap=bootstrap, seed=seed)}
+    for name in references:
+        folder = out / "references" / name
+        predictions = pd.read_parquet(folder / "predictions.parquet")
+        summary = checkpoint.read_json(folder / "summary.json")
+        found["references"][name] = {"metrics": trees(predictions, experiment, names), **summary}
+        if name == "local" and len(used):
+            found["sites_harmed"] = metrics.sites_harmed(
+                used, _test_rows(predictions), classes, bootstrap=bootstrap, seed=seed
+            )
+    return found
+
+
+def _test_rows(table: pd.DataFrame) -> pd.DataFrame:
+    return table[(table["split"] == "test") & (table["model"] == "personal")]
+
+
+def _held_out(out: Path, experiment: Experiment, federation: Federation) -> dict[str, Any]:
+    """Sites that took no part, all their images, with the shared model."""
+    tables = [pd.read_parquet(path) for path in sorted((out / "held_out" / "sites").glob("*/predictions.parquet"))]
+    table = pd.concat(tables)
+    rows = table[table["model"] == "global"]
+    if not len(rows):
+        return {"metrics": None, "reason": "the strategy leaves no global model for a site that took no part"}
+    return {"metrics": {"global": _tree(rows, experiment, sorted(federation.held_out))}}
+
+
+def report(out: Path) -> Path:
+    """Render report.html."""
+    path: Path = importlib.import_module("consilium.report.html").render([out], out / "report.html")
+    return path
+
+
+def outcome(out: Path) -> dict[str, Any]:
+    """The closing event: where things lie and the headline of the test split."""
+    result = checkpoint.read_json(out / "result.json")
+    tree = result["metrics"]["test"].get("personal", {}).get("balanced_accuracy", {})
+    headline = {f"balanced_accuracy_{part}": tree[part] for part in ("mean", "worst", "pooled") if part in tree}
+    return {"result": str(out / "result.json"), "report": str(out / "report.html"), "headline": headline}
+
+
+def parameters(experiment: Experiment) -> dict[str, int]:
+    """Scalars of the backbone, of what is trained, and of what a site sends in round 1."""
+    specs = experiment.model.specs
+    return {"backbone": experiment.backbone.num_parameters, "trainable": _count(specs),
+            "exchanged": _count(experiment.strategy.up(specs, 1))}  # fmt: skip
+
+
+def _count(specs: Specs) -> int:
+    return sum(int(np.prod([size or 0 for size in spec.shape])) for spec in specs.values())
+
+
+def wire(specs: Specs) -> list[dict[str, Any]]:
+    """One row per tensor: name, role, shape, type, bytes."""
+    return [{"name": name, "role": spec.tag.role, "shape": list(spec.shape), "dtype": str(spec.dtype).split(".")[-1],
+             "bytes": _count({name: spec}) * DTYPES[spec.dtype]} for name, spec in sorted(specs.items())]  # fmt: skip
+
+
+def site_table(data: SiteData, classes: Sequence[str]) -> dict[str, Any]:
+    """Images, groups and images per class of each split."""
+    return {split: _split_table(getattr(data, split), classes) for split in ("train", "val", "test")}
+
+
+def _split_table(examples: Examples, classes: Sequence[str]) -> dict[str, Any]:
+    counts = np.bincount(examples.labels, minlength=len(classes))
+    return {"n": len(examples), "groups": len(set(examples.groups.tolist())),
+            "classes": {name: int(counts[at]) for at, name in enumerate(classes)}}  # fmt: skip
+
+
+def hardware(experiment: Experiment) -> dict[str, Any]:
+    """Where the run took place."""
+    device = experiment.setting.device
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or platform.machine()
+    return {"device": device, "name": name, "cores": os.cpu_count(), "threads": experiment.config.engine.threads,
+            "workers": experiment.config.engine.workers, "system": platform.platform(terse=True)}  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that can change a number."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def peak_memory() -> int:
+    """Largest resident bytes of this process or of any worker, as the system counted them."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+@lru_cache(maxsize=1)
+def code_digest() -> str:
+    """Digest of this package's own source, so that results of different code are never taken for one another."""
+    root = Path(__file__).parent
+    total = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        total.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return total.hexdigest()[:16]

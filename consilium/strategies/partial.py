@@ -1,0 +1,71 @@
+"""Stage 8, strategies: methods that are FedAvg with a rule on tags that says what stays at the site.
+
+In: updates of sites. Out: the next shared tensors.
+
+local: nothing travels.
+fedper: Arivazhagan, Aggarwal, Singh, Choudhary, arXiv 1912.00818: base layers W_B travel, personalisation
+  layers W_P (here: the head and the trained tensors of the last `personal_blocks` blocks) stay. With the last layers
+  personal it is FLOP (Yang, Zhang, Hao, Spell, Carin, KDD 2021, arXiv 2102.05218).
+Leaves the site: what the rule shares, number of training images. Stays: the rest, initialised at the site from its own
+  seed (a head that the server ever knew gives labels away). Kept between rounds: personal tensors at the site.
+Departures: none in the rule; any optimiser.
+Identity: nothing personal = FedAvg, all personal = local (tests/identities).
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from consilium.protocols import Declaration, Selector, Tag
+from consilium.registry import Options, register
+from consilium.strategies.fedavg import FedAvg, FedAvgOptions
+
+
+def nothing(tag: Tag) -> bool:  # noqa: ARG001
+    """Share no tensor."""
+    return False
+
+
+def below(personal_from_block: int | None) -> Selector:
+    """Share everything but the head and, if a block is given, everything from that block on."""
+
+    def shares(tag: Tag) -> bool:
+        late = personal_from_block is not None and (tag.block is None or tag.block >= personal_from_block)
+        return tag.role != "head" and not late
+
+    return shares
+
+
+@register(
+    "strategies",
+    "local",
+    options=Options,
+    summary="every site trains alone; the reference that a federation must beat",
+    facts={"leaves the site": "nothing", "stays": "everything"},
+)
+def local(options: Options) -> FedAvg:  # noqa: ARG001
+    """Nothing travels."""
+    return FedAvg(shares=nothing)
+
+
+class FedPerOptions(FedAvgOptions):
+    """Keys of `[strategy]` for fedper."""
+
+    personal_from_block: int | None = Field(default=None, ge=0)  # from this block on, trained tensors stay too
+
+
+@register(
+    "strategies",
+    "fedper",
+    options=FedPerOptions,
+    summary="the head (and, if wanted, the last blocks) stays at the site, the rest is averaged",
+    source="Arivazhagan et al., arXiv 1912.00818; FLOP: Yang et al., KDD 2021, arXiv 2102.05218",
+    facts={"leaves the site": "trained tensors without the head", "stays": "the head, trained tensors of last blocks"},
+)
+def fedper(options: FedPerOptions) -> FedAvg:
+    """FedAvg below the personal layers; a head that is declared shared or frozen elsewhere is refused."""
+    return FedAvg(
+        options.weights,
+        shares=below(options.personal_from_block),
+        declares=Declaration(required_roles=frozenset({"head"})),
+    )
