@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console, Group, RenderableType
+from rich.filesize import decimal
 from rich.table import Table
+from rich.text import Text
 from rich.tree import Tree
 
-from consilium import registry
+from consilium import checkpoint, registry
 from consilium.progress import estimate
 
 if TYPE_CHECKING:
@@ -18,8 +22,8 @@ if TYPE_CHECKING:
 
 def show(renderable: RenderableType) -> None:
     """Print to standard output, as wide as the terminal; a file gets lines of 120 characters."""
-    console = Console()
-    (console if console.is_terminal else Console(width=120)).print(renderable)
+    width = None if sys.stdout.isatty() else 120
+    Console(markup=False, width=width).print(renderable)  # no markup: names come from data
 
 
 def registered(kinds: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
@@ -34,7 +38,7 @@ def members(kinds: Sequence[str]) -> RenderableType:
 
 def outline(values: Mapping[str, Any], title: str) -> Tree:
     """Nested mappings and lists as a tree; mappings that share their keys become one table."""
-    tree = Tree(title, highlight=False)
+    tree = Tree(Text(title))
     _grow(tree, values)
     return tree
 
@@ -45,6 +49,32 @@ def frame(table: pd.DataFrame) -> Table:
     for row in table.itertuples(index=False):
         shown.add_row(*map(estimate, row))
     return shown
+
+
+def comparison(runs: Sequence[Path]) -> Table:
+    """Test metrics of runs side by side, with their references and the majority class; mean over the sites."""
+    names = ("balanced_accuracy", "macro_auroc")
+    columns = ("model", "trained", "sent and received", *(f"{name.replace('_', ' ')} [95 %]" for name in names))
+    table = Table(*columns, caption="test images, mean over the sites")
+    rows = (row for run in runs for row in _compared(checkpoint.read_json(run / "result.json"), names))
+    for row in dict.fromkeys(rows):  # two runs on the same data share their majority class and their references
+        table.add_row(*row)
+    return table
+
+
+def _compared(result: Mapping[str, Any], names: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    sent = sum(result["bytes"][way]["total"] for way in ("up", "down"))
+    trained = f"{result['parameters']['trainable']:,}"
+    yield result["name"], trained, decimal(sent), *_means(result["metrics"]["test"], names)
+    for name, reference in result.get("references", {}).items():
+        yield f"{result['name']}, {name} training", trained, "", *_means(reference["metrics"]["test"], names)
+    if result.get("majority"):
+        yield "majority class", "0", "", *_means({"personal": result["majority"]["test"]}, names)
+
+
+def _means(models: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
+    tree = models.get("personal", {})
+    return (estimate(tree.get(name, {}).get("mean")) for name in names)
 
 
 def _members(kind: str) -> list[registry.Member]:
@@ -67,21 +97,23 @@ def _plain(member: registry.Member) -> dict[str, Any]:
 
 
 def _member_table(kind: str) -> Table:
-    table = Table("name", "what it does", "source", "facts", title=kind, title_justify="left", expand=True)
+    table = Table("name", "what it does", "source", "facts", title=kind, title_justify="left", show_lines=True)
     for member in _members(kind):
-        facts = ", ".join(f"{key}: {value}" for key, value in member.facts.items())
-        table.add_row(member.name, member.summary, member.source or member.build.__module__, facts)
+        facts = "\n".join(f"{key}: {value}" for key, value in member.facts.items())
+        own = member.build.__module__.startswith("consilium.")
+        origin = [member.source] if own else [member.source, f"from {member.build.__module__}"]
+        table.add_row(member.name, member.summary, "\n".join(filter(None, origin)), facts)
     return table
 
 
 def _grow(tree: Tree, values: Mapping[str, Any]) -> None:
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            _grow_mapping(tree.add(str(key)), value)
+            _grow_mapping(tree.add(Text(str(key))), value)
         elif isinstance(value, (list, tuple)) and value and all(isinstance(item, Mapping) for item in value):
-            tree.add(str(key)).add(_grid(dict(enumerate(value))))
+            tree.add(Text(str(key))).add(_grid(dict(enumerate(value))))
         else:
-            tree.add(f"{key}: {_short(value)}")
+            tree.add(Text(f"{key}: {_short(value)}"))
 
 
 def _grow_mapping(branch: Tree, value: Mapping[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """Common: the displays of a run. In: the events a run emits, plain mappings. Out: a live view, lines, or JSON lines.
 
-Events: prepare (what, done, total), start (name, sites, rounds, out), site (round, site, status, numbers), round (a line
-of events.jsonl), reference (name, kind: start, round or reused), finish (result, report, headline). A display is a
-function of one event and keeps nothing of a run that the run itself would need.
+Events: prepare (what, done, total), start (name, sites, rounds, out), site (round, site, status, numbers), round (a
+line of events.jsonl), reference (name, kind: start, round or reused), finish (result, report, headline). A display is
+a function of one event and keeps nothing of a run that the run itself would need.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _METRIC = "balanced_accuracy"
 @contextmanager
 def live(console: Console | None = None) -> Iterator[Display]:
     """Rounds, time left and a row per site, redrawn in place; plain lines where the output is no terminal."""
-    console = console or Console()
+    console = console or Console(markup=False)
     if not console.is_terminal:
         yield lambda event: _print(console, line(event))
         return
@@ -50,7 +50,7 @@ def live(console: Console | None = None) -> Iterator[Display]:
 @contextmanager
 def quiet(console: Console | None = None) -> Iterator[Display]:
     """The outcome only."""
-    console = console or Console()
+    console = console or Console(markup=False)
     yield lambda event: _print(console, line(event)) if event["event"] == "finish" else None
 
 
@@ -148,7 +148,12 @@ class _Board:
     """The live view: what was last heard of the run, of its references and of every site."""
 
     def __init__(self, console: Console) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
         left = (TextColumn("left"), TimeRemainingColumn())
         self._progress = Progress(*columns, *left, console=console, speed_estimate_period=3600)
         self._bars: dict[str, TaskID] = {}

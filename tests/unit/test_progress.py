@@ -34,7 +34,9 @@ EVENTS = [
     START,
     {"event": "site", "round": 1, "site": "north", "status": "training", "loss": None},
     ROUND,
-    {"event": "reference", "name": "pooled"},
+    {"event": "reference", "name": "pooled", "kind": "start", "rounds": 2, "sites": ["pooled"]},
+    {"event": "reference", "name": "pooled", "kind": "round", "round": 2},
+    {"event": "reference", "name": "local", "kind": "reused", "from": "runs/earlier"},
     FINISH,
 ]
 
@@ -53,7 +55,8 @@ def test_where_there_is_no_terminal_a_run_is_a_few_plain_lines() -> None:
         "decoding images: 3",
         "trial: 2 sites, 2 rounds, in runs/trial",
         "round 1, 1.5 s, loss 0.500, validation balanced accuracy 0.750, south: lost",
-        "reference: pooled",
+        "reference pooled: trains",
+        "reference local: taken from runs/earlier",
         "balanced accuracy: 0.700 [0.600, 0.800]",
         "result: runs/trial/result.json",
         "report: runs/trial/report.html",
@@ -66,7 +69,8 @@ def test_the_live_view_has_a_row_per_site_and_ends_with_the_outcome() -> None:
     assert "0.500" in north
     assert "0.750 ▆" in north
     assert "lost" in [row for row in shown.splitlines() if "south" in row][-1]
-    assert "1/2" in shown
+    assert "1/2" in [row for row in shown.splitlines() if row.startswith("rounds")][-1]
+    assert "2/2" in [row for row in shown.splitlines() if "reference pooled" in row][-1]
     assert shown.rstrip().endswith("report: runs/trial/report.html")
 
 
