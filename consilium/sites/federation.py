@@ -1,4 +1,4 @@
-"""Stage 1, sites. In: the configuration of the sites and the backbone's preprocessing. Out: a `Federation`, ready to train on.
+"""Stage 1, sites. In: configuration of the sites, and the backbone's preprocessing. Out: a `Federation` to train on.
 
 Everything that can be wrong with the data is found here, before training.
 """
@@ -45,7 +45,7 @@ def prepare(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Federation:
-    """Read, partition, check, split, decode. Raises ConfigError or DataError for whatever would stop a training later."""
+    """Read, partition, check, split, decode. ConfigError or DataError for whatever would stop a training later."""
     source, records = table(sites)
     _check_sites(records, sites.held_out)
     known = _classes(records, classes)
@@ -64,23 +64,28 @@ def prepare(
         split=rows[["id", "site", "group", "label", "split"]],
         split_hash=splits.digest(rows),
         data_digest=_data_digest(rows, store.hashes),
-        warnings=tuple(_warnings(rows, trained, known, store.corrupt)),
+        warnings=tuple(_warnings(rows, trained, known, store)),
     )
 
 
 def open_source(sites: SitesConfig) -> Source:
     """The configured source; a split column named in `sites.split` is handed to the source that reads it."""
-    options, column = sites.options(), sites.split.column
-    if column is None:
-        source: Source = registry.build("sources", sites.source, options)
-        return source
+    options = sites.options()
+    if sites.split.column is not None:
+        options["columns"] = _with_split_column(sites, sites.split.column)
+    source: Source = registry.build("sources", sites.source, options)
+    return source
+
+
+def _with_split_column(sites: SitesConfig, column: str) -> dict[str, object]:
     if "columns" not in registry.get("sources", sites.source).options.model_fields:
         raise ConfigError(f"the source {sites.source!r} has no columns", where="sites.split.column", received=column)
-    columns = options.get("columns") or {}
-    if not isinstance(columns, Mapping) or columns.get("split", column) != column:
-        raise ConfigError("two columns are named for the split", where="sites", received=f"{columns} and {column!r}")
-    source = registry.build("sources", sites.source, {**options, "columns": {**columns, "split": column}})
-    return source
+    columns = sites.options().get("columns", {})
+    columns = dict(columns) if isinstance(columns, Mapping) else {}
+    if columns.get("split", column) != column:
+        received = f"{columns['split']!r} and {column!r}"
+        raise ConfigError("two columns are named for the split", where="sites", received=received)
+    return {**columns, "split": column}
 
 
 def table(sites: SitesConfig) -> tuple[Source, pd.DataFrame]:
@@ -143,6 +148,8 @@ def _check_sites(records: pd.DataFrame, held_out: Sequence[str]) -> None:
 
 def _classes(records: pd.DataFrame, declared: tuple[str, ...] | None) -> tuple[str, ...]:
     found = sorted(set(records["label"]))
+    if declared is not None and len(set(declared)) < len(declared):
+        raise ConfigError("a class is declared twice", where="task.classes", received=", ".join(declared))
     if declared is None:
         return tuple(found)
     unknown = [label for label in found if label not in declared]
@@ -200,22 +207,29 @@ def _data_digest(rows: pd.DataFrame, hashes: Mapping[str, str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _warnings(
-    rows: pd.DataFrame, sites: Mapping[str, SiteData], classes: tuple[str, ...], corrupt: Sequence[str]
-) -> list[str]:
+def _warnings(rows: pd.DataFrame, sites: Mapping[str, SiteData], classes: tuple[str, ...], store: Store) -> list[str]:
     found = []
     if rows["group"].is_unique:
         found.append("no group holds two images: if a patient or lesion may have several, name the group column")
     shared = splits.groups_at_several_sites(rows)
     if shared:
         found.append(f"{len(shared)} groups occur at several sites: {first_few(shared)}")
-    if corrupt:
-        found.append(f"{len(corrupt)} unreadable images were dropped: {first_few(corrupt)}")
+    if store.corrupt:
+        found.append(f"{len(store.corrupt)} unreadable images were dropped: {first_few(store.corrupt)}")
+    doubled = _in_two_splits(rows, store.hashes)
+    if doubled:
+        found.append(f"{len(doubled)} images lie byte for byte in two splits: {first_few(doubled)}")
     seen = set().union(*(set(data.train.labels.tolist()) for data in sites.values()))
     absent = [label for number, label in enumerate(classes) if number not in seen]
     if absent:
         found.append(f"no site has training images of the classes {first_few(absent, 20)}")
     return found + [text for name, data in sites.items() for text in _site_warnings(name, data, classes)]
+
+
+def _in_two_splits(rows: pd.DataFrame, hashes: Mapping[str, str]) -> list[str]:
+    hashed = rows.assign(hash=rows["id"].map(dict(hashes))).dropna(subset="hash")
+    num_splits = hashed.groupby("hash")["split"].transform("nunique")
+    return list(hashed["id"][num_splits > 1])
 
 
 def _site_warnings(name: str, data: SiteData, classes: tuple[str, ...]) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
+from pydantic import Field
 
 from consilium import registry
 from consilium.errors import DataError
@@ -20,6 +21,7 @@ class FolderOptions(Options):
     """Options of the source `folder`."""
 
     path: Path
+    bits: int = Field(default=16, ge=8, le=16)  # significant bits of 16-bit grey images
 
 
 @registry.register("sources", "folder", options=FolderOptions, summary="images in folders: site/class/image")
@@ -27,6 +29,7 @@ class Folder:
     """Images whose site and class are the names of their folders."""
 
     def __init__(self, options: FolderOptions) -> None:
+        self._bits = options.bits
         self._archive = images.Archive(options.path)
         stray = [path for path in self._archive.paths if path.count("/") != 2]
         if stray or not self._archive.paths:
@@ -45,4 +48,4 @@ class Folder:
 
     def decode(self, content: bytes) -> UInt8Array:
         """RGB pixels uint8 [H, W, 3]."""
-        return images.decode(content)
+        return images.decode(content, self._bits)

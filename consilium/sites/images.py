@@ -1,10 +1,10 @@
-"""Stage 1, sites. In: a folder or zip of PNG, JPEG or TIFF files. Out: bytes by image id, and RGB pixels uint8 [H, W, 3].
+"""Stage 1, sites. In: a folder or zip of PNG, JPEG or TIFF files. Out: bytes by image id, and RGB uint8 [H, W, 3].
 
-How pixels become RGB, with no contrast change that depends on the image:
-grey is repeated three times; palettes are looked up; transparent images are laid on black; of a 16-bit value the high
-byte is kept (value // 256); white-is-zero TIFFs are inverted; the orientation tag of a camera is applied; of a TIFF with
-extra channels the first (grey) or first three (colour) count. Floating-point, signed, 16-bit planar and multi-page files
-are refused, since any choice of window or page would be a guess.
+How pixels become RGB, never by a contrast that depends on the image: grey is repeated three times; palettes are looked
+up; transparent images are laid on black; of a 16-bit value the high byte is kept, of a camera with fewer significant
+bits (12, say) the highest eight of those; white-is-zero TIFFs are inverted; the camera's orientation tag is applied; of
+a TIFF with extra channels the first (grey) or first three (colour) count. Floating-point, signed, 16-bit planar and
+multi-page files are refused, since any choice of window or page would be a guess.
 """
 
 from __future__ import annotations
@@ -59,9 +59,7 @@ class Archive:
         matches = {id: _matches(id, index) for id in ids}
         self._complain("image files are missing", [id for id, paths in matches.items() if not paths])
         several = [f"{id} ({', '.join(paths[:3])})" for id, paths in matches.items() if len(paths) > 1]
-        self._complain(
-            "image ids fit several files", several, "write the path within the folder or zip, with extension"
-        )
+        self._complain("image ids fit several files", several, "write the whole path inside the folder or zip")
         chosen = {id: paths[0] for id, paths in matches.items()}
         self._complain("several ids mean the same image file", _shared(chosen))
         return chosen
@@ -78,13 +76,16 @@ def first_few(items: Iterable[object], count: int = 5) -> str:
     return ", ".join(texts[:count]) + more
 
 
-def decode(content: bytes) -> UInt8Array:
-    """RGB pixels uint8 [H, W, 3]; DataError where the bytes are no readable image of a supported kind."""
+def decode(content: bytes, bits: int = 16) -> UInt8Array:
+    """RGB pixels uint8 [H, W, 3]; DataError where the bytes are no readable image of a supported kind.
+
+    `bits`: how many bits of 16-bit grey pixels are significant, 8 to 16; larger values are cut off at white.
+    """
     try:
         with Image.open(io.BytesIO(content)) as image:
-            _check_supported(image)
+            _check_supported(image, bits)
             image.load()
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(image), _is_inverted(image)), dtype=np.uint8)
+            return np.asarray(_to_rgb(ImageOps.exif_transpose(image), bits, _is_inverted(image)), dtype=np.uint8)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise DataError("this is not a readable PNG, JPEG or TIFF image", received=str(error)) from error
 
@@ -125,16 +126,24 @@ def _shared(chosen: Mapping[str, str]) -> list[str]:
     return [f"{path} ({', '.join(names)})" for path, names in ids.items() if len(names) > 1]
 
 
-def _check_supported(image: Image.Image) -> None:
+def _check_supported(image: Image.Image, bits: int) -> None:
     if image.format not in ("PNG", "JPEG", "MPO", "TIFF"):
         raise ValueError(f"the format is {image.format}")
     if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
         raise ValueError(f"the file has {getattr(image, 'n_frames', 1)} pages")
     if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
         raise ValueError(f"floating-point, signed and 32-bit pixels have no agreed scale (mode {image.mode})")
-    bits = _tag(image, _BITS_PER_SAMPLE)
-    if bits is not None and max(bits) > 8 and not image.mode.startswith("I") and ";16" not in str(image.tile):
-        raise ValueError("16-bit colour planes are stored one after the other; save the file with interleaved channels")
+    if not image.mode.startswith("I"):
+        _check_colour(image, bits)
+
+
+def _check_colour(image: Image.Image, bits: int) -> None:
+    is_deep = ";16" in str(getattr(image, "tile", ""))
+    depth = _tag(image, _BITS_PER_SAMPLE)
+    if depth is not None and max(depth) > 8 and not is_deep:
+        raise ValueError("16-bit colours lie in planes one after the other; save the file with interleaved channels")
+    if is_deep and bits != 16:
+        raise ValueError(f"{bits} significant bits can be chosen for grey images only, this one has colours of 16 bits")
 
 
 def _tag(image: Image.Image, number: int) -> tuple[int, ...] | None:
@@ -146,9 +155,9 @@ def _is_inverted(image: Image.Image) -> bool:
     return image.mode.startswith("I") and _tag(image, _PHOTOMETRIC) == (_WHITE_IS_ZERO,)  # Pillow inverts 8 bits itself
 
 
-def _to_rgb(image: Image.Image, inverted: bool) -> Image.Image:
+def _to_rgb(image: Image.Image, bits: int, inverted: bool) -> Image.Image:
     if image.mode.startswith("I"):
-        high = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        high = (np.asarray(image).astype(np.int64) >> (bits - 8)).clip(0, 255).astype(np.uint8)
         return Image.fromarray(255 - high if inverted else high).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         colour = image.convert("RGBA")

@@ -6,10 +6,12 @@ partitioned; without a `group` column (patient or lesion) each image is its own 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 from pyarrow import ArrowException
+from pydantic import Field
 
 from consilium import registry
 from consilium.errors import DataError
@@ -34,6 +36,7 @@ class ManifestOptions(Options):
     table: Path
     images: Path
     columns: Columns = Columns()
+    bits: int = Field(default=16, ge=8, le=16)  # significant bits of 16-bit grey images
 
 
 @registry.register(
@@ -43,6 +46,7 @@ class Manifest:
     """A table and its images. Raises DataError for whatever would stop a training half-way."""
 
     def __init__(self, options: ManifestOptions) -> None:
+        self._bits = options.bits
         self._records = _read_records(options)
         self._archive = images.Archive(options.images)
         self._paths = self._archive.resolve(list(self._records["id"]))
@@ -57,49 +61,45 @@ class Manifest:
 
     def decode(self, content: bytes) -> UInt8Array:
         """RGB pixels uint8 [H, W, 3]."""
-        return images.decode(content)
+        return images.decode(content, self._bits)
 
 
 def _read_records(options: ManifestOptions) -> pd.DataFrame:
-    table = read_table(options.table)
-    names = {"image": "id", "label": "label", "site": "site", "group": "group", "split": "split"}
-    wanted = {names[key]: column for key, column in options.columns.model_dump().items() if column is not None}
-    missing = sorted(set(wanted.values()) - set(table.columns))
+    table, where = read_table(options.table), str(options.table)
+    columns = {key: column for key, column in options.columns.model_dump().items() if column is not None}
+    missing = sorted(set(columns.values()) - set(table.columns))
     if missing:
-        columns = images.first_few(table.columns, 30)
-        raise DataError(
-            "the table lacks columns", where=str(options.table), allowed=columns, received=", ".join(missing)
-        )
-    records = pd.DataFrame({key: table[column].str.strip() for key, column in wanted.items()})
-    check_records(records, str(options.table))
-    return records.assign(
-        site=records["site"] if "site" in records else "",
-        group=records["group"] if "group" in records else records["id"],
-    )
+        allowed = images.first_few(table.columns, 30)
+        raise DataError("the table lacks columns", where=where, allowed=allowed, received=", ".join(missing))
+    _check_values(table, columns, where)
+    given = {("id" if key == "image" else key): table[column] for key, column in columns.items()}
+    return pd.DataFrame({"site": "", "group": given["id"], **given})
 
 
-def check_records(records: pd.DataFrame, where: str) -> None:
+def _check_values(table: pd.DataFrame, columns: Mapping[str, str], where: str) -> None:
     """DataError for an empty table, an empty value, or an id that occurs twice."""
-    if records.empty:
+    if table.empty:
         raise DataError("the table has no rows", where=where)
-    for column in records:
-        rows = records.index[records[column] == ""]
+    for column in columns.values():
+        (rows,) = (table[column] == "").to_numpy().nonzero()
         if len(rows):
-            numbers = images.first_few(rows + 1)
-            raise DataError(f"{len(rows)} rows have no {column}", where=where, received=f"data rows {numbers}")
-    twice = records["id"][records["id"].duplicated()].unique()
+            received = f"data rows {images.first_few(rows + 1)}"
+            raise DataError(f"{len(rows)} rows have no value in column {column!r}", where=where, received=received)
+    ids = table[columns["image"]]
+    twice = ids[ids.duplicated()].unique()
     if len(twice):
         raise DataError(f"{len(twice)} image ids occur more than once", where=where, received=images.first_few(twice))
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A CSV or Parquet file with every value as text, missing ones as empty text."""
+    """A CSV or Parquet file with every value as text without outer blanks, missing ones as empty text."""
     if not path.is_file():
         raise DataError("the table does not exist", received=str(path), remedy="give the path of a CSV or Parquet file")
     try:
         if path.suffix.lower() in (".parquet", ".pq"):
-            table = pd.read_parquet(path)
-            return table.astype("string").fillna("").astype(object)
-        return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig").fillna("")
-    except (ValueError, UnicodeDecodeError, pd.errors.ParserError, ArrowException) as error:
+            table = pd.read_parquet(path).astype("string")
+        else:
+            table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False)
+    except (ValueError, ArrowException) as error:
         raise DataError("the table cannot be read as CSV or Parquet", where=str(path), received=str(error)) from error
+    return pd.DataFrame({name: table[name].fillna("").str.strip() for name in table.columns})

@@ -4,8 +4,8 @@ A group is never divided. Depends on the set of rows and `partition.seed` only, 
 
 - natural: the site column as it is.
 - iid: groups in random order, each to the site with the fewest images.
-- dirichlet: for each class, shares of the sites drawn from Dirichlet(alpha) (Hsu et al. 2019, arXiv:1909.06335); the class
-  of a group is that of most of its images.
+- dirichlet: for each class, shares of the sites drawn from Dirichlet(alpha) (Yurochkin et al. 2019, arXiv:1905.12022);
+  the class of a group is that of most of its images.
 - quantity: the same draw for the set as a whole, so that sites differ in size only (alpha left out: 1).
 """
 

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +22,7 @@ from consilium.config import Split
 from consilium.errors import DataError
 from consilium.sites.images import first_few
 
+Vectors = npt.NDArray[np.float64]
 NAMES = ("train", "val", "test")
 _TIES = ("test", "val", "train")  # on a tie the evaluation splits come first: train is seldom the one that lacks rows
 _COLUMNS = ["id", "site", "group", "label", "split"]
@@ -29,17 +31,25 @@ _COLUMNS = ["id", "site", "group", "label", "split"]
 def assign(records: pd.DataFrame, split: Split, shared_groups: Collection[str] | None = None) -> pd.DataFrame:
     """`records` with column split, sorted by id; by share, by the table's own column or by file, as configured.
 
-    `shared_groups`: groups known to occur at several sites; None: those of `records`. A deployed site, which sees its own
-    rows only, is given the list.
+    `shared_groups`: groups known to occur at several sites; None: those of `records`. A deployed site, which sees its
+    own rows only, is given the list. A given split is left as it is, and DataError where it divides a group; but of a
+    column's train rows, at a site without val, an eighth becomes val (0.1 of 0.8, as by default).
     """
     ordered = records.sort_values("id", ignore_index=True)
     shared = groups_at_several_sites(ordered) if shared_groups is None else shared_groups
-    if split.file is not None:
-        return read(split.file, ordered)
-    if "split" in ordered:
-        return _given(ordered, shared)
+    given = as_given(ordered, split)
+    if given is not None:
+        checked = _check(given, str(split.file or "the split column"))
+        return checked if split.file else _with_val(checked, shared)
     shares = {"train": split.train, "val": split.val, "test": split.test}
     return _by_site(ordered, shares, split.seed, shared)
+
+
+def as_given(records: pd.DataFrame, split: Split) -> pd.DataFrame | None:
+    """`records` with the split of the configured file or their own column, unchecked; None where there is neither."""
+    if split.file is not None:
+        return read(split.file, records)
+    return records if "split" in records else None
 
 
 def groups_at_several_sites(records: pd.DataFrame) -> tuple[str, ...]:
@@ -71,10 +81,10 @@ def read(path: Path, records: pd.DataFrame) -> pd.DataFrame:
         what = "the split file does not fit the table"
         raise DataError(what, where=str(path), received=first_few(differing), remedy="write the split again")
     split = records["id"].map(dict(zip(stored["id"], stored["split"], strict=True)))
-    return check(records.assign(split=split), str(path))
+    return records.assign(split=split)
 
 
-def check(records: pd.DataFrame, where: str) -> pd.DataFrame:
+def _check(records: pd.DataFrame, where: str) -> pd.DataFrame:
     """`records` themselves; DataError for a name that is no split, or a group in two splits."""
     unknown = sorted(set(records["split"]) - set(NAMES))
     if unknown:
@@ -112,16 +122,14 @@ def _differing_rows(stored: pd.DataFrame, records: pd.DataFrame) -> list[str]:
     return sorted({row[0] for row in there ^ here})
 
 
-def _given(records: pd.DataFrame, shared: Collection[str]) -> pd.DataFrame:
-    """The table's own split; at a site without val, an eighth of train becomes val (the default shares' 0.1 of 0.8)."""
-    checked = check(records, "column of the split")
+def _with_val(records: pd.DataFrame, shared: Collection[str]) -> pd.DataFrame:
     default = Split()
     share = default.val / (default.train + default.val)
-    lacking = checked.groupby("site")["split"].transform(lambda column: not (column == "val").any()).astype(bool)
-    pool = checked[lacking & (checked["split"] == "train")]
+    complete = set(records["site"][records["split"] == "val"])
+    pool = records[~records["site"].isin(complete) & (records["split"] == "train")]
     carved = _by_site(pool, {"train": 1 - share, "val": share}, default.seed, shared)
     new = dict(zip(carved["id"], carved["split"], strict=True))
-    return checked.assign(split=[new.get(id, old) for id, old in zip(checked["id"], checked["split"], strict=True)])
+    return records.assign(split=[new.get(id, old) for id, old in zip(records["id"], records["split"], strict=True)])
 
 
 def _by_site(records: pd.DataFrame, shares: Mapping[str, float], seed: int, shared: Collection[str]) -> pd.DataFrame:
@@ -138,7 +146,7 @@ def divide_site(
     """Split of each group of one site, stratified by class as well as whole groups allow.
 
     Groups are taken in random order, those with the rarest class first. Each goes where it lowers the chi-square
-    distance, the sum of (given - wanted)^2 / wanted over splits and features, the most. Train is never left empty.
+    distance, the sum of (given - wanted)^2 / wanted over splits and features, the most. The first goes to train.
     """
     counts = rows.groupby(["group", "label"]).size().unstack(fill_value=0).sort_index(axis="columns")
     vectors = _features(counts.to_numpy(dtype=np.float64))
@@ -147,14 +155,14 @@ def divide_site(
     vector_of, forced = dict(zip(counts.index, vectors, strict=True)), set(shared) & set(counts.index)
     chosen: dict[str, str] = {}
     for group in sorted(forced) + [g for g in _order(counts, site, seed) if g not in forced]:
-        first = group in forced or not chosen
-        chosen[group] = "train" if first else _best(vector_of[group], wanted, given)
-        given.setdefault("train", np.zeros(vectors.shape[1]))
+        to_train = group in forced or (not chosen and "train" in wanted)
+        chosen[group] = "train" if to_train else _best(vector_of[group], wanted, given)
+        given.setdefault(chosen[group], np.zeros(vectors.shape[1]))
         given[chosen[group]] += vector_of[group]
     return chosen
 
 
-def _features(counts: np.ndarray) -> np.ndarray:
+def _features(counts: Vectors) -> Vectors:
     """Per group: images of each class, images in all, and its class of size (1, 2-3, 4-7, ... images) as an indicator.
 
     Without the last, groups with many images would gather in train, and tests would lack the patients seen often.
@@ -165,14 +173,14 @@ def _features(counts: np.ndarray) -> np.ndarray:
 
 
 def _order(counts: pd.DataFrame, site: str, seed: int) -> list[str]:
-    """Groups by the frequency of their rarest class, and in random order within; each draw depends on its group alone."""
+    """Groups by the frequency of their rarest class, in random order within; a draw depends on its group alone."""
     totals = counts.sum().to_numpy()
     rarity = np.where(counts.to_numpy() > 0, totals, np.inf).min(axis=1)
     draws = [seeds.derive(seed, site=site, purpose=f"split|{group}") for group in counts.index]
     return [group for _, _, group in sorted(zip(rarity, draws, counts.index, strict=True))]
 
 
-def _best(vector: np.ndarray, wanted: Mapping[str, np.ndarray], given: Mapping[str, np.ndarray]) -> str:
+def _best(vector: Vectors, wanted: Mapping[str, Vectors], given: Mapping[str, Vectors]) -> str:
     def change(name: str) -> float:
         goal = wanted[name]
         held = goal > 0

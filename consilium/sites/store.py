@@ -1,9 +1,9 @@
-"""Stage 1, sites. In: image bytes by id and the backbone's preprocessing. Out: all pixels, uint8 [n, H, W, 3], memory-mapped.
+"""Stage 1, sites. In: image bytes by id and the backbone's preprocessing. Out: all pixels, mapped uint8 [n, H, W, 3].
 
-Each different image is decoded and resized once. A store is a pair of files in the cache folder, named by a hash over the
-images' own hashes and all that shapes the pixels: `<key>.npy`, and `<key>.json` with size, checksum and unreadable images.
-Only one process builds a store; it writes beside the final name and renames when all is on disk, the JSON last, so that a
-crash leaves nothing that could be mistaken for a store. The operating system frees the lock of a process that dies.
+Each different image is decoded and resized once. A store is a pair of files in the cache folder, named by a hash over
+the images' own hashes and all that shapes the pixels: `<key>.npy`, and `<key>.json` with size, checksum and unreadable
+rows. Only one process builds a store; it writes beside the final name and renames when all is on disk, the JSON last,
+so that a crash leaves nothing that could be mistaken for a store. The system frees the lock of a process that dies.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _FILTERS = {
 
 @dataclass(frozen=True)
 class Store:
-    """`images` uint8 [n, H, W, 3]; `rows` gives the row of each readable id; `hashes` the SHA-256 of each readable file."""
+    """Pixels, and where to find those of an id."""
 
-    images: UInt8Array
-    rows: Mapping[str, int]
-    hashes: Mapping[str, str]
+    images: UInt8Array  # [n, H, W, 3]
+    rows: Mapping[str, int]  # id -> row of images
+    hashes: Mapping[str, str]  # id -> SHA-256 of the stored bytes
     corrupt: tuple[str, ...]  # ids without readable pixels, sorted
 
 
@@ -92,27 +92,32 @@ def open_store(
     order = sorted(id_of)
     path = (folder or default_folder()) / f"{_key(order, preprocessing, decoding)}.npy"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
-            corrupt = _read_index(path)
-            if corrupt is None:
-                corrupt = _build(path, source, [id_of[one] for one in order], preprocessing, progress)
-    except OSError as error:
-        remedy = "free some space, or choose another folder with engine.cache"
-        raise DataError(
-            "the store of decoded images cannot be written", where=str(path), received=str(error), remedy=remedy
-        ) from error
+        corrupt = _ready(path, lambda: _build(path, source, [id_of[one] for one in order], preprocessing, progress))
+    except (OSError, NotImplementedError) as error:
+        what, remedy = "the store of decoded images cannot be written", "free some space, or change engine.cache"
+        raise DataError(what, where=str(path.parent), received=str(error), remedy=remedy) from error
     bad = {order[row] for row in corrupt}
     row_of = {content_hash: row for row, content_hash in enumerate(order) if content_hash not in bad}
     rows = {id: row_of[hashes[id]] for id in ids if hashes.get(id) in row_of}
     return Store(np.load(path, mmap_mode="r"), rows, hashes, tuple(sorted(set(ids) - rows.keys())))
 
 
+def _ready(path: Path, build: Callable[[], list[int]]) -> list[int]:
+    """Rows without readable pixels of the store at `path`, built where it is not there; a read-only cache will do."""
+    found = _read_index(path)
+    if found is not None:
+        return found
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        found = _read_index(path)
+        return build() if found is None else found
+
+
 def transform_pixels(pixels: UInt8Array, preprocessing: Preprocessing) -> UInt8Array:
     """RGB uint8 [H, W, 3] resized and cropped to [S, S, 3], as timm's evaluation transform does (antialiased).
 
-    center: shorter side to floor(S / crop_fraction), then the middle. squash: both sides to it, then the middle. border:
-    longer side to it, then the middle, missing borders filled with the mean colour.
+    center: shorter side to floor(S / crop_fraction), then the middle. squash: both sides to it, then the middle.
+    border: longer side to it, then the middle, missing borders filled with the mean colour.
     """
     image, size = Image.fromarray(pixels), preprocessing.image_size
     goal = math.floor(size / preprocessing.crop_fraction)
@@ -162,14 +167,15 @@ def _read_index(path: Path) -> list[int] | None:
     """Rows without readable pixels; None where there is no whole, undamaged store."""
     try:
         index = json.loads(path.with_suffix(".json").read_text())
-        with path.open("rb") as file:
-            whole = (
-                path.stat().st_size == index["bytes"]
-                and hashlib.file_digest(file, "sha256").hexdigest() == index["sha256"]
-            )
+        whole = path.stat().st_size == index["bytes"] and _checksum(path) == index["sha256"]
         return [int(row) for row in index["corrupt"]] if whole else None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _build(
@@ -185,9 +191,7 @@ def _build(
             corrupt = _write_rows(file, _decoded(source, ids, preprocessing), (len(ids), size, size, 3), progress)
             file.flush()
             os.fsync(file.fileno())
-        with partial.open("rb") as file:
-            checksum = hashlib.file_digest(file, "sha256").hexdigest()
-        index = {"bytes": partial.stat().st_size, "sha256": checksum, "corrupt": corrupt}
+        index = {"bytes": partial.stat().st_size, "sha256": _checksum(partial), "corrupt": corrupt}
         path.with_suffix(".json").unlink(missing_ok=True)
         partial.replace(path)
         partial.write_text(json.dumps(index))
@@ -206,7 +210,7 @@ def _write_rows(
     for number, pixels in enumerate(rows):
         if pixels is None:
             corrupt.append(number)
-        file.write(np.zeros(shape[1:], dtype=np.uint8) if pixels is None else np.ascontiguousarray(pixels))
+        file.write(bytes(math.prod(shape[1:])) if pixels is None else pixels.tobytes())
         if progress is not None:
             progress(number + 1, shape[0])
     return corrupt
