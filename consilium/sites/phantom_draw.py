@@ -210,13 +210,13 @@ def _hairs(shot: Random, picture: Field, plane: Plane, expected: float) -> Field
     return _over(picture, HAIR, 0.85 * cover)
 
 
-def _mark(shot: Random, picture: Field) -> Field:
-    """A row of ink dots along one edge, as put on the skin before an operation."""
+def _mark(shot: Random, size: int) -> Field:
+    """Opacity of a row of ink dots along one edge, as put on the skin before an operation."""
     number = int(shot.integers(4, 7))
     along = np.linspace(-0.6, 0.6, number) + shot.uniform(-0.2, 0.2)
     edge = np.full(number, shot.uniform(0.76, 0.9) * shot.choice([-1, 1]))
     points = np.stack([along, edge] if shot.random() < 0.5 else [edge, along], 1)
-    return _over(picture, INK, 0.9 * np.minimum(1.5 * _dots(points, 0.075, len(picture)), 1))
+    return 0.9 * np.minimum(1.5 * _dots(points, 0.075, size), 1)
 
 
 def draw(
@@ -232,4 +232,4 @@ def draw(
     shade = float(skin.mean() / FAIR.mean())
     picture = _over(_over(picture, VEIL * shade, veil), WHITE * shade, white)
     picture = _hairs(shot, picture, plane, patient.hairs)
-    return photograph(shot, _mark(shot, picture) if marked else picture, camera)
+    return photograph(shot, _over(picture, INK, marked * _mark(shot, size)), camera)
