@@ -27,20 +27,24 @@ _OVERRIDES = ("mean", "std", "interpolation", "crop_fraction", "crop_mode")
 def load(config: BackboneConfig) -> Backbone:
     """Build, load strictly, freeze. BackboneError for unknown names, models that are no ViT, weights that misfit."""
     found = _weights(config)
-    preprocessing = _preprocessing(config, found.settings)
+    return assemble(config.name, found, _preprocessing(config, found.settings))
+
+
+def assemble(name: str, found: weights.Weights, preprocessing: Preprocessing) -> Backbone:
+    """The same from weights in hand."""
     module = _build(found, preprocessing.image_size).eval().requires_grad_(False)
     places = roles.find(module)
-    _require_vit(config.name, module, places)
+    _require_vit(name, module, places)
     _require_whole_patches(module, preprocessing.image_size)
     _reach_qkv(module)
     return Backbone(
         module=module,
-        name=config.name,
+        name=name,
         digest=_digest(module, found),
         preprocessing=preprocessing,
         modules=places,
         num_blocks=roles.num_blocks(places),
-        num_features=_num_features(config.name, module, preprocessing.image_size),
+        num_features=_num_features(name, module, preprocessing.image_size),
         num_parameters=sum(parameter.numel() for parameter in module.parameters()),
         licence=str(found.settings.get("license", "unknown")),
     )
@@ -158,7 +162,8 @@ def _digest(module: nn.Module, found: weights.Weights) -> str:
     state: dict[str, Tensor] = module.state_dict()
     original = found.tensors or {}
     resampled = {name for name in state.keys() & original.keys() if state[name].shape != original[name].shape}
-    return tensors.digest_all({name: original[name] if name in resampled else state[name] for name in state})
+    before = {name: original[name].to(state[name].dtype) for name in resampled}
+    return tensors.digest_all({**state, **before})
 
 
 @torch.no_grad()

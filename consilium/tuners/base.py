@@ -8,6 +8,7 @@ from torch import nn
 
 from consilium.errors import ConfigError
 from consilium.protocols import Backbone, Combination, Part, Tag
+from consilium.tensors import Tensors
 
 
 class Adapter(nn.Module):
@@ -21,6 +22,15 @@ def parameters(module: nn.Module, prefix: str = "") -> dict[str, nn.Parameter]:
         if not isinstance(child, Adapter):
             found |= parameters(child, f"{prefix}{name}.")
     return found
+
+
+def replace(module: nn.Module, values: Tensors) -> None:
+    """Give parameters new values. The old tensors stay as they are: other models may share them."""
+    for name, value in values.items():
+        holder, _, own = name.rpartition(".")
+        old = module.get_parameter(name)
+        new = nn.Parameter(value.detach().to(old.device, old.dtype, copy=True), requires_grad=False)
+        setattr(module.get_submodule(holder), own, new)
 
 
 def tag(backbone: Backbone, name: str, part: str) -> Tag:

@@ -5,6 +5,7 @@ A hybrid is a list: variables are the union, each tuner chooses among its own, a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from consilium.config import HeadConfig
 from consilium.errors import ConfigError
 from consilium.protocols import Attached, Backbone, Declaration, Selector, Specs, Tuner
 from consilium.tensors import Tensors
+from consilium.tuners import base
 from consilium.tuners.head import RATE, Head
 
 
@@ -59,12 +61,6 @@ class TunedModel:
         head = {spec.tag for spec in self.head.specs.values()}
         return lambda tag: tag in head or any(tag in own and chosen(tag) for own, chosen in choices)
 
-    def to(self, device: torch.device | str) -> TunedModel:
-        """Move the frozen weights, in place; variables and images must be given on the same device."""
-        self.backbone.module.to(device)
-        self.head_start.update({name: value.to(device) for name, value in self.head_start.items()})
-        return self
-
 
 def attach(
     backbone: Backbone,
@@ -76,13 +72,14 @@ def attach(
 ) -> TunedModel:
     """Attach all tuners to the backbone and put a head on top.
 
-    Raises ConfigError where two tuners claim one tensor, where nothing is left to train, or where the strategy needs a
-    role that no tensor has.
+    Raises ConfigError where two tuners claim one tensor or nothing is left to train. `seed` draws a frozen head.
     """
     added = tuple(tuner.attach(backbone, declaration.parts, declaration.combination) for tuner in tuners)
     top = Head(head, backbone.num_features, num_outputs)
     specs = _union([*(each.specs for each in added), top.specs])
-    _require(specs, declaration)
+    if not specs:
+        raise ConfigError("nothing is left to train", where="head.share", allowed="shared, personal", received="frozen")
+    device = next(backbone.module.parameters()).device
     return TunedModel(
         backbone=backbone,
         tuners=tuple(tuners),
@@ -90,7 +87,7 @@ def attach(
         specs=specs,
         learning_rates=_rates(added),
         attached=added,
-        head_start=top.initial(seed),
+        head_start={name: value.to(device) for name, value in top.initial(seed).items()},
         names=frozenset(name for name, _ in [*backbone.module.named_parameters(), *backbone.module.named_buffers()]),
     )
 
@@ -100,36 +97,20 @@ def merge(model: TunedModel, variables: Tensors) -> nn.Module:
 
     To unmerge, load the backbone again. ConfigError where a tuner cannot be folded.
     """
-    own = dict(model.backbone.module.named_parameters())
-    with torch.no_grad():
-        for name in variables.keys() & own.keys() - model.specs.keys():  # a strategy changed the base
-            own[name].copy_(variables[name])
-    for tuner in model.tuners:
+    own = base.parameters(model.backbone.module).keys()
+    changed = variables.keys() & own - model.specs.keys()  # by a strategy that changes the base
+    base.replace(model.backbone.module, tensors.select(variables, changed))
+    pairs = zip(model.tuners, model.attached, strict=True)
+    for tuner, _ in sorted(pairs, key=lambda pair: not pair[1].specs.keys() <= own):  # what is folded comes on top
         tuner.merge(model.backbone, variables)
     return model.backbone.module
 
 
 def _union(all_specs: Sequence[Specs]) -> Specs:
-    names = [name for specs in all_specs for name in specs]
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(names) != len(set(names)) else []
+    twice = [name for name, times in Counter(name for specs in all_specs for name in specs).items() if times > 1]
     if twice:
-        raise ConfigError(
-            "two tuners claim the same tensor", where="tuner", received=twice[:3], remedy="leave one of them out"
-        )
-    return {name: spec for specs in all_specs for name, spec in sorted(specs.items())}
-
-
-def _require(specs: Specs, declaration: Declaration) -> None:
-    if not specs:
-        raise ConfigError("nothing is left to train", where="head.share", allowed="shared, personal", received="frozen")
-    roles = {spec.tag.role for spec in specs.values()}
-    if not declaration.required_roles <= roles:
-        raise ConfigError(
-            "the strategy needs tensors that these tuners do not have",
-            where="strategy with tuner",
-            allowed=f"tuners with the roles {sorted(declaration.required_roles)}",
-            received=f"roles {sorted(roles)}",
-        )
+        raise ConfigError("two tuners claim the same tensor", where="tuner", received=sorted(twice)[:3])
+    return dict(sorted(item for specs in all_specs for item in specs.items()))
 
 
 def _rates(added: Sequence[Attached]) -> dict[str, float]:

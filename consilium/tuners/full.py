@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from consilium import registry, tensors
 from consilium.protocols import Attached, Backbone, Combination, Part, Selector, Spec
 from consilium.tensors import Tensors
@@ -29,7 +27,7 @@ class FullOptions(registry.Options):
     options=FullOptions,
     summary="every parameter of the backbone",
     source="McMahan et al. 2017, arXiv 1602.05629",
-    facts={"formula": "W", "count": "all"},
+    facts={"start": "identity", "formula": "W", "count": "all"},
 )
 class Full:
     """Trains the whole backbone."""
@@ -41,16 +39,13 @@ class Full:
         """Name every parameter of the backbone; nothing is added, nothing is drawn."""
         part = base.only_part("full", parts, combination)
         own = base.parameters(backbone.module)
-        start = tensors.detach(own)
         specs = {name: Spec(tuple(p.shape), base.tag(backbone, name, part.name), p.dtype) for name, p in own.items()}
-        return Attached(specs=specs, initial=lambda _: start, learning_rates=dict.fromkeys(ROLES, RATE))
+        return Attached(specs=specs, initial=lambda _: tensors.detach(own), learning_rates=dict.fromkeys(ROLES, RATE))
 
     def active(self, round: int, site: str, seed: int) -> Selector:  # noqa: ARG002
         """Everything."""
         return lambda _: True
 
-    @torch.no_grad()
     def merge(self, backbone: Backbone, variables: Tensors) -> None:
         """Write the variables into the backbone."""
-        for name, own in base.parameters(backbone.module).items():
-            own.copy_(variables[name])
+        base.replace(backbone.module, tensors.select(variables, base.parameters(backbone.module)))

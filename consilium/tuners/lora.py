@@ -52,8 +52,8 @@ class Factors(nn.Module):
 
     def __init__(self, linear: nn.Linear, rank: int) -> None:
         super().__init__()
-        self.a = nn.Parameter(torch.zeros(rank, linear.in_features), requires_grad=False)
-        self.b = nn.Parameter(torch.zeros(linear.out_features, rank), requires_grad=False)
+        self.a = nn.Parameter(linear.weight.new_zeros(rank, linear.in_features), requires_grad=False)
+        self.b = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """B A x."""
@@ -70,7 +70,7 @@ class LoraAdapter(base.Adapter):
         self.scale, self.dropout, self.parts = options.scale, options.dropout, tuple(ranks)
         for part, rank in ranks.items():
             self.add_module(part, Factors(linear, rank))
-        router = nn.Parameter(torch.zeros(len(ranks), linear.in_features), requires_grad=False)
+        router = nn.Parameter(linear.weight.new_zeros(len(ranks), linear.in_features), requires_grad=False)
         self.register_parameter("router", router if routed else None)
         self.handle = linear.register_forward_hook(lambda module, inputs, output: module.lora(inputs[0], output))
 
@@ -92,7 +92,11 @@ class LoraAdapter(base.Adapter):
     options=LoraOptions,
     summary="low-rank factors beside linear layers",
     source="Hu et al. 2022, arXiv 2106.09685",
-    facts={"formula": "W x + (alpha / r) B A x", "count": "r (in + out) per layer; 36,864 r on the qkv of ViT-B"},
+    facts={
+        "start": "identity",
+        "formula": "W x + (alpha / r) B A x",
+        "count": "r (in + out) per layer; 36,864 r on the qkv of ViT-B",
+    },
 )
 class Lora:
     """Adds one pair of factors per part beside every target."""
@@ -116,12 +120,12 @@ class Lora:
         """Everything."""
         return lambda _: True
 
-    @torch.no_grad()
     def merge(self, backbone: Backbone, variables: Tensors) -> None:
         """W + s B A, formed in float64; a token router is no linear map and cannot be folded."""
         for name in self._targets(backbone):
             linear = cast(nn.Linear, backbone.module.get_submodule(name))
-            linear.weight.copy_(linear.weight.double() + self.delta(backbone, name, variables))
+            merged = linear.weight.double() + self.delta(backbone, name, variables).to(linear.weight.device)
+            base.replace(backbone.module, {f"{name}.weight": merged})
             cast(LoraAdapter, linear.lora).handle.remove()
             del linear.lora
 

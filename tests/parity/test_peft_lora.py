@@ -1,0 +1,74 @@
+"""LoRA against the `peft` library: outputs, gradients and one optimiser step on the same timm model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from consilium import registry
+from consilium.config import HeadConfig
+from consilium.protocols import Declaration
+from consilium.tuners import compose
+from tests import small
+
+peft = pytest.importorskip("peft")
+
+ALL = {"qkv": r"attn\.(qkv|[qkv]_proj)", "proj": r"attn\.proj", "fc1": r"mlp\.fc1(_[gx])?", "fc2": r"mlp\.fc2"}
+
+
+def _theirs(module: torch.nn.Module, options: dict[str, object], head: torch.nn.Linear) -> torch.nn.Module:
+    targets = "|".join(ALL[role] for role in options["targets"])  # type: ignore[attr-defined]
+    config = peft.LoraConfig(
+        r=options["rank"],
+        lora_alpha=options.get("alpha", options["rank"]),
+        use_rslora=options.get("rank_stabilised", False),
+        target_modules=rf".*blocks\.\d+\.({targets})",
+    )
+    return torch.nn.Sequential(peft.get_peft_model(module, config), head)
+
+
+def _copy_into(theirs: torch.nn.Module, variables: dict[str, torch.Tensor]) -> dict[str, torch.nn.Parameter]:
+    """Our values in their parameters; their parameters by our names."""
+    found = {}
+    for name, parameter in theirs.named_parameters():
+        if parameter.requires_grad:
+            ours = name.removeprefix("0.base_model.model.").replace("1.", "head.", 1) if name[0] == "1" else None
+            ours = ours or name.removeprefix("0.base_model.model.").replace("lora_A.default.weight", "lora.shared.a")
+            ours = ours.replace("lora_B.default.weight", "lora.shared.b")
+            parameter.data.copy_(variables[ours])
+            found[ours] = parameter
+    return found
+
+
+@pytest.mark.parametrize("make", ["vit", "distilled", "eva_apart"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 4, "targets": ["qkv"]},
+        {"rank": 2, "alpha": 6.0, "targets": ["qkv", "proj", "fc1", "fc2"]},
+        {"rank": 4, "alpha": 6.0, "rank_stabilised": True, "targets": ["fc1", "proj"]},
+    ],
+)
+def test_outputs_gradients_and_a_step_agree(make: str, options: dict[str, object]) -> None:
+    backbone = small.backbone(make)
+    plain = copy.deepcopy(backbone.module)
+    tuner = registry.build("tuners", "lora", options)
+    model = compose.attach(backbone, [tuner], HeadConfig(), 4, Declaration(), 0)
+    variables = {name: value.requires_grad_() for name, value in small.moved(dict(model.initial(0))).items()}
+    theirs = _theirs(plain, options, torch.nn.Linear(backbone.num_features, 4))
+    parameters = _copy_into(theirs, variables)
+    assert parameters.keys() == variables.keys()
+
+    labels = torch.tensor([0, 3, 1])
+    ours_out, theirs_out = model.forward(variables, small.images()), theirs(small.images())
+    torch.testing.assert_close(ours_out, theirs_out, rtol=1e-5, atol=1e-6)
+    for outputs, held in ((ours_out, variables), (theirs_out, parameters)):
+        F.cross_entropy(outputs, labels).backward()
+        step = torch.optim.AdamW(held.values(), lr=1e-2)
+        step.step()
+    for name, value in variables.items():
+        torch.testing.assert_close(value.grad, parameters[name].grad, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(value, parameters[name], rtol=1e-4, atol=1e-4, check_dtype=False, msg=name)
