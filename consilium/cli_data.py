@@ -49,10 +49,13 @@ def inspect(config: ConfigFile, settings: Settings = None, json: Json = False) -
 @app.command()
 def audit(config: ConfigFile, settings: Settings = None, json: Json = False) -> None:
     """Groups and exact duplicates across splits and sites, class tables, unreadable images."""
+    from consilium import progress
     from consilium.config import load
     from consilium.sites.audit import audit_config
 
-    _show(audit_config(load(config, settings or ())).to_dict(), f"audit of {config}", json)
+    with progress.counting("images read") as tell:
+        found = audit_config(load(config, settings or ()), tell)
+    _show(found.to_dict(), f"audit of {config}", json)
 
 
 @app.command()
@@ -65,4 +68,4 @@ def split(
     from consilium.config import load
     from consilium.sites.audit import write_split
 
-    print(write_split(load(config, settings or ()), out))
+    print(f"{out}: split {write_split(load(config, settings or ()), out)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,6 +19,8 @@ from consilium.progress import estimate
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_ROWS = 20  # of a table in an outline
 
 
 def show(renderable: RenderableType) -> None:
@@ -127,8 +130,10 @@ def _grow_mapping(branch: Tree, value: Mapping[str, Any]) -> None:
 def _grid(rows: Mapping[Any, Mapping[str, Any]]) -> Table:
     columns = list(next(iter(rows.values())))
     table = Table("", *map(str, columns), box=None, pad_edge=False)
-    for name, row in rows.items():
+    for name, row in islice(rows.items(), _ROWS):
         table.add_row("" if isinstance(name, int) else str(name), *(_short(row.get(column)) for column in columns))
+    if len(rows) > _ROWS:
+        table.caption = f"{len(rows) - _ROWS} more rows: --json shows all"
     return table
 
 

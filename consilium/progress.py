@@ -60,6 +60,13 @@ def json_lines() -> Iterator[Display]:
     yield lambda event: print(json.dumps(_plain(event)), flush=True)
 
 
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of (done, total) on standard error, so that standard output stays clean."""
+    with live(Console(stderr=True, markup=False)) as display:
+        yield lambda done, total: display({"event": "prepare", "what": what, "done": done, "total": total})
+
+
 def line(event: Event) -> str | None:
     """One event as a line of a log; None for what a log does not need."""
     return {"start": _start, "round": _round, "reference": _reference, "finish": _finish, "prepare": _prepare}.get(

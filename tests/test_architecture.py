@@ -1,7 +1,8 @@
 """The rules of the house that a program can check: imports, sizes, the reading path, what may not stand in a file.
 
-Counting rule: a file is measured in all its lines; a function, a strategy, a tuner and the reading path in lines of
-code, without blank lines, comments and docstrings; the README in lines that are not blank.
+Counting rule: a file is measured in all its lines; a function, a strategy and a tuner in lines of code, which are no
+blank lines, comments or docstrings; the reading path in lines of code that are no imports, its README in lines that are
+not blank.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "consilium"
 STAGES = ("sites", "backbones", "tasks", "tuners", "local", "strategies", "engines", "report")
-COMPOSITION = ("__init__", "__main__", "cli", "cli_data", "experiment", "run", "check", "predict", "export")
+ENTRANCES = ("__init__", "__main__", "cli", "cli_data")
+COMPOSITION = ("experiment", "coordinator", "results", "run", "check", "predict", "export")
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = {"torch", "torchvision", "timm", "pandas", "numpy", "sklearn", "pyarrow", "pydantic", "PIL", "matplotlib"}
 READING_PATH = ("protocols.py", "run.py", "tuners/lora.py", "strategies/fedavg.py")
@@ -66,6 +68,11 @@ def _code_lines(source: str) -> set[int]:
     return held - docstrings
 
 
+def _import_lines(source: str) -> set[int]:
+    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return {line for node in imports for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
+
+
 def _function_sizes(path: Path) -> Iterator[tuple[str, int]]:
     source = path.read_text()
     code = _code_lines(source)
@@ -78,11 +85,10 @@ def _function_sizes(path: Path) -> Iterator[tuple[str, int]]:
 @pytest.mark.parametrize("path", SOURCES, ids=_name)
 def test_no_stage_imports_another(path: Path) -> None:
     home = _home(path)
-    if home in COMPOSITION:
+    if home in (*ENTRANCES, *COMPOSITION):
         return
-    foreign = _imported(path) & {*STAGES, *COMPOSITION} - {home, "__init__"}
-    if home == "engines":
-        foreign -= set(STAGES)
+    allowed = {home, *STAGES, *COMPOSITION} if home == "engines" else {home}
+    foreign = _imported(path) & {*STAGES, *COMPOSITION, *ENTRANCES} - allowed
     assert not foreign, f"{_name(path)} belongs to {home} and imports {sorted(foreign)}"
 
 
@@ -104,6 +110,7 @@ def test_functions_stay_small() -> None:
     assert statistics.quantiles(sizes.values(), n=10)[-1] < 40
 
 
+NUMBERS = {"sites": 1, "backbones": 2, "tuners": 3, "local": 4, "tasks": 5, "strategies": 8, "report": 10}
 MODULES = [path for path in SOURCES if not path.name.startswith("__")]
 
 
@@ -111,17 +118,19 @@ MODULES = [path for path in SOURCES if not path.name.startswith("__")]
 def test_a_module_opens_with_its_stage(path: Path) -> None:
     """Strategies and tuners go on with the header of an algorithm instead of what comes in and goes out."""
     docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
-    assert re.match(r"(Stage \d+\b|Common:|Composition:|Engine:)", docstring), docstring
+    stage = NUMBERS.get(path.parent.name)
+    assert re.match(rf"Stage {stage}\b" if stage else r"(Stage 0|Common:|Composition:|Engine:)", docstring), docstring
     if path.parent.name not in ("strategies", "tuners") and path.name != "protocols.py":
         assert "In: " in docstring
         assert "Out: " in docstring
 
 
 def test_the_reading_path_takes_fifteen_minutes() -> None:
-    code = sum(len(_code_lines((PACKAGE / name).read_text())) for name in READING_PATH)
+    """Limits and their reason: docs/decisions/0001-house.md."""
+    sources = [(PACKAGE / name).read_text() for name in READING_PATH]
     readme = [line for line in (ROOT / "README.md").read_text().splitlines() if line.strip()]
-    assert len(readme) <= 90
-    assert code + len(readme) < 500
+    assert sum(len(_code_lines(source) - _import_lines(source)) for source in sources) < 500
+    assert len(readme) <= 80
 
 
 def test_importing_the_package_and_asking_for_help_load_nothing_heavy() -> None:

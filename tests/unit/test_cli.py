@@ -180,7 +180,7 @@ def test_data_verbs_print_what_they_found(
 
 
 def test_data_split_prints_where_it_wrote(called: Any, file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    write = called("consilium.sites.audit", "write_split", Path("split.parquet"))
+    write = called("consilium.sites.audit", "write_split", "0f3a")
     assert _call("data", "split", file, "--out", "split.parquet") == 0
     assert write.call_args.args[1] == Path("split.parquet")
-    assert capsys.readouterr().out == "split.parquet\n"
+    assert capsys.readouterr().out == "split.parquet: split 0f3a\n"

@@ -32,12 +32,27 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
     assert config.load(path).name
 
 
-def test_a_configuration_survives_its_own_plain_form() -> None:
-    first = config.from_dict(_table('seed = 3\n[strategy]\nname = "fedprox"\nmu = 0.5\n[train]\nlocal_steps = 4'))
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        '[strategy]\nname = "fedprox"\nmu = 0.5',
+        '[train]\nlocal_steps = 4\noptimizer = "sgd"',
+        '[sites.split]\ncolumn = "fold"',
+        '[sites.partition]\nkind = "dirichlet"\nnum_sites = 3\nalpha = 0.5',
+        '[[tuner]]\nname = "lora"\nrank = 2\n[[tuner]]\nname = "lora"\ntargets = ["fc1"]',
+    ],
+)
+def test_a_configuration_survives_its_own_plain_form(text: str) -> None:
+    first = config.from_dict(_table(text))
     again = config.from_dict(json.loads(json.dumps(first.to_dict())))
     assert again.to_dict() == first.to_dict()
-    assert first.to_dict()["strategy"]["mu"] == 0.5
-    assert first.to_dict()["tuner"][0]["rank"] >= 1  # a member's default is filled in
+
+
+def test_the_plain_form_fills_in_the_defaults_of_the_members() -> None:
+    plain = config.from_dict(_table('[strategy]\nname = "fedprox"\nmu = 0.5')).to_dict()
+    assert plain["strategy"]["mu"] == 0.5
+    assert plain["tuner"][0]["rank"] >= 1
 
 
 @pytest.mark.parametrize(

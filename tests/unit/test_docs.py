@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import re
+import tomllib
 from pathlib import Path
 
-from consilium import registry
+import pytest
+import typer
+
+from consilium import cli, config, registry
 from scripts import generate_docs
 
 ROOT = Path(__file__).parents[2]
@@ -18,3 +23,23 @@ def test_the_page_names_every_member_and_its_keys() -> None:
         for name, member in registry.members(kind).items():
             assert f"### `{name}`" in page
             assert all(f"| `{key}` |" in page for key in member.options.model_fields)
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line.split("  #")[0].split() for line in re.findall(r"^consilium (.+)$", README, flags=re.MULTILINE)]
+
+
+def test_the_configuration_in_the_readme_is_valid() -> None:
+    (text,) = re.findall(r"```toml\n(.*?)```", README, flags=re.DOTALL)
+    assert config.from_dict(tomllib.loads(text)).tuner[0].name == "lora"
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: words[0])
+def test_the_commands_in_the_readme_are_understood(words: list[str]) -> None:
+    group = typer.main.get_command(cli.app)
+    while isinstance(group, typer.core.TyperGroup):
+        context = group.make_context("consilium", list(words), resilient_parsing=True)
+        name, command, words = group.resolve_command(context, words)
+        assert command is not None
+        group = command
+    assert group.make_context(name, list(words)).params

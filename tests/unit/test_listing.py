@@ -68,3 +68,10 @@ def test_an_outline_shows_every_value_and_equal_mappings_as_a_table() -> None:
         ["x:", "1"],
     ]
     assert all(text in shown for text in ("i1", "none: none", "yes: True"))
+
+
+def test_a_long_list_is_cut_and_says_so() -> None:
+    shown = _text(listing.outline({"groups": [{"group": f"patient-{number}"} for number in range(25)]}, title="audit"))
+    assert "patient-19" in shown
+    assert "patient-20" not in shown
+    assert "5 more rows" in shown
