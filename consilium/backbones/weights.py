@@ -79,10 +79,14 @@ def timm_settings(name: str) -> dict[str, Any]:
         raise BackboneError(
             "timm has no model of this name", where="backbone.name", allowed=close or "vit_*", received=name
         )
-    found = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    try:
+        found = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        tags = timm.list_models(name.partition(".")[0], pretrained=True)
+        raise BackboneError(
+            "timm has no weights of this name", where="backbone.name", allowed=tags, received=name
+        ) from error
     plain = asdict(found) if found is not None else {}
-    if found is None and "." in name:
-        raise BackboneError("timm has no weights of this name", where="backbone.name", received=name)
     return {key: plain[key] for key in (*SETTINGS, "classifier") if plain.get(key) is not None}
 
 

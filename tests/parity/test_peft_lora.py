@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -30,16 +31,16 @@ def _theirs(module: torch.nn.Module, options: dict[str, object], head: torch.nn.
     return torch.nn.Sequential(peft.get_peft_model(module, config), head)
 
 
-def _copy_into(theirs: torch.nn.Module, variables: dict[str, torch.Tensor]) -> dict[str, torch.nn.Parameter]:
-    """Our values in their parameters; their parameters by our names."""
-    found = {}
-    for name, parameter in theirs.named_parameters():
-        if parameter.requires_grad:
-            ours = name.removeprefix("0.base_model.model.").replace("1.", "head.", 1) if name[0] == "1" else None
-            ours = ours or name.removeprefix("0.base_model.model.").replace("lora_A.default.weight", "lora.shared.a")
-            ours = ours.replace("lora_B.default.weight", "lora.shared.b")
-            parameter.data.copy_(variables[ours])
-            found[ours] = parameter
+def _our_name(theirs: str) -> str:
+    name = re.sub(r"^1\.", "head.", theirs.removeprefix("0.base_model.model."))
+    return re.sub(r"lora_([AB])\.default\.weight", lambda found: f"lora.shared.{found[1].lower()}", name)
+
+
+def _take_over(theirs: torch.nn.Module, variables: dict[str, torch.Tensor]) -> dict[str, torch.nn.Parameter]:
+    """Put our values into their trainable parameters, which come back under our names."""
+    found = {_our_name(name): value for name, value in theirs.named_parameters() if value.requires_grad}
+    for name, value in found.items():
+        value.data.copy_(variables[name])
     return found
 
 
@@ -59,7 +60,7 @@ def test_outputs_gradients_and_a_step_agree(make: str, options: dict[str, object
     model = compose.attach(backbone, [tuner], HeadConfig(), 4, Declaration(), 0)
     variables = {name: value.requires_grad_() for name, value in small.moved(dict(model.initial(0))).items()}
     theirs = _theirs(plain, options, torch.nn.Linear(backbone.num_features, 4))
-    parameters = _copy_into(theirs, variables)
+    parameters = _take_over(theirs, variables)
     assert parameters.keys() == variables.keys()
 
     labels = torch.tensor([0, 3, 1])
