@@ -32,11 +32,18 @@ class Partition(Options):
 
     @model_validator(mode="after")
     def _complete(self) -> Partition:
-        needed = {"natural": set(), "iid": {"num_sites"}, "dirichlet": {"num_sites", "alpha"}, "quantity": {"num_sites"}}
+        needed = {
+            "natural": set(),
+            "iid": {"num_sites"},
+            "dirichlet": {"num_sites", "alpha"},
+            "quantity": {"num_sites"},
+        }
         optional = {"quantity": {"alpha"}}.get(self.kind, set())
         given = {key for key in ("num_sites", "alpha") if getattr(self, key) is not None}
         if not needed[self.kind] <= given or not given <= needed[self.kind] | optional:
-            raise ValueError(f"partition kind {self.kind!r} takes {sorted(needed[self.kind] | optional) or 'no numbers'}")
+            raise ValueError(
+                f"partition kind {self.kind!r} takes {sorted(needed[self.kind] | optional) or 'no numbers'}"
+            )
         return self
 
 
@@ -226,7 +233,14 @@ class Config(BaseModel):
         return plain
 
 
-AGREED = ("seed", "task", "tuner", "head", "strategy", "train")  # what all sites must share, beside the backbone's digest
+AGREED = (
+    "seed",
+    "task",
+    "tuner",
+    "head",
+    "strategy",
+    "train",
+)  # what all sites must share, beside the backbone's digest
 _NO_EFFECT = ("workers", "cache")  # engine keys that change neither data nor results
 
 
@@ -295,7 +309,9 @@ def _model_at(location: Sequence[int | str]) -> type[BaseModel]:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ConfigError("the configuration file does not exist", received=str(path), remedy="give the path of a TOML file")
+        raise ConfigError(
+            "the configuration file does not exist", received=str(path), remedy="give the path of a TOML file"
+        )
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -305,7 +321,9 @@ def _read(path: Path) -> dict[str, Any]:
 def _set(table: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
-        raise ConfigError("an override is written key=value", where="--set", received=override, allowed="train.rounds=3")
+        raise ConfigError(
+            "an override is written key=value", where="--set", received=override, allowed="train.rounds=3"
+        )
     *parents, last = key.strip().split(".")
     target: Any = table
     for parent in parents:
@@ -313,7 +331,9 @@ def _set(table: dict[str, Any], override: str) -> None:
     if isinstance(target, list):
         target = target[0] if len(target) == 1 else target
     if not isinstance(target, dict):
-        raise ConfigError("this key holds no table", where="--set", received=override, allowed="tuner.0.rank=4 for a list")
+        raise ConfigError(
+            "this key holds no table", where="--set", received=override, allowed="tuner.0.rank=4 for a list"
+        )
     target[last] = _value(text.strip())
 
 

@@ -79,8 +79,9 @@ class Coordinator:
     def _close_round(self, progress: Progress, number: int) -> Progress:
         started = perf_counter()
         before = Ledger.from_dict(progress.ledger.to_dict())
-        drawn = drawn_sites(self.experiment.config.train.participation, self.transport.sites(),
-                            self.experiment.config.seed, number)  # fmt: skip
+        drawn = drawn_sites(
+            self.experiment.config.train.participation, self.transport.sites(), self.experiment.config.seed, number
+        )
         context = {
             "validate": number % self.experiment.config.evaluation.every == 0 or number == 1,
             "class_counts": progress.class_counts,
@@ -134,7 +135,9 @@ class Coordinator:
         requests: dict[str, bytes] = {}
         for site in sorted(sites):
             news = {} if kind == "describe" else self._news(progress, site)
-            request = Request(kind, site, number, progress.builds_on.get(site, 0), self.experiment.handshake, news, context)
+            request = Request(
+                kind, site, number, progress.builds_on.get(site, 0), self.experiment.handshake, news, context
+            )
             requests[site] = encode(request, down)
             progress.ledger.add("down", site, size(requests[site]))
         answers: list[Reply | Failure] = []
@@ -168,13 +171,21 @@ class Coordinator:
         broken = [failure.site for failure in failures if failure.code == "non_finite"]
         if broken:
             remedy = "lower train.learning_rate or look at the site's data; the last good round is kept: --resume"
-            raise TrainingError(f"non-finite numbers from site {', '.join(broken)} in round {number}",
-                                where=str(self.folder), received=reasons, remedy=remedy)  # fmt: skip
+            raise TrainingError(
+                f"non-finite numbers from site {', '.join(broken)} in round {number}",
+                where=str(self.folder),
+                received=reasons,
+                remedy=remedy,
+            )
         needed = math.ceil(self.experiment.config.train.quorum * asked) if kind == "round" else asked
         if len(replies) < max(needed, 1):
-            raise TrainingError(f"too few sites replied to '{kind}' of round {number}: {len(replies)} of {asked}",
-                                where=str(self.folder), allowed=f"at least {needed}", received=reasons,
-                                remedy="mend the sites and run again with --resume")  # fmt: skip
+            raise TrainingError(
+                f"too few sites replied to '{kind}' of round {number}: {len(replies)} of {asked}",
+                where=str(self.folder),
+                allowed=f"at least {needed}",
+                received=reasons,
+                remedy="mend the sites and run again with --resume",
+            )
 
     # -------------------------------------------------------------------------------------------- disk
     def _path(self, number: int) -> Path:
@@ -195,8 +206,12 @@ class Coordinator:
         tensors, meta = checkpoint.load(path)
         if meta["agreement"] != self.experiment.handshake.agreement:
             raise StateError("this checkpoint belongs to another configuration", where=str(path))
-        parts = {part: {name.removeprefix(f"{part}/"): value for name, value in tensors.items()
-                        if name.startswith(f"{part}/")} for part in ("shared", "memory")}  # fmt: skip
+        parts = {
+            part: {
+                name.removeprefix(f"{part}/"): value for name, value in tensors.items() if name.startswith(f"{part}/")
+            }
+            for part in ("shared", "memory")
+        }
         server = ServerState(meta["round"], tuple(meta["sites"]), parts["shared"], parts["memory"])
         return Progress(server, ledger=Ledger.from_dict(meta["ledger"]), **{key: meta[key] for key in _PLAIN})
 
@@ -218,13 +233,22 @@ class Coordinator:
     def _event(
         self, progress: Progress, before: Ledger, replies: Sequence[Reply], drawn: Sequence[str], seconds: float
     ) -> dict[str, object]:
-        sites: dict[str, Any] = {site: {"status": "failed" if site in drawn else "not_drawn"} for site in self.transport.sites()}
+        sites: dict[str, Any] = {
+            site: {"status": "failed" if site in drawn else "not_drawn"} for site in self.transport.sites()
+        }
         sites |= {reply.site: {"status": "ok", **_finite(reply.numbers)} for reply in replies}
-        exchanged = {direction: {site: total - before.payload[direction].get(site, 0) for site, total in totals.items()}
-                     for direction, totals in progress.ledger.payload.items()}  # fmt: skip
+        exchanged = {
+            direction: {site: total - before.payload[direction].get(site, 0) for site, total in totals.items()}
+            for direction, totals in progress.ledger.payload.items()
+        }
         outgoing = [reply.numbers["val"]["outgoing"] for reply in replies if reply.numbers["val"]["outgoing"]]
-        return {"round": progress.server.round, "seconds": seconds, "bytes": exchanged, "sites": sites,
-                "val_mean": _means(outgoing)}  # fmt: skip
+        return {
+            "round": progress.server.round,
+            "seconds": seconds,
+            "bytes": exchanged,
+            "sites": sites,
+            "val_mean": _means(outgoing),
+        }
 
 
 _PLAIN = ("receipts", "builds_on", "class_counts", "passes", "best", "seconds")

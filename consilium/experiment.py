@@ -84,8 +84,13 @@ def _check_pairing(config: Config, specs: Specs, strategy: Strategy) -> None:
     where = f"strategy.{config.strategy.name}"
     if missing:
         remedy = "choose a tuner (or head.share) that trains tensors of this role, or another strategy"
-        raise ConfigError("the strategy needs a role that nothing has", where=where, allowed=sorted(roles),
-                          received=f"missing: {sorted(missing)}", remedy=remedy)  # fmt: skip
+        raise ConfigError(
+            "the strategy needs a role that nothing has",
+            where=where,
+            allowed=sorted(roles),
+            received=f"missing: {sorted(missing)}",
+            remedy=remedy,
+        )
     travelling = {**strategy.up(specs, 0), **strategy.down(specs, 0)}
     leaking = [name for name, spec in travelling.items() if spec.tag.part == "personal" or name in personal(specs)]
     if leaking:
@@ -96,8 +101,12 @@ def _check_pairing(config: Config, specs: Specs, strategy: Strategy) -> None:
         raise ConfigError("head.share = 'shared' contradicts the strategy", where=where, remedy=remedy)
     unknown = set(config.train.learning_rates) - roles
     if unknown:
-        raise ConfigError("learning rates for roles that nothing has", where="train.learning_rates",
-                          allowed=sorted(roles), received=sorted(unknown))  # fmt: skip
+        raise ConfigError(
+            "learning rates for roles that nothing has",
+            where="train.learning_rates",
+            allowed=sorted(roles),
+            received=sorted(unknown),
+        )
 
 
 def personal(specs: Specs) -> set[str]:

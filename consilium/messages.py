@@ -79,10 +79,14 @@ def check(tensors: Tensors, allowed: Specs, where: str) -> None:
 
 
 def _check_form(name: str, shape: tuple[int, ...], dtype: str, spec: Spec, where: str) -> None:
-    fits = len(shape) == len(spec.shape) and all(want in (None, have) for want, have in zip(spec.shape, shape, strict=True))
+    fits = len(shape) == len(spec.shape) and all(
+        want in (None, have) for want, have in zip(spec.shape, shape, strict=True)
+    )
     if not fits or dtype != str(spec.dtype):
         allowed, received = f"{spec.shape} {spec.dtype}", f"{tuple(shape)} {dtype}"
-        raise WireError(f"tensor {name!r} has another form than declared", where=where, allowed=allowed, received=received)
+        raise WireError(
+            f"tensor {name!r} has another form than declared", where=where, allowed=allowed, received=received
+        )
 
 
 def encode(message: Request | Reply, allowed: Specs) -> bytes:

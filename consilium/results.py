@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import platform
 import resource
@@ -21,7 +22,6 @@ from consilium import __version__, checkpoint, metrics
 from consilium.coordinator import Progress
 from consilium.experiment import Experiment
 from consilium.protocols import Examples, Personal, SiteData, Specs
-import importlib
 from consilium.sites.federation import Federation
 from consilium.tensors import Tensors
 
@@ -36,19 +36,32 @@ def collect(folder: Path, experiment: Experiment, progress: Progress) -> None:
     checkpoint.write_bytes(folder / "predictions.parquet", pd.concat(tables).to_parquet(index=False))
     for served in sorted((folder / "sites").glob("*/served.safetensors")):
         tensors, _ = checkpoint.load(served)
-        _save_adapter(folder / "adapters" / f"{served.parent.name}.safetensors", tensors, experiment, served.parent.name)
+        _save_adapter(
+            folder / "adapters" / f"{served.parent.name}.safetensors", tensors, experiment, served.parent.name
+        )
     models = experiment.strategy.deploy(progress.server.shared, Personal())
     if "global" in models and models["global"].keys() == experiment.model.specs.keys():
         _save_adapter(folder / "adapters" / "global.safetensors", models["global"], experiment, "global")
-    checkpoint.write_json(folder / "summary.json", {
-        "bytes": progress.ledger.summary(), "image_passes": progress.passes, "seconds": progress.seconds,
-        "served_round": progress.server.round})  # fmt: skip
+    checkpoint.write_json(
+        folder / "summary.json",
+        {
+            "bytes": progress.ledger.summary(),
+            "image_passes": progress.passes,
+            "seconds": progress.seconds,
+            "served_round": progress.server.round,
+        },
+    )
 
 
 def _save_adapter(path: Path, tensors: Tensors, experiment: Experiment, name: str) -> None:
-    meta = {"model": name, "backbone": experiment.backbone.name, "backbone_digest": experiment.backbone.digest,
-            "classes": list(experiment.task.classes), "agreement_hash": experiment.handshake.agreement,
-            "tuner": [table.model_dump(mode="json") for table in experiment.config.tuner]}  # fmt: skip
+    meta = {
+        "model": name,
+        "backbone": experiment.backbone.name,
+        "backbone_digest": experiment.backbone.digest,
+        "classes": list(experiment.task.classes),
+        "agreement_hash": experiment.handshake.agreement,
+        "tuner": [table.model_dump(mode="json") for table in experiment.config.tuner],
+    }
     checkpoint.save(path, tensors, meta)
 
 
@@ -65,11 +78,17 @@ def write(
         "name": config.name,
         "consilium_version": __version__,
         "seed": config.seed,
-        **{key: checkpoint.read_json(out / "config.json")[key] for key in
-           ("config_hash", "agreement_hash", "split_hash", "data_digest", "versions")},
+        **{
+            key: checkpoint.read_json(out / "config.json")[key]
+            for key in ("config_hash", "agreement_hash", "split_hash", "data_digest", "versions")
+        },
         "hardware": hardware(experiment),
-        "backbone": {"name": experiment.backbone.name, "digest": experiment.backbone.digest,
-                     "licence": experiment.backbone.licence, "preprocessing": vars(experiment.backbone.preprocessing)},
+        "backbone": {
+            "name": experiment.backbone.name,
+            "digest": experiment.backbone.digest,
+            "licence": experiment.backbone.licence,
+            "preprocessing": vars(experiment.backbone.preprocessing),
+        },
         "classes": list(federation.classes),
         "parameters": parameters(experiment),
         **summary,
@@ -81,7 +100,7 @@ def write(
         "sites": {name: site_table(data, federation.classes) for name, data in federation.sites.items()},
         "warnings": list(federation.warnings),
         "metrics": trees(table, experiment, names),
-    }  # fmt: skip
+    }
     result |= _compared(out, experiment, federation, table, [name for name in plans if name in ("local", "pooled")])
     if federation.held_out:
         result["held_out"] = _held_out(out, experiment, federation)
@@ -90,8 +109,13 @@ def write(
 
 def trees(table: pd.DataFrame, experiment: Experiment, names: Sequence[str]) -> dict[str, Any]:
     """{split: {model: metric tree}} of a table of predictions."""
-    return {split: {str(model): _tree(rows, experiment, names)
-                    for model, rows in table[table["split"] == split].groupby("model")} for split in SPLITS}  # fmt: skip
+    return {
+        split: {
+            str(model): _tree(rows, experiment, names)
+            for model, rows in table[table["split"] == split].groupby("model")
+        }
+        for split in SPLITS
+    }
 
 
 def _tree(rows: pd.DataFrame, experiment: Experiment, names: Sequence[str]) -> Any:
@@ -105,8 +129,9 @@ def _compared(
     """Majority class, references, and which sites the federation harmed."""
     config, names, classes = experiment.config, sorted(federation.sites), federation.classes
     used = _test_rows(table)
-    counts = {name: np.bincount(data.train.labels, minlength=len(classes)).tolist()
-              for name, data in federation.sites.items()}  # fmt: skip
+    counts = {
+        name: np.bincount(data.train.labels, minlength=len(classes)).tolist() for name, data in federation.sites.items()
+    }
     bootstrap, seed = config.evaluation.bootstrap, config.seed
     found: dict[str, Any] = {"references": {}, "majority": {}}
     if len(used):
@@ -154,8 +179,11 @@ def outcome(out: Path) -> dict[str, Any]:
 def parameters(experiment: Experiment) -> dict[str, int]:
     """Scalars of the backbone, of what is trained, and of what a site sends in round 1."""
     specs = experiment.model.specs
-    return {"backbone": experiment.backbone.num_parameters, "trainable": _count(specs),
-            "exchanged": _count(experiment.strategy.up(specs, 1))}  # fmt: skip
+    return {
+        "backbone": experiment.backbone.num_parameters,
+        "trainable": _count(specs),
+        "exchanged": _count(experiment.strategy.up(specs, 1)),
+    }
 
 
 def _count(specs: Specs) -> int:
@@ -164,8 +192,16 @@ def _count(specs: Specs) -> int:
 
 def wire(specs: Specs) -> list[dict[str, Any]]:
     """One row per tensor: name, role, shape, type, bytes."""
-    return [{"name": name, "role": spec.tag.role, "shape": list(spec.shape), "dtype": str(spec.dtype).split(".")[-1],
-             "bytes": _count({name: spec}) * DTYPES[spec.dtype]} for name, spec in sorted(specs.items())]  # fmt: skip
+    return [
+        {
+            "name": name,
+            "role": spec.tag.role,
+            "shape": list(spec.shape),
+            "dtype": str(spec.dtype).split(".")[-1],
+            "bytes": _count({name: spec}) * DTYPES[spec.dtype],
+        }
+        for name, spec in sorted(specs.items())
+    ]
 
 
 def site_table(data: SiteData, classes: Sequence[str]) -> dict[str, Any]:
@@ -175,16 +211,27 @@ def site_table(data: SiteData, classes: Sequence[str]) -> dict[str, Any]:
 
 def _split_table(examples: Examples, classes: Sequence[str]) -> dict[str, Any]:
     counts = np.bincount(examples.labels, minlength=len(classes))
-    return {"n": len(examples), "groups": len(set(examples.groups.tolist())),
-            "classes": {name: int(counts[at]) for at, name in enumerate(classes)}}  # fmt: skip
+    return {
+        "n": len(examples),
+        "groups": len(set(examples.groups.tolist())),
+        "classes": {name: int(counts[at]) for at, name in enumerate(classes)},
+    }
 
 
 def hardware(experiment: Experiment) -> dict[str, Any]:
     """Where the run took place."""
     device = experiment.setting.device
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or platform.machine()
-    return {"device": device, "name": name, "cores": os.cpu_count(), "threads": experiment.config.engine.threads,
-            "workers": experiment.config.engine.workers, "system": platform.platform(terse=True)}  # fmt: skip
+    name = (
+        torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or platform.machine()
+    )
+    return {
+        "device": device,
+        "name": name,
+        "cores": os.cpu_count(),
+        "threads": experiment.config.engine.threads,
+        "workers": experiment.config.engine.workers,
+        "system": platform.platform(terse=True),
+    }
 
 
 def versions() -> dict[str, str]:

@@ -1,9 +1,9 @@
 """Composition: a whole run. In: a configuration. Out: a run folder with adapters, metrics, bytes and a report.
 
-    config -> sites -> backbone -> tuner -> local training -> filters -> message -> combine -> deploy + evaluate -> report
+    config -> sites -> backbone -> tuner -> local training -> message -> combine -> deploy + evaluate -> report
 
-The references (every site alone; all data in one place) are runs of the same kind in sub-folders, with the same number of
-image passes; a finished reference of a neighbouring run folder that only differs in its strategy is used again.
+The references (every site alone; all data in one place) are runs of the same kind in sub-folders, with the same number
+of image passes; a finished reference of a neighbouring run folder that only differs in its strategy is used again.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def prepare(config: Config, show: Display) -> sites.Federation:
 
 def make_plans(config: Config, prepared: sites.Federation, out: Path) -> dict[str, Plan]:
     """The run and the references it asks for, by name."""
-    _check(config, prepared)
+    check_serving(config, prepared)
     plans = {MAIN: _plan(config, prepared, dict(prepared.sites), out)}
     for name in config.evaluation.references:
         data = {"pooled": sites.pool(prepared)} if name == "pooled" else dict(prepared.sites)
@@ -89,11 +89,13 @@ def reference_config(config: Config, name: str, num_sites: int) -> Config:
     return config.model_copy(update={**changes, "evaluation": evaluation})
 
 
-def _check(config: Config, prepared: sites.Federation) -> None:
+def check_serving(config: Config, prepared: sites.Federation) -> None:
+    """ConfigError where serve = "best" could not be decided."""
     if config.evaluation.serve == "best" and config.train.participation < 1:
         remedy = "use serve = 'last', or participation = 1"
-        raise ConfigError("serve = 'best' needs every site's validation in every round", remedy=remedy,
-                          where="evaluation.serve")  # fmt: skip
+        raise ConfigError(
+            "serve = 'best' needs every site's validation in every round", remedy=remedy, where="evaluation.serve"
+        )
     if config.evaluation.serve == "best" and not any(len(data.val) for data in prepared.sites.values()):
         raise ConfigError("serve = 'best' needs validation images", where="evaluation.serve")
 
@@ -106,25 +108,42 @@ def _plan(config: Config, prepared: sites.Federation, data: dict[str, SiteData],
 def _open(plan: Plan, prepared: sites.Federation, backbone: str, resume: bool) -> None:
     """Make the folder, or make sure that it belongs to this very configuration and these very data."""
     folder, path = plan.data.folder, plan.data.folder / "config.json"
-    known = {"config_hash": config_hash(plan.config, backbone), "data_digest": prepared.data_digest,
-             "split_hash": prepared.split_hash, "code": results.code_digest()}  # fmt: skip
+    known = {
+        "config_hash": config_hash(plan.config, backbone),
+        "data_digest": prepared.data_digest,
+        "split_hash": prepared.split_hash,
+        "code": results.code_digest(),
+    }
     if path.is_file():
         stored = checkpoint.read_json(path)
         different = [key for key, value in known.items() if stored.get(key) != value]
         if different:
-            raise StateError("this run folder belongs to another configuration, other data or another version",
-                             where=str(folder), received=f"different: {', '.join(different)}",
-                             remedy="choose another --out")  # fmt: skip
+            raise StateError(
+                "this run folder belongs to another configuration, other data or another version",
+                where=str(folder),
+                received=f"different: {', '.join(different)}",
+                remedy="choose another --out",
+            )
         if not resume:
-            raise StateError("this run folder already holds a run", where=str(folder),
-                             remedy="add --resume to continue it, or choose another --out")  # fmt: skip
+            raise StateError(
+                "this run folder already holds a run",
+                where=str(folder),
+                remedy="add --resume to continue it, or choose another --out",
+            )
         return
     if any(child.name != ".lock" and child.name != "references" for child in folder.glob("*")):
         raise StateError("the folder is not empty and holds no run", where=str(folder), remedy="choose another --out")
     checkpoint.write_bytes(folder / "split.parquet", prepared.split.to_parquet(index=False))
-    checkpoint.write_json(path, {**known, "agreement_hash": plan.experiment.handshake.agreement,
-                                 "classes": prepared.classes, "versions": results.versions(),
-                                 "config": plan.config.to_dict()})  # fmt: skip
+    checkpoint.write_json(
+        path,
+        {
+            **known,
+            "agreement_hash": plan.experiment.handshake.agreement,
+            "classes": prepared.classes,
+            "versions": results.versions(),
+            "config": plan.config.to_dict(),
+        },
+    )
 
 
 def _train(
@@ -151,8 +170,15 @@ def _train(
 def _federate(simulation: Simulation, plan: Plan, name: str, visit: bool, show: Display) -> Progress:
     here = show if name == MAIN else _as_reference(name, show)
     folder, transport = plan.data.folder, simulation.transport(name)
-    here({"event": "start", "name": plan.config.name, "sites": transport.sites(), "rounds": plan.config.train.rounds,
-          "out": str(folder)})  # fmt: skip
+    here(
+        {
+            "event": "start",
+            "name": plan.config.name,
+            "sites": transport.sites(),
+            "rounds": plan.config.train.rounds,
+            "out": str(folder),
+        }
+    )
     coordinator = Coordinator(plan.experiment, transport, folder, here)
     progress = coordinator.run()
     if visit and name == MAIN:

@@ -1,4 +1,4 @@
-"""Common: every random draw. In: (run seed, round, site, purpose). Out: a seed or generator that depends on these alone."""
+"""Common: every random draw. In: (run seed, round, site, purpose). Out: a seed or generator from these alone."""
 
 from __future__ import annotations
 

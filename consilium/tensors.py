@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -125,3 +126,20 @@ def select(tensors: Tensors, names: Iterable[str]) -> dict[str, Tensor]:
     if missing:
         raise WireError("tensors are missing", allowed=sorted(tensors)[:5], received=missing[:5])
     return {name: tensors[name] for name in wanted}
+
+
+def serialised_size(shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
+    """Bytes that `dumps` without meta would give for tensors of these shapes and types; 0 for none."""
+    if not shapes:
+        return 0
+    header: dict[str, object] = {}
+    end = 0
+    for name, (shape, dtype) in sorted(shapes.items(), key=lambda item: (-item[1][1].itemsize, item[0])):
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _SAFE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-text // 8) * 8 + end
+
+
+_SAFE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+               torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -175,7 +175,7 @@ def _with_pixels(data: SiteData) -> SiteData:
     return _each_split(data, lambda images: _map(images) if isinstance(images, _PixelFile) else images)
 
 
-def _file_of(images: np.memmap) -> _PixelFile:  # type: ignore[type-arg]
+def _file_of(images: np.memmap[Any, Any]) -> _PixelFile:
     return _PixelFile(str(images.filename), tuple(images.shape), int(images.offset))
 
 

@@ -24,7 +24,7 @@ from consilium.local.predict import outputs
 from consilium.local.train import Trainer
 from consilium.messages import Handshake, Reply, Request, decode_request, encode, envelope_of
 from consilium.protocols import Examples, Failure, Learned, Personal, SiteData
-from consilium.tensors import Tensors, equal, non_finite
+from consilium.tensors import Tensors, non_finite
 
 Numbers = dict[str, Any]
 
@@ -67,8 +67,13 @@ class Site:
         for key in ("version", "agreement", "backbone"):
             if getattr(ours, key) != getattr(theirs, key):
                 remedy = "all sites and the coordinator need the same package, configuration and weights"
-                raise WireError(f"coordinator and site do not agree: {key}", where=f"site {site}",
-                                allowed=getattr(ours, key), received=getattr(theirs, key), remedy=remedy)  # fmt: skip
+                raise WireError(
+                    f"coordinator and site do not agree: {key}",
+                    where=f"site {site}",
+                    allowed=getattr(ours, key),
+                    received=getattr(theirs, key),
+                    remedy=remedy,
+                )
 
     # -------------------------------------------------------------------------------------------- requests
     def _describe(self, request: Request) -> Reply:
@@ -91,8 +96,13 @@ class Site:
         outgoing = self._validate(sent, learned.personal) if validated else {}
         after = SiteState(request.round, state.received, learned.personal, learned.update, moments)
         self._states.save(after, keep={request.builds_on, *request.context.get("keep", ())})
-        numbers = {"loss": learned.loss, "num_steps": learned.num_steps, "image_passes": learned.image_passes,
-                   "seconds": perf_counter() - started, "val": {"incoming": incoming, "outgoing": outgoing}}  # fmt: skip
+        numbers = {
+            "loss": learned.loss,
+            "num_steps": learned.num_steps,
+            "image_passes": learned.image_passes,
+            "seconds": perf_counter() - started,
+            "val": {"incoming": incoming, "outgoing": outgoing},
+        }
         return Reply(self.data.name, request.round, len(self.data.train), learned.update, numbers)
 
     def _evaluate(self, request: Request) -> Reply:
@@ -104,7 +114,7 @@ class Site:
         """Read the test split, once, with the models that will be used, and leave them on the site's disk."""
         state = self._state(request)
         models = dict(self.experiment.strategy.deploy(state.received, state.personal))
-        if state.sent and not equal(state.sent, {name: state.received[name] for name in state.sent}):
+        if state.sent:
             before = self.experiment.strategy.deploy({**state.received, **state.sent}, state.personal)
             models["before_aggregation"] = before["personal"]
         tables = [self._predictions(split, model, models[model]) for model in models for split in ("val", "test")]
@@ -141,20 +151,30 @@ class Site:
 
     def _validate(self, received: Tensors, personal: Personal) -> Numbers:
         variables = self.experiment.strategy.deploy(received, personal)["personal"]
-        return _plain(self.experiment.task.validation(self._probabilities(variables, self.data.val), self.data.val.labels))
+        return _plain(
+            self.experiment.task.validation(self._probabilities(variables, self.data.val), self.data.val.labels)
+        )
 
     def _probabilities(self, variables: Tensors, examples: Examples) -> Any:
         setting, task = self.experiment.setting, self.experiment.task
         if not len(examples):
             return np.zeros((0, len(task.classes)))
-        found = outputs(setting.model, variables, examples, setting.preprocessing, setting.device, setting.config.precision)
+        found = outputs(
+            setting.model, variables, examples, setting.preprocessing, setting.device, setting.config.precision
+        )
         return task.probabilities(found).numpy()
 
     def _predictions(self, split: str, model: str, variables: Tensors) -> pd.DataFrame:
         examples: Examples = getattr(self.data, split)
         probabilities = self._probabilities(variables, examples)
-        columns = {"split": split, "model": model, "site": examples.origins, "id": examples.ids,
-                   "group": examples.groups, "label": examples.labels}  # fmt: skip
+        columns = {
+            "split": split,
+            "model": model,
+            "site": examples.origins,
+            "id": examples.ids,
+            "group": examples.groups,
+            "label": examples.labels,
+        }
         scores = {f"p.{name}": probabilities[:, at] for at, name in enumerate(self.experiment.task.classes)}
         return pd.DataFrame({**columns, **scores}, index=range(len(examples)))
 
@@ -162,5 +182,3 @@ class Site:
 def _plain(numbers: Mapping[str, float]) -> Numbers:
     """JSON has no NaN: what is undefined is None."""
     return {name: float(value) if np.isfinite(value) else None for name, value in numbers.items()}
-
-

@@ -37,8 +37,12 @@ class StateFolder:
 
     def save(self, state: SiteState, keep: Collection[int]) -> None:
         """Write the state of a round and drop all others that are not to be kept."""
-        parts = {"received": state.received, "personal": state.personal.tensors, "sent": state.sent,
-                 "moments": state.moments}  # fmt: skip
+        parts = {
+            "received": state.received,
+            "personal": state.personal.tensors,
+            "sent": state.sent,
+            "moments": state.moments,
+        }
         flat = {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
         checkpoint.save(self._path(state.round), flat, {"round": state.round, "agreement": self.agreement})
         for path in self.folder.glob("state-*.safetensors"):
@@ -51,13 +55,23 @@ class StateFolder:
         if not path.is_file():
             have = sorted(int(p.stem.split("-")[1]) for p in self.folder.glob("state-*.safetensors"))
             remedy = "restore the site's folder from its backup, or start a new run"
-            raise StateError("the site lacks the state that this request builds on", where=str(self.folder),
-                             allowed=f"rounds {have}", received=f"round {round}", remedy=remedy)  # fmt: skip
+            raise StateError(
+                "the site lacks the state that this request builds on",
+                where=str(self.folder),
+                allowed=f"rounds {have}",
+                received=f"round {round}",
+                remedy=remedy,
+            )
         flat, meta = checkpoint.load(path)
         if meta["agreement"] != self.agreement:
             raise StateError("this state belongs to another run", where=str(path), received=meta["agreement"])
-        return SiteState(round, _part(flat, "received"), Personal(_part(flat, "personal")), _part(flat, "sent"),
-                         _part(flat, "moments"))  # fmt: skip
+        return SiteState(
+            round,
+            _part(flat, "received"),
+            Personal(_part(flat, "personal")),
+            _part(flat, "sent"),
+            _part(flat, "moments"),
+        )
 
     def _path(self, round: int) -> Path:
         return self.folder / f"state-{round:05d}.safetensors"

@@ -49,10 +49,10 @@ PRESETS: Mapping[str, Augmentation] = {"none": none, "dermoscopy": dermoscopy, "
 def dihedral(images: Tensor, generator: Generator) -> Tensor:
     """One of the eight symmetries of the square for each image."""
     draws = torch.randint(0, 2, (3, len(images)), generator=generator).bool().to(images.device)
-    flips = (lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-1, -2))
-    for draw, flip in zip(draws, flips, strict=True):
-        images = torch.where(draw.view(-1, 1, 1, 1), flip(images), images)
-    return images
+    across, down, turn = draws.view(3, -1, 1, 1, 1)
+    images = torch.where(across, torch.flip(images, [-1]), images)
+    images = torch.where(down, torch.flip(images, [-2]), images)
+    return torch.where(turn, images.transpose(-1, -2), images)
 
 
 def colour(images: Tensor, generator: Generator, contrast: float, brightness: float, gain: float) -> Tensor:
@@ -72,7 +72,5 @@ def affine(images: Tensor, generator: Generator, degrees: float, shift: float, s
     cosine, sine = angle.cos() * size, angle.sin() * size
     moves = uniform[:, 2:] * 2 * shift  # the grid runs from -1 to 1
     rows = [torch.stack([cosine, -sine, moves[:, 0]], 1), torch.stack([sine, cosine, moves[:, 1]], 1)]
-    grid: Tensor = torch.nn.functional.affine_grid(  # type: ignore[no-untyped-call]
-        torch.stack(rows, 1), list(images.shape), align_corners=False
-    )
+    grid: Tensor = torch.nn.functional.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
     return torch.nn.functional.grid_sample(images, grid, padding_mode="border", align_corners=False)

@@ -43,7 +43,9 @@ def pooled_features(
 
 
 @torch.inference_mode()
-def _rows(function: Callable[[Tensor], Tensor], examples: Examples, preprocessing: Preprocessing, device: str) -> Tensor:
+def _rows(
+    function: Callable[[Tensor], Tensor], examples: Examples, preprocessing: Preprocessing, device: str
+) -> Tensor:
     parts = []
     for start in range(0, len(examples), BATCH_SIZE):
         pixels = np.ascontiguousarray(examples.images[examples.rows[start : start + BATCH_SIZE]])

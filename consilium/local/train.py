@@ -20,7 +20,19 @@ from consilium.errors import TrainingError
 from consilium.local.augment import PRESETS, normalise, to_float
 from consilium.local.predict import autocast, pooled_features
 from consilium.local.schedule import factor, federation_progress
-from consilium.protocols import Batch, Examples, Fitted, IntArray, Model, Objective, Preprocessing, Selector, Specs, Tag, Task
+from consilium.protocols import (
+    Batch,
+    Examples,
+    Fitted,
+    IntArray,
+    Model,
+    Objective,
+    Preprocessing,
+    Selector,
+    Specs,
+    Tag,
+    Task,
+)
 from consilium.tensors import Tensors, detach
 
 FALLBACK_LEARNING_RATE = 1e-3  # for variables that are not the model's, such as mixing weights
@@ -92,7 +104,12 @@ class Trainer:
             return self._run(variables, names, steps, objective or self._task_objective, purpose)
 
     def _run(
-        self, variables: Tensors, names: Sequence[str], steps: Sequence[list[IntArray]], objective: Objective, purpose: str
+        self,
+        variables: Tensors,
+        names: Sequence[str],
+        steps: Sequence[list[IntArray]],
+        objective: Objective,
+        purpose: str,
     ) -> Fitted:
         config, device = self.setting.config, self.setting.device
         live = {name: value.detach().to(device, copy=True) for name, value in variables.items()}
@@ -110,8 +127,13 @@ class Trainer:
         self._finite(mean_loss)
         optimizer.store(self.moments)
         passes = sum(len(rows) for step in steps for rows in step)
-        return Fitted({**variables, **detach({name: live[name] for name in names})}, mean_loss, len(steps), passes,
-                      optimizer.step_lengths)  # fmt: skip
+        return Fitted(
+            {**variables, **detach({name: live[name] for name in names})},
+            mean_loss,
+            len(steps),
+            passes,
+            optimizer.step_lengths,
+        )
 
     def _gradient(
         self,

@@ -3,7 +3,7 @@
 In: updates of sites. Out: the next shared tensors.
 
 McMahan, Moore, Ramage, Hampson, Agüera y Arcas, AISTATS 2017, arXiv 1602.05629, algorithm 1.
-w_t -> server.shared    w_k -> update.tensors    n_k -> num_examples    C -> train.participation    E -> train.local_epochs
+w_t -> server.shared, w_k -> update.tensors, n_k -> num_examples, C -> train.participation, E -> train.local_epochs
 Leaves the site: the shared tensors, number of training images. Stays: images, personal tensors. Kept between rounds:
 personal tensors at the site, nothing at the server.
 Departures: any optimiser (the paper: SGD); a tensor is averaged over the sites that trained it.
@@ -13,7 +13,7 @@ Identity: one site = local training; equal updates = that update; order of repli
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from consilium.protocols import (
@@ -58,7 +58,7 @@ class FedAvg:
     weights: Weighting = "examples"
     shares: Selector = everything
     objective_for: ObjectiveFor = task_loss
-    declares: Declaration = Declaration()
+    declares: Declaration = field(default_factory=Declaration)
 
     def up(self, specs: Specs, round: int) -> Specs:  # noqa: ARG002
         """The shared tensors, in every round."""

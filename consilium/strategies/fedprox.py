@@ -2,7 +2,8 @@
 
 In: updates of sites. Out: the next shared tensors.
 
-Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith, MLSys 2020, arXiv 1812.06127, equation 2: h_k(w; w_t) = F_k(w) + mu/2 ||w - w_t||^2.
+Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith, MLSys 2020, arXiv 1812.06127:
+h_k(w; w_t) = F_k(w) + mu/2 ||w - w_t||^2 (their equation 2).
 w_t -> received    w -> variables    mu -> mu
 Leaves the site, stays, kept: as FedAvg. Departures: the proximal term covers the shared tensors only; sites do a fixed
 amount of work (the paper also allows a variable one).

@@ -3,9 +3,9 @@
 In: updates of sites. Out: the next shared tensors.
 
 local: nothing travels.
-fedper: Arivazhagan, Aggarwal, Singh, Choudhary, arXiv 1912.00818: base layers W_B travel, personalisation
-  layers W_P (here: the head and the trained tensors of the last `personal_blocks` blocks) stay. With the last layers
-  personal it is FLOP (Yang, Zhang, Hao, Spell, Carin, KDD 2021, arXiv 2102.05218).
+fedper: Arivazhagan, Aggarwal, Singh, Choudhary, arXiv 1912.00818: base layers W_B travel, personalisation layers W_P
+  stay: the head, and what is trained from block `personal_from_block` on. With the last layers personal it is FLOP
+  (Yang, Zhang, Hao, Spell, Carin, KDD 2021, arXiv 2102.05218).
 Leaves the site: what the rule shares, number of training images. Stays: the rest, initialised at the site from its own
   seed (a head that the server ever knew gives labels away). Kept between rounds: personal tensors at the site.
 Departures: none in the rule; any optimiser.

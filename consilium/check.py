@@ -1,0 +1,141 @@
+"""Composition: a run before it runs. In: a configuration. Out: what would be trained, sent and needed; nothing is trained.
+
+The bytes are those of the serialised tensors, computed from the declared shapes and the same draws of sites that the run
+will make, so they equal what the run then measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from consilium import results, run
+from consilium.config import Config
+from consilium.coordinator import drawn_sites
+from consilium.experiment import Experiment, assemble
+from consilium.protocols import Specs
+from consilium.sites import audit
+from consilium.sites.federation import Federation
+from consilium.tensors import serialised_size
+
+Table = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Check:
+    """What `consilium check` prints. Bytes are of serialised tensors; memory is an estimate in bytes."""
+
+    name: str
+    parameters: Mapping[str, int]
+    bytes_per_round: Mapping[str, Table]  # a full round: {"up", "down"}: {"total", "per_site"}
+    bytes: Mapping[str, Table]  # of the whole run, as result.json will say
+    image_passes: Mapping[str, int]
+    memory_bytes: Mapping[str, int]
+    wire: Mapping[str, list[Table]]
+    kept_at_site: list[Table]
+    sites: Mapping[str, Table]
+    split_hash: str
+    leakage: Mapping[str, Any]
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def check(config: Config) -> Check:
+    """Everything a run does before training, and nothing after; raises what `run` would raise."""
+    prepared = run.prepare(config, lambda _: None)
+    run.check_serving(config, prepared)
+    experiment = assemble(config, prepared.classes)
+    specs, strategy = experiment.model.specs, experiment.strategy
+    up, down = strategy.up(specs, 1), strategy.down(specs, 1)
+    return Check(
+        name=config.name,
+        parameters=results.parameters(experiment),
+        bytes_per_round={"up": _full(up, prepared), "down": _full(down, prepared)},
+        bytes=predicted_bytes(experiment, sorted(prepared.sites)),
+        image_passes={name: _passes(config, len(data.train)) for name, data in prepared.sites.items()},
+        memory_bytes=_memory(experiment),
+        wire={"up": results.wire(up), "down": results.wire(down)},
+        kept_at_site=results.wire({name: spec for name, spec in specs.items() if name not in up}),
+        sites={name: results.site_table(data, prepared.classes) for name, data in prepared.sites.items()},
+        split_hash=prepared.split_hash,
+        leakage=audit.audit_config(config).to_dict(),
+        warnings=prepared.warnings,
+    )
+
+
+def _size(specs: Specs) -> int:
+    return serialised_size(
+        {name: (tuple(size or 0 for size in spec.shape), spec.dtype) for name, spec in specs.items()}
+    )
+
+
+def _full(specs: Specs, prepared: Federation) -> Table:
+    per_site = dict.fromkeys(sorted(prepared.sites), _size(specs))
+    return {"total": sum(per_site.values()), "per_site": per_site}
+
+
+def predicted_bytes(experiment: Experiment, sites: Iterable[str]) -> dict[str, Table]:
+    """Play the rounds with versions instead of tensors: who is drawn, what each lacks, what each sends."""
+    config, names = experiment.config, sorted(sites)
+    specs, strategy, model = experiment.model.specs, experiment.strategy, experiment.model
+    version = dict.fromkeys(strategy.down(specs, 1), 0)
+    have: dict[str, dict[str, int]] = {site: {} for site in names}
+    totals = {"up": dict.fromkeys(names, 0), "down": dict.fromkeys(names, 0)}
+
+    def send(site: str, number: int) -> None:
+        down = strategy.down(specs, number)
+        news = {name: spec for name, spec in down.items() if have[site].get(name) != version[name]}
+        totals["down"][site] += _size(news)
+        have[site] |= {name: version[name] for name in news}
+
+    for number in range(1, config.train.rounds + 1):
+        drawn = drawn_sites(config.train.participation, names, config.seed, number)
+        for site in drawn:
+            send(site, number)
+        for site in drawn:
+            active = model.active(number, site, config.seed)
+            sent = {name: spec for name, spec in strategy.up(specs, number).items() if active(spec.tag)}
+            totals["up"][site] += _size(sent)
+            version |= dict.fromkeys(sent.keys() & version.keys(), number)
+    last = {
+        name: spec
+        for name, spec in strategy.down(specs, config.train.rounds).items()
+        if version[name] == config.train.rounds
+    }
+    for site in names:
+        send(site, config.train.rounds)
+        if config.evaluation.serve == "best":  # the chosen round's tensors go out once more
+            totals["down"][site] += _size(last)
+    return {way: {"total": sum(rows.values()), "per_site": rows} for way, rows in totals.items()}
+
+
+def _passes(config: Config, images: int) -> int:
+    train = config.train
+    if train.local_steps is not None:
+        return train.rounds * train.local_steps * train.accumulate * min(train.batch_size, max(images, 1))
+    return train.rounds * -(-int(images * 1_000_000 * (train.local_epochs or 1)) // 1_000_000)
+
+
+def _memory(experiment: Experiment) -> dict[str, int]:
+    """An estimate: weights once per process; trained tensors with gradient and two moments; activations of one batch."""
+    backbone, config = experiment.backbone, experiment.config
+    module: Any = backbone.module
+    tokens = module.patch_embed.num_patches + getattr(module, "num_prefix_tokens", 1)
+    per_token = backbone.num_features * backbone.num_blocks * _KEPT_PER_TOKEN
+    size = 4 if config.train.precision == "float32" else 2
+    parts = {
+        "weights": backbone.num_parameters * 4,
+        "trained": results.parameters(experiment)["trainable"] * 4 * _COPIES,
+        "activations": config.train.batch_size * tokens * per_token * size,
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+_COPIES = 4  # value, gradient, two moments
+_KEPT_PER_TOKEN = (
+    20  # numbers per channel that a block keeps for its gradient: norms, qkv, attention, an MLP of 4 x width
+)
