@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from consilium import check, config, errors, export, predict, registry, run
+    from . import check, config, errors, export, predict, registry, run
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "check", "config", "errors", "export", "predict", "registry", "run"]

@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tokenize
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -146,6 +147,33 @@ def test_importing_the_package_and_asking_for_help_load_nothing_heavy() -> None:
     assert (
         loaded & {"torch", "torchvision", "timm", "pandas", "numpy", "sklearn", "pyarrow", "pydantic", "PIL"} == set()
     )
+
+
+def _third_party(folder: Path) -> set[str]:
+    """Distributions that the Python files of a folder import, wherever the import stands."""
+    nodes = (node for path in folder.rglob("*.py") for node in ast.walk(ast.parse(path.read_text())))
+    names = {
+        name.split(".")[0]
+        for node in nodes
+        for name in ([a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None)])
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and name
+    }
+    foreign = (
+        names
+        - set(sys.stdlib_module_names)
+        - {"consilium", "scripts", "tests", *(path.stem for path in folder.glob("*.py"))}
+    )
+    return {
+        {"PIL": "pillow", "sklearn": "scikit-learn", "pydantic_core": "pydantic"}.get(name, name) for name in foreign
+    }
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed, extras = project["dependencies"], project["optional-dependencies"]
+    names = {key: {re.split(r"[\[>]", line)[0] for line in lines} for key, lines in {"": needed, **extras}.items()}
+    assert _third_party(PACKAGE) - names["peft"] == names[""]
+    assert _third_party(ROOT / "tests") | _third_party(ROOT / "scripts") <= names[""] | names["test"] | names["peft"]
 
 
 def _texts() -> Iterator[Path]:
