@@ -1,7 +1,7 @@
-"""Composition: a run before it runs. In: a configuration. Out: what would be trained, sent and needed; nothing is trained.
+"""Composition: a run before it runs. In: a configuration. Out: what would be trained, sent and needed.
 
-The bytes are those of the serialised tensors, computed from the declared shapes and the same draws of sites that the run
-will make, so they equal what the run then measures.
+The bytes are those of the serialised tensors, computed from the declared shapes and the same draws of sites that the
+run will make, so they equal what the run then measures. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _passes(config: Config, images: int) -> int:
 
 
 def _memory(experiment: Experiment) -> dict[str, int]:
-    """An estimate: weights once per process; trained tensors with gradient and two moments; activations of one batch."""
+    """An estimate: weights once per process, trained tensors with gradient and moments, activations of a batch."""
     backbone, config = experiment.backbone, experiment.config
     module: Any = backbone.module
     tokens = module.patch_embed.num_patches + getattr(module, "num_prefix_tokens", 1)

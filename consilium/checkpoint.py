@@ -1,7 +1,7 @@
-"""Common: files that are whole or absent. In: bytes, tensors, JSON. Out: files replaced in one step, and read with a check.
+"""Common: files that are whole or absent. In: bytes, tensors, JSON. Out: files, replaced in one step.
 
-Every write goes to a temporary file in the same folder, is flushed to the disk and renamed, so that a killed process or a
-full disk leaves the earlier file intact.
+Every write goes to a temporary file in the same folder, is flushed to the disk and renamed, so that a killed process or
+a full disk leaves the earlier file intact.
 """
 
 from __future__ import annotations

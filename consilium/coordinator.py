@@ -51,7 +51,7 @@ class Progress:
 
 @dataclass
 class Coordinator:
-    """Runs one federation to its end. `stop_after` ends early on purpose (tests of resuming)."""
+    """Runs one federation to its end."""
 
     experiment: Experiment
     transport: Transport
@@ -59,7 +59,7 @@ class Coordinator:
     display: Display
 
     def run(self) -> Progress:
-        """Rounds up to the last, from the newest checkpoint if there is one; then the finish. TrainingError, StateError."""
+        """All rounds, from the newest checkpoint if there is one; then the finish. Raises TrainingError, StateError."""
         progress = self._latest() or self._start()
         for number in range(progress.server.round + 1, self.experiment.config.train.rounds + 1):
             progress = self._close_round(progress, number)
@@ -101,7 +101,7 @@ class Coordinator:
         return progress
 
     def _judge(self, progress: Progress, replies: Sequence[Reply]) -> None:
-        """The validation of what came in is about the round before; remember the best by the unweighted mean of sites."""
+        """What came in is the round before, validated: remember the best round by the unweighted mean of sites."""
         evaluation, judged = self.experiment.config.evaluation, progress.server.round
         values = [reply.numbers["val"]["incoming"].get(evaluation.select) for reply in replies]
         known = [value for value in values if value is not None]

@@ -1,4 +1,4 @@
-"""Composition: the pieces of one run. In: a configuration. Out: backbone, model, task, strategy and what all must agree on.
+"""Composition: the pieces of one run. In: a configuration. Out: backbone, model, task, strategy, handshake.
 
 Refuses, before anything is trained, pairings of tuner, head and strategy that do not fit.
 """

@@ -31,7 +31,7 @@ class Handshake:
 
 @dataclass(frozen=True)
 class Request:
-    """From the coordinator to one site. `builds_on`: the site's state that this request continues (a round, 0 = none)."""
+    """From the coordinator to one site. `builds_on`: round of the site's state that this request continues, or 0."""
 
     kind: RequestKind
     site: str

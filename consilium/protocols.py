@@ -1,4 +1,4 @@
-"""Common: the words of the house. Everything that flows between stages, and what a tuner, a task or a strategy must offer.
+"""Common: the words of the house. Everything that flows between stages, and what a tuner, task or strategy must offer.
 
 A tuner makes a few trainable tensors and gives each a Tag. A strategy reads tags and decides what travels. They meet
 nowhere else. All state is named tensors, in and out; nothing here is mutable.
@@ -29,8 +29,8 @@ StringArray = npt.NDArray[np.str_]
 class Tag:
     """What a tensor is for.
 
-    `role`: head, lora_a, lora_b, prompt, adapter, norm, bias, attention, weight, router ... `part`: the adapter it belongs
-    to (shared, personal, ...). `block`: index of the transformer block, None outside of blocks.
+    `role`: head, lora_a, lora_b, prompt, adapter, norm, bias, attention, weight, router ... `part`: the adapter it
+    belongs to (shared, personal, ...). `block`: index of the transformer block, None outside of blocks.
     """
 
     module: str
@@ -177,7 +177,7 @@ class Tuner(Protocol):
         ...
 
     def merge(self, backbone: Backbone, variables: Tensors) -> None:
-        """Fold `variables` into the backbone's own weights and remove the adapters; ConfigError where algebra forbids."""
+        """Fold `variables` into the backbone's own weights, remove the adapters; ConfigError where algebra forbids."""
         ...
 
 
@@ -227,7 +227,7 @@ class Task(Protocol):
         ...
 
     def loss(self, outputs: Tensor, labels: Tensor, class_counts: Sequence[int]) -> Tensor:
-        """Mean loss of a batch; outputs [B, num_outputs], labels [B]; class_counts as configured: site or federation."""
+        """Mean loss of a batch; outputs [B, num_outputs], labels [B]; class_counts of the site or the federation."""
         ...
 
     def probabilities(self, outputs: Tensor) -> Tensor:
@@ -295,7 +295,7 @@ class LocalTraining(Protocol):
         epochs: float | None = None,
         purpose: str = "train",
     ) -> Fitted:
-        """Train the variables that `only` (default: `active`) selects; any mapping may be given, model variables or not."""
+        """Train what `only` (default: `active`) selects; any mapping may be given, model variables or not."""
         ...
 
     def features(self, variables: Tensors) -> tuple[Tensor, Tensor]:
@@ -333,7 +333,7 @@ class Learned:
 
 @dataclass(frozen=True)
 class ServerState:
-    """What the coordinator holds: `shared` may be sent, `memory` (momentum, control variates, ...) is never sent as such."""
+    """What the coordinator holds: `shared` may be sent; `memory` (momentum, control variates, ...) is not, as such."""
 
     round: int
     sites: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Composition: what a run leaves behind. In: a finished federation. Out: predictions, adapters, result.json, report.html."""
+"""Composition: what a run leaves behind. In: a finished federation. Out: predictions, adapters, result, report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -65,9 +65,7 @@ def _save_adapter(path: Path, tensors: Tensors, experiment: Experiment, name: st
     checkpoint.save(path, tensors, meta)
 
 
-def write(
-    out: Path, experiment: Experiment, federation: Federation, progress: Mapping[str, Progress], plans: Sequence[str]
-) -> None:
+def write(out: Path, experiment: Experiment, federation: Federation, plans: Sequence[str]) -> None:
     """Compute every number of result.json from the files of the run folder and write it."""
     table = pd.read_parquet(out / "predictions.parquet")
     summary = checkpoint.read_json(out / "summary.json")

@@ -51,8 +51,8 @@ def run(
         for plan in plans.values():
             _open(plan, prepared, digest, resume)
         if not (out / "result.json").is_file():
-            progress = _train(plans, prepared, show, record)
-            results.write(out, plans[MAIN].experiment, prepared, progress, list(plans))
+            _train(plans, prepared, show, record)
+            results.write(out, plans[MAIN].experiment, prepared, list(plans))
         results.report(out)
         show({"event": "finish", **results.outcome(out)})
     return out

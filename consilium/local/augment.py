@@ -34,12 +34,12 @@ def none(images: Tensor, generator: Generator) -> Tensor:  # noqa: ARG001
 
 
 def dermoscopy(images: Tensor, generator: Generator) -> Tensor:
-    """A lesion has no up and no left: one of the eight flips and right-angle turns, mild colour and contrast changes."""
+    """A lesion has no up and no left: one of the eight flips and quarter turns, mild colour and contrast changes."""
     return colour(dihedral(images, generator), generator, contrast=0.1, brightness=0.1, gain=0.05)
 
 
 def radiograph(images: Tensor, generator: Generator) -> Tensor:
-    """Patients are never mirrored: turns within 7 degrees, shifts within 5 %, sizes within 5 %, mild contrast changes."""
+    """Patients are never mirrored: turns within 7 degrees, shifts and sizes within 5 %, mild contrast changes."""
     return colour(affine(images, generator, degrees=7, shift=0.05, scale=0.05), generator, 0.1, 0.1, gain=0)
 
 

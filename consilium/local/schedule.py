@@ -36,6 +36,6 @@ def _cosine(start: float, end: float, share: float) -> float:
 
 
 def federation_progress(schedule: Schedule, round: int, rounds: int, step: int, steps: int) -> float:
-    """Progress at the middle of local step `step` of `steps` in `round` (from 1) of `rounds`; of the round if restart."""
+    """Progress in the middle of `step` (from 0) of `steps` in `round` (from 1) of `rounds`; of the round if restart."""
     within = (step + 0.5) / steps
     return within if schedule.restart else (round - 1 + within) / rounds

@@ -52,7 +52,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Trainer:
-    """`protocols.LocalTraining` for one site in one round. `moments` holds the optimiser's state, in and out, by purpose."""
+    """`protocols.LocalTraining` for one site in one round. `moments`: the optimiser's state, in and out, by purpose."""
 
     setting: Setting
     examples: Examples
@@ -217,7 +217,7 @@ def make_batch(examples: Examples, positions: IntArray, setting: Setting, augmen
 
 
 class Optimizer:
-    """torch's AdamW or SGD with one rate per tensor, clipping, loss scaling, and moments that can be kept as tensors."""
+    """torch's AdamW or SGD: one rate per tensor, clipping, loss scaling, and moments that can be kept as tensors."""
 
     def __init__(
         self,
