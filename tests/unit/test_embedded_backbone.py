@@ -1,4 +1,4 @@
-"""The embedded backbone: the shipped file is what its card says; a short run of the recipe learns and repeats itself."""
+"""The embedded backbone: the file is what its card says, and a short run of the recipe learns and repeats itself."""
 
 from __future__ import annotations
 
