@@ -42,15 +42,15 @@ def cell(values: Sequence[float]) -> str:
     """Mean, and the range over seeds."""
     known = [value for value in values if value is not None]
     if not known:
-        return "–"
+        return "-"
     mean = sum(known) / len(known)
-    return f"{mean:.3f}" if len(known) == 1 else f"{mean:.3f} ({min(known):.3f}–{max(known):.3f})"
+    return f"{mean:.3f}" if len(known) == 1 else f"{mean:.3f} ({min(known):.3f} to {max(known):.3f})"
 
 
 def interval(value: Mapping[str, Any]) -> str:
     """One estimate with its interval."""
     if value["value"] is None:
-        return "–"
+        return "-"
     return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
 
 
@@ -83,10 +83,10 @@ def costs(folders: Sequence[Path]) -> Iterable[str]:
     for folder in folders:
         result = json.loads((folder / "result.json").read_text())
         harmed = result.get("sites_harmed", {})
-        yield table_line([folder.name, f"{result['parameters']['trainable']:,}", f"{result['parameters']['exchanged']:,}",
-                          f"{result['bytes']['up']['total']:,}", f"{result['bytes']['down']['total']:,}",
-                          f"{result['image_passes']['total']:,}", f"{result['seconds']:.0f}",
-                          f"{', '.join(harmed.get('sites', [])) or 'none'}"])  # fmt: skip
+        parameters, sent, passes = result["parameters"], result["bytes"], result["image_passes"]["total"]
+        numbers = [parameters["trainable"], parameters["exchanged"], sent["up"]["total"], sent["down"]["total"], passes]
+        last = [f"{result['seconds']:.0f}", ", ".join(harmed.get("sites", [])) or "none"]
+        yield table_line([folder.name, *(f"{number:,}" for number in numbers), *last])
 
 
 def table_line(cells: Sequence[str]) -> str:
