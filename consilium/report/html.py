@@ -1,0 +1,51 @@
+"""Stage 10, report. In: run folders. Out: one self-contained HTML page of one run, or of several side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from consilium.errors import ConfigError
+from consilium.report import figures
+from consilium.report.load import Run, load_run
+from consilium.report.sections import Figure, compared, sections, summary, tiles
+from consilium.report.tables import Table
+
+
+def render(runs: Sequence[Path], out: Path | None = None) -> Path:
+    """Write the page and return its path; left out, it is report.html in the run folder or, of several, here.
+
+    Raises StateError that names the file of a run folder which cannot be read.
+    """
+    if not runs:
+        raise ConfigError("a report needs a run folder", where="runs")
+    loaded = [load_run(Path(folder)) for folder in runs]
+    target = out or (loaded[0].folder / "report.html" if len(loaded) == 1 else Path("report.html"))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(page(loaded), encoding="utf-8")
+    return target
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The page as text."""
+    folder = Path(__file__).parent / "templates"
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals["key"] = figures.key
+    environment.tests["table"] = lambda block: isinstance(block, Table)
+    environment.tests["figure"] = lambda block: isinstance(block, Figure)
+    views = [
+        {"run": run, "summary": summary(run), "tiles": tiles(run), "sections": sections(run), "index": number}
+        for number, run in enumerate(runs, start=1)
+    ]
+    side_by_side = compared(runs) if len(runs) > 1 else None
+    style = Markup((folder / "style.css").read_text(encoding="utf-8"))
+    return environment.get_template("page.html.j2").render(views=views, compared=side_by_side, style=style)

@@ -1,0 +1,255 @@
+"""Stage 10, report. In: a run folder. Out: a `Run`: result, events, predictions and split, checked on the way in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from consilium.errors import StateError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class _Plain(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Value(_Plain):
+    """A number with its 95 % interval; None where undefined. A mean says of how many sites, a worst of which."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    sites: int | None = None
+    site: str | None = None
+
+
+class Entry(_Plain):
+    """One metric of one model on one split."""
+
+    pooled: Value
+    mean: Value
+    worst: Value
+    per_site: dict[str, Value]
+
+
+MetricTree = Mapping[str, Entry]
+
+
+class SplitSize(_Plain):
+    """Size of one split at one site."""
+
+    n: int = 0
+    groups: int | None = None
+    classes: dict[str, int] = {}
+
+
+class SiteSize(_Plain):
+    """A site's three splits."""
+
+    train: SplitSize = SplitSize()
+    val: SplitSize = SplitSize()
+    test: SplitSize = SplitSize()
+
+
+class Direction(_Plain):
+    """Payload bytes one way."""
+
+    total: int = 0
+    per_site: dict[str, int] = {}
+
+
+class Traffic(_Plain):
+    """Bytes that crossed the wire; `control` counts the envelopes apart."""
+
+    up: Direction = Direction()
+    down: Direction = Direction()
+    control: dict[str, int] = {}
+
+
+class WireTensor(_Plain):
+    """One named tensor, as declared."""
+
+    name: str
+    role: str = ""
+    shape: list[int | None] = []
+    dtype: str = ""
+    bytes: int | None = None
+
+
+class Wire(_Plain):
+    """Everything that travels, each way."""
+
+    up: list[WireTensor] = []
+    down: list[WireTensor] = []
+
+
+class Metrics(_Plain):
+    """{model: {metric: entry}} per split."""
+
+    val: dict[str, dict[str, Entry]] = {}
+    test: dict[str, dict[str, Entry]] = {}
+
+
+class Reference(_Plain):
+    """Training without a federation, for comparison."""
+
+    metrics: Metrics = Metrics()
+    image_passes: int | None = None
+    seconds: float | None = None
+
+
+class Harmed(_Plain):
+    """Sites that did worse than alone; see `metrics.sites_harmed`."""
+
+    metric: str = "balanced_accuracy"
+    count: int = 0
+    sites: list[str] = []
+    negative: list[str] = []
+    difference: dict[str, Value] = {}
+
+
+class BackboneFacts(_Plain):
+    """Which frozen weights."""
+
+    name: str = "unknown"
+    digest: str = ""
+    licence: str = "unknown"
+    preprocessing: dict[str, Any] = {}
+
+
+class Result(_Plain):
+    """result.json; what a run may lack has a default."""
+
+    schema_version: Literal[1]
+    name: str
+    classes: list[str]
+    sites: dict[str, SiteSize]
+    metrics: Metrics
+    consilium_version: str = ""
+    versions: dict[str, Any] = {}
+    hardware: dict[str, Any] = {}
+    seed: int | None = None
+    config_hash: str = ""
+    agreement_hash: str = ""
+    split_hash: str = ""
+    backbone: BackboneFacts = BackboneFacts()
+    parameters: dict[str, int] = {}
+    bytes: Traffic = Traffic()
+    wire: Wire = Wire()
+    kept_at_site: list[WireTensor] = []
+    seconds: float | None = None
+    image_passes: dict[str, Any] = {}
+    peak_memory_bytes: int | None = None
+    rounds: int = 0
+    served_round: int | None = None
+    warnings: list[str] = []
+    references: dict[str, Reference] = {}
+    sites_harmed: Harmed | None = None
+    majority: dict[str, Entry] = {}
+
+
+class SiteEvent(_Plain):
+    """What a site did in a round."""
+
+    status: str
+    loss: float | None = None
+    learning_rate: float | None = None
+    val: dict[str, dict[str, float | None]] = {}
+
+
+class Event(_Plain):
+    """One closed round."""
+
+    round: int
+    seconds: float | None = None
+    bytes: dict[str, dict[str, int]] = {}
+    sites: dict[str, SiteEvent] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run. `predictions` and `split` are None where the folder has none."""
+
+    folder: Path
+    result: Result
+    config: Mapping[str, Any]
+    events: Sequence[Event]
+    predictions: pd.DataFrame | None
+    split: pd.DataFrame | None
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_run(folder: Path) -> Run:
+    """Read a run folder; StateError that names the file for what is missing, unreadable or of another schema."""
+    path = folder / "result.json"
+    if not path.is_file():
+        remedy = "give the folder of a finished run; an interrupted one goes on with --resume"
+        raise StateError("this is no finished run: there is no result.json", where=str(folder), remedy=remedy)
+    result = _parse(Result, path, _text(path))
+    config = folder / "config.json"
+    return Run(
+        folder,
+        result,
+        _object(config, _text(config)) if config.is_file() else {},
+        _events(folder / "events.jsonl"),
+        _table(folder / "predictions.parquet", ["split", "model", "site", "id", "group", "label"], result.classes),
+        _table(folder / "split.parquet", ["site", "group", "split"], []),
+    )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StateError("a file of the run folder cannot be read", where=str(path), received=str(error)) from error
+
+
+def _object(path: Path, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise StateError("a file of the run folder is not valid JSON", where=str(path), received=str(error)) from error
+    if not isinstance(value, dict):
+        raise StateError("a file of the run folder holds no object", where=str(path), received=type(value).__name__)
+    return value
+
+
+def _parse(model: type[Model], path: Path, text: str) -> Model:
+    try:
+        return model.model_validate(_object(path, text))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        what = f"a file of the run folder does not fit the schema: {key}"
+        raise StateError(what, where=str(path), allowed=first["msg"], received=repr(first["input"])[:80]) from error
+
+
+def _events(path: Path) -> list[Event]:
+    if not path.is_file():
+        return []
+    return [_parse(Event, path, line) for line in _text(path).splitlines() if line.strip()]
+
+
+def _table(path: Path, columns: Sequence[str], classes: Sequence[str]) -> pd.DataFrame | None:
+    if not path.is_file():
+        return None
+    import pandas as pd
+
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise StateError("a table of the run folder cannot be read", where=str(path), received=str(error)) from error
+    missing = [name for name in [*columns, *(f"p.{label}" for label in classes)] if name not in table.columns]
+    if missing:
+        raise StateError("a table of the run folder lacks columns", where=str(path), received=missing)
+    return table

@@ -1,0 +1,65 @@
+"""Stage 10, report. In: numbers and a `Run`. Out: how the page writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from consilium.report.load import Run
+
+UNDEFINED = "\u2013"  # an en dash
+
+
+def bytes_text(value: float) -> str:
+    """Bytes in decimal units, three digits."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f} B"
+
+
+def short(value: float) -> str:
+    """A number on an axis."""
+    return f"{value:.4g}"
+
+
+def whole(value: float) -> str:
+    """A round on an axis."""
+    return f"{value:.0f}"
+
+
+def count(number: int | None) -> str:
+    """A whole number with thin spaces between thousands."""
+    return UNDEFINED if number is None else f"{number:,}".replace(",", "\u202f")
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as people say them."""
+    if seconds is None:
+        return UNDEFINED
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
+
+
+def shape(sizes: Sequence[int | None]) -> str:
+    """The shape of a tensor; a free dimension is "any"."""
+    return " \u00d7 ".join("any" if size is None else str(size) for size in sizes) or "scalar"
+
+
+def settings(run: Run) -> Mapping[str, Any]:
+    """The resolved configuration, without what the run folder notes beside it."""
+    inner = run.config.get("config")
+    return inner if isinstance(inner, dict) else run.config
+
+
+def tuner_text(run: Run) -> str:
+    """The tuners' names with their rank, if they have one."""
+    listed = settings(run).get("tuner", [])
+    return " + ".join(f"{t['name']} r={t['rank']}" if t.get("rank") else t["name"] for t in listed) or UNDEFINED
+
+
+def strategy_text(run: Run) -> str:
+    """The strategy's name."""
+    return str(settings(run).get("strategy", {}).get("name", UNDEFINED))
