@@ -112,7 +112,7 @@ def _results(run: Run) -> Section:
     shown: list[Block] = [tables.results(run, "balanced_accuracy"), _forest(run), tables.results(run, "macro_auroc")]
     rest = ("accuracy", "balanced_accuracy_declared", "expected_calibration_error")
     note = (
-        "Below each number its 95\u00a0% interval, from a bootstrap over whole groups within each site. A dash is a number "
+        "Below each number its 95\u00a0% interval, from a bootstrap over whole groups at each site. A dash is a number "
         "that the test images cannot show; an interval without width is one that resampling could not vary, as with "
         "very few images, and no sign of certainty."
     )
