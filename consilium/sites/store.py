@@ -30,6 +30,7 @@ from consilium.protocols import Preprocessing, Source, UInt8Array
 
 Progress = Callable[[int, int], None]  # (images done, images in all)
 FORMAT = 1
+_KEPT_BYTES = 256 * 1024**2
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -62,12 +63,30 @@ def default_folder() -> Path:
     return base / "consilium" / "images"
 
 
-def hash_contents(source: Source, ids: Sequence[str]) -> dict[str, str]:
+class _Reader:
+    """The source, with the first bytes read kept for a second look: they are hashed first and decoded afterwards."""
+
+    def __init__(self, source: Source) -> None:
+        self.decode = source.decode
+        self._source, self._kept, self._room = source, dict[str, bytes](), _KEPT_BYTES
+
+    def content(self, id: str) -> bytes:
+        """The stored bytes of one image."""
+        if id in self._kept:
+            return self._kept[id]
+        content = self._source.content(id)
+        self._room -= len(content)
+        if self._room >= 0:
+            self._kept[id] = content
+        return content
+
+
+def _hash_contents(content: Callable[[str], bytes], ids: Sequence[str]) -> dict[str, str]:
     """SHA-256 of the stored bytes of each id; ids whose bytes cannot be read are left out."""
     hashes = {}
     for id in ids:
         try:
-            hashes[id] = hashlib.sha256(source.content(id)).hexdigest()
+            hashes[id] = hashlib.sha256(content(id)).hexdigest()
         except DataError:
             continue
     return hashes
@@ -87,12 +106,13 @@ def open_store(
     `decoding` names all options of the source that change what its `decode` makes of the same bytes. Raises DataError
     where the cache cannot be written.
     """
-    hashes = hash_contents(source, ids)
+    read = _Reader(source)
+    hashes = _hash_contents(read.content, ids)
     id_of = {content_hash: id for id, content_hash in sorted(hashes.items(), reverse=True)}
     order = sorted(id_of)
     path = (folder or default_folder()) / f"{_key(order, preprocessing, decoding)}.npy"
     try:
-        corrupt = _ready(path, lambda: _build(path, source, [id_of[one] for one in order], preprocessing, progress))
+        corrupt = _ready(path, lambda: _build(path, read, [id_of[one] for one in order], preprocessing, progress))
     except (OSError, NotImplementedError) as error:
         what, remedy = "the store of decoded images cannot be written", "free some space, or change engine.cache"
         raise DataError(what, where=str(path.parent), received=str(error), remedy=remedy) from error
@@ -179,7 +199,7 @@ def _checksum(path: Path) -> str:
 
 
 def _build(
-    path: Path, source: Source, ids: Sequence[str], preprocessing: Preprocessing, progress: Progress | None
+    path: Path, source: _Reader, ids: Sequence[str], preprocessing: Preprocessing, progress: Progress | None
 ) -> list[int]:
     size = preprocessing.image_size
     needed, free = len(ids) * size * size * 3, shutil.disk_usage(path.parent).free
@@ -216,7 +236,7 @@ def _write_rows(
     return corrupt
 
 
-def _decoded(source: Source, ids: Sequence[str], preprocessing: Preprocessing) -> Iterator[UInt8Array | None]:
+def _decoded(source: _Reader, ids: Sequence[str], preprocessing: Preprocessing) -> Iterator[UInt8Array | None]:
     """Pixels in the order of `ids`, None where unreadable; bytes are read here, decoded by a few threads."""
 
     def decode(content: bytes) -> UInt8Array | None:

@@ -1,0 +1,246 @@
+"""The store of decoded images: timm's pixels, once per image; damage, crashes and a full disk do no harm."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from timm.data.transforms_factory import transforms_imagenet_eval
+
+from consilium.errors import DataError
+from consilium.protocols import Preprocessing, UInt8Array
+from consilium.sites import images
+from consilium.sites.store import Store, default_folder, open_store, transform_pixels
+from tests import hospitals
+
+PLAIN = hospitals.PREPROCESSING
+
+
+@dataclass
+class Counting:
+    """A source of PNG bytes that counts what is asked of it."""
+
+    contents: dict[str, bytes]
+    calls: Counter[str] = field(default_factory=Counter)
+
+    def records(self) -> None: ...
+
+    def content(self, id: str) -> bytes:
+        self.calls["content"] += 1
+        if id not in self.contents:
+            raise DataError("the disk did not answer")
+        return self.contents[id]
+
+    def decode(self, content: bytes) -> UInt8Array:
+        self.calls["decode"] += 1
+        return images.decode(content)
+
+
+def source(number: int = 5) -> Counting:
+    return Counting({f"i{n}": hospitals.png(hospitals.pixels(n)) for n in range(number)})
+
+
+def opened(given: Counting, folder: Path, preprocessing: Preprocessing = PLAIN, decoding: str = "") -> Store:
+    return open_store(given, sorted(given.contents), preprocessing, decoding=decoding, folder=folder)
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("size", [(30, 20), (20, 31), (17, 17), (8, 50), (224, 224)], ids=str)
+@pytest.mark.parametrize("fraction", [1.0, 0.9, 0.875])
+def test_pixels_are_those_of_timm(mode: str, size: tuple[int, int], fraction: float) -> None:
+    ours = replace(PLAIN, crop_mode=mode, crop_fraction=fraction, mean=(0.48, 0.1, 0.9))  # type: ignore[arg-type]
+    theirs = transforms_imagenet_eval(
+        16, fraction, crop_mode=mode, interpolation="bicubic", mean=ours.mean, normalize=False
+    )
+    pixels = hospitals.pixels(0, *size)
+    expected = theirs(Image.fromarray(pixels)).permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(transform_pixels(pixels, ours), expected)
+
+
+@pytest.mark.parametrize("name", ["nearest", "bilinear", "lanczos"])
+def test_every_interpolation_is_that_of_timm(name: str) -> None:
+    pixels = hospitals.pixels(0, 40, 30)
+    expected = (
+        transforms_imagenet_eval(16, 1.0, interpolation=name, normalize=False)(Image.fromarray(pixels))
+        .permute(1, 2, 0)
+        .numpy()
+    )
+    found = transform_pixels(pixels, replace(PLAIN, interpolation=name))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_images_are_decoded_once_and_mapped(tmp_path: Path) -> None:
+    given = source()
+    done: list[tuple[int, int]] = []
+    first = open_store(
+        given, sorted(given.contents), PLAIN, folder=tmp_path, progress=lambda n, total: done.append((n, total))
+    )
+    again = opened(given, tmp_path)
+    assert given.calls["decode"] == 5
+    assert done == [(n, 5) for n in range(1, 6)]
+    assert isinstance(again.images, np.memmap)
+    for number in range(5):
+        expected = transform_pixels(hospitals.pixels(number), PLAIN)
+        for store in (first, again):
+            np.testing.assert_array_equal(store.images[store.rows[f"i{number}"]], expected)
+
+
+def test_equal_files_share_a_row(tmp_path: Path) -> None:
+    given = source(3)
+    given.contents["copy"] = given.contents["i1"]
+    store = opened(given, tmp_path)
+    assert len(store.images) == 3
+    assert store.rows["copy"] == store.rows["i1"]
+
+
+def test_all_that_shapes_pixels_makes_another_store_and_nothing_else_does(tmp_path: Path) -> None:
+    given = source()
+    opened(given, tmp_path)
+    open_store(given, sorted(given.contents, reverse=True), replace(PLAIN, std=(1.0, 1.0, 1.0)), folder=tmp_path)
+    assert given.calls["decode"] == 5
+    changes = [
+        replace(PLAIN, image_size=8),
+        replace(PLAIN, interpolation="nearest"),
+        replace(PLAIN, crop_mode="squash"),
+    ]
+    for number, preprocessing in enumerate(changes, 2):
+        opened(given, tmp_path, preprocessing)
+        assert given.calls["decode"] == 5 * number
+    opened(given, tmp_path, decoding="bits=12")
+    assert len(list(tmp_path.glob("*.npy"))) == 5
+    given.contents["i0"] = hospitals.png(hospitals.pixels(99))
+    opened(given, tmp_path)
+    assert len(list(tmp_path.glob("*.npy"))) == 6
+
+
+@pytest.mark.parametrize("remembered", [False, True])
+def test_unreadable_images_are_listed_also_from_the_cache(tmp_path: Path, remembered: bool) -> None:
+    given = source()
+    given.contents["i3"] = b"no image"
+    for _ in range(1 + remembered):
+        store = open_store(given, [*sorted(given.contents), "gone"], PLAIN, folder=tmp_path)
+    assert store.corrupt == ("gone", "i3")
+    assert set(store.rows) == {"i0", "i1", "i2", "i4"}
+    np.testing.assert_array_equal(store.images[store.rows["i4"]], transform_pixels(hospitals.pixels(4), PLAIN))
+
+
+def test_no_readable_file_at_all(tmp_path: Path) -> None:
+    store = open_store(source(0), ["gone"], PLAIN, folder=tmp_path)
+    assert store.corrupt == ("gone",)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "short", "no index", "odd index"])
+def test_a_damaged_store_is_built_again(tmp_path: Path, damage: str) -> None:
+    given = source()
+    opened(given, tmp_path)
+    (data,), (index,) = tmp_path.glob("*.npy"), tmp_path.glob("*.json")
+    content = bytearray(data.read_bytes())
+    content[-1] ^= 255
+    {
+        "flipped": lambda: data.write_bytes(content),
+        "short": lambda: data.write_bytes(content[:-1]),
+        "no index": index.unlink,
+        "odd index": lambda: index.write_text(json.dumps([])),
+    }[damage]()
+    store = opened(given, tmp_path)
+    assert given.calls["decode"] == 10
+    np.testing.assert_array_equal(store.images[store.rows["i0"]], transform_pixels(hospitals.pixels(0), PLAIN))
+
+
+def test_a_finished_store_needs_no_writing(tmp_path: Path) -> None:
+    given = source()
+    opened(given, tmp_path)
+    for lock in tmp_path.glob("*.lock"):
+        lock.unlink()
+    opened(given, tmp_path)
+    assert not list(tmp_path.glob("*.lock"))
+
+
+class Dying(Counting):
+    def decode(self, content: bytes) -> UInt8Array:
+        if self.calls["decode"] == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().decode(content)
+
+
+def _die(folder: Path) -> None:
+    opened(Dying(source().contents), folder)
+
+
+def test_a_process_killed_half_way_leaves_nothing_that_looks_like_a_store(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=_die, args=(tmp_path,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    given = source()
+    store = opened(given, tmp_path)
+    assert given.calls["decode"] == 5
+    np.testing.assert_array_equal(store.images[store.rows["i4"]], transform_pixels(hospitals.pixels(4), PLAIN))
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def _race(folder: Path, barrier: object, results: object) -> None:
+    given = source(50)
+    barrier.wait(60)  # type: ignore[attr-defined]
+    store = opened(given, folder)
+    results.put((given.calls["decode"], store.images[:].tobytes()))  # type: ignore[attr-defined]
+
+
+def test_two_processes_build_one_store(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(2), context.Queue()
+    processes = [context.Process(target=_race, args=(tmp_path, barrier, results)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(60)
+    assert sorted(calls for calls, _ in found) == [0, 50]
+    assert found[0][1] == found[1][1]
+
+
+def _fill_up(folder: Path, results: object) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    try:
+        opened(source(), folder)
+    except DataError as error:
+        results.put(str(error))  # type: ignore[attr-defined]
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    process = context.Process(target=_fill_up, args=(tmp_path, results))
+    process.start()
+    assert "cannot be written" in results.get(timeout=60)
+    process.join(60)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_too_little_space_is_seen_before_the_first_image(tmp_path: Path) -> None:
+    given = source()
+    with pytest.raises(DataError, match="are free"):
+        opened(given, tmp_path, replace(PLAIN, image_size=10**7))
+    assert given.calls["decode"] == 0
+
+
+def test_a_cache_that_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written"):
+        opened(source(), tmp_path / "file")
+
+
+def test_the_cache_lies_where_the_user_wants_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_folder() == tmp_path / "consilium" / "images"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert Path.home() in default_folder().parents
