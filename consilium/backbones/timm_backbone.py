@@ -30,6 +30,14 @@ def load(config: BackboneConfig) -> Backbone:
     return assemble(config.name, found, _preprocessing(config, found.settings))
 
 
+def recipe(config: BackboneConfig) -> tuple[str, dict[str, Any]]:
+    """What `timm.create_model` needs to build the same module: a name, and arguments that are not its defaults."""
+    if config.name != "embedded":
+        return config.name, {}
+    found = weights.embedded(pretrained=False)
+    return found.architecture, {key: value for key, value in found.arguments.items() if key != "num_classes"}
+
+
 def assemble(name: str, found: weights.Weights, preprocessing: Preprocessing) -> Backbone:
     """The same from weights in hand."""
     module = _build(found, preprocessing.image_size).eval().requires_grad_(False)

@@ -124,19 +124,10 @@ class Lora:
         """W + s B A, formed in float64; a token router is no linear map and cannot be folded."""
         for name in self._targets(backbone):
             linear = cast(nn.Linear, backbone.module.get_submodule(name))
-            merged = linear.weight.double() + self.delta(backbone, name, variables).to(linear.weight.device)
-            base.replace(backbone.module, {f"{name}.weight": merged})
+            a, b, scale = factors(linear, name, variables)
+            base.replace(backbone.module, {f"{name}.weight": linear.weight.double() + scale * b.double() @ a.double()})
             cast(LoraAdapter, linear.lora).handle.remove()
             del linear.lora
-
-    def delta(self, backbone: Backbone, name: str, variables: Tensors) -> Tensor:
-        """What the factors add to the weight of one target: s * sum of B A over the parts, float64 [out, in]."""
-        adapter = getattr(backbone.module.get_submodule(name), "lora", None)
-        if not isinstance(adapter, LoraAdapter) or adapter.router is not None:
-            reason = "there is no adapter left to fold" if adapter is None else "a router cannot be folded into weights"
-            raise ConfigError(reason, where=f"{name}.lora", remedy="load the run again, or keep the adapters apart")
-        pairs = [(variables[f"{name}.lora.{part}.a"], variables[f"{name}.lora.{part}.b"]) for part in adapter.parts]
-        return adapter.scale * torch.stack([b.double() @ a.double() for a, b in pairs]).sum(0)
 
     def _targets(self, backbone: Backbone) -> dict[str, ModuleRole]:
         chosen = base.blocks_or_all(backbone, self.options.blocks, "tuner.blocks")
@@ -147,6 +138,20 @@ class Lora:
                 "no module has this role", where="tuner.targets", allowed=sorted(there), received=unmatched
             )
         return {name: place for name, place in inside.items() if place.role in self.options.targets}
+
+
+def factors(linear: nn.Module, name: str, variables: Tensors) -> tuple[Tensor, Tensor, float]:
+    """a [r, in], b [out, r] and scale beside one layer; several parts lie along the rank, so that b a is their sum.
+
+    ConfigError where there is no adapter, or a router, which is no linear map.
+    """
+    adapter = getattr(linear, "lora", None)
+    if not isinstance(adapter, LoraAdapter) or adapter.router is not None:
+        reason = "there is no adapter left to fold" if adapter is None else "a router cannot be folded into weights"
+        raise ConfigError(reason, where=f"{name}.lora", remedy="load the run again, or keep the adapters apart")
+    device = cast(nn.Linear, linear).weight.device
+    pairs = [[variables[f"{name}.lora.{part}.{letter}"].to(device) for part in adapter.parts] for letter in "ab"]
+    return torch.cat(pairs[0], dim=0), torch.cat(pairs[1], dim=1), adapter.scale
 
 
 def _free_linear(backbone: Backbone, name: str) -> nn.Linear:

@@ -1,0 +1,120 @@
+"""Composition: use of a finished run. In: a run folder and images. Out: one row of probabilities per image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pandas as pd
+
+from consilium import checkpoint, config, experiment, registry
+from consilium.errors import DataError, StateError
+from consilium.local import predict as inference
+from consilium.protocols import Examples, UInt8Array
+from consilium.sites import images as files
+from consilium.sites.store import transform_pixels
+from consilium.tensors import Tensors
+from consilium.tuners.compose import TunedModel
+
+CHUNK = 256  # images in memory at a time
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The model that one site, or all together, would use."""
+
+    experiment: experiment.Experiment
+    model: TunedModel
+    variables: Tensors
+    name: str  # of the site, or "global"
+
+
+def load_trained(run: Path, site: str | None = None, device: str = "auto") -> Trained:
+    """Rebuild the model of a finished run; StateError where there is none, or for another backbone."""
+    stored = checkpoint.read_json(run / "config.json")
+    settings = config.from_dict(stored["config"])
+    engine = settings.engine.model_copy(update={"device": device})
+    train = settings.train.model_copy(update={"precision": "float32"})
+    pieces = experiment.assemble(settings.model_copy(update={"engine": engine, "train": train}), stored["classes"])
+    variables, meta = checkpoint.load(_adapter(run, site))
+    if meta.get("backbone_digest", pieces.backbone.digest) != pieces.backbone.digest:
+        what = "the backbone is not the one this run was trained on"
+        raise StateError(what, where=str(run), allowed=meta["backbone_digest"], received=pieces.backbone.digest)
+    model = cast(TunedModel, pieces.model)
+    if missing := sorted(model.specs.keys() - variables.keys()):
+        raise StateError("the adapter lacks tensors of the model", where=str(run), received=missing[:3])
+    return Trained(pieces, model, variables, site or "global")
+
+
+def predict(run: Path, images: Sequence[Path], site: str | None = None) -> pd.DataFrame:
+    """One row per image, in the order given: id, p.<class>, predicted, error.
+
+    A folder stands for the images in it. Unreadable images have an error and no numbers. DataError without any image.
+    """
+    trained = load_trained(run, site)
+    paths = list(_expand(images))
+    if not paths:
+        raise DataError("there are no images to predict", received=", ".join(map(str, images)) or "nothing")
+    parts = [_chunk(trained, paths[start : start + CHUNK]) for start in range(0, len(paths), CHUNK)]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _adapter(run: Path, site: str | None) -> Path:
+    path = run / "adapters" / f"{site or 'global'}.safetensors"
+    if not path.is_file():
+        there = sorted(file.stem for file in (run / "adapters").glob("*.safetensors"))
+        what = "this run has no model of this name" if site else "the strategy of this run leaves no global model"
+        remedy = "name a site" if there and not site else None if there else "finish the run first (--resume)"
+        raise StateError(what, where=str(run), allowed=", ".join(there) or "none yet", received=site, remedy=remedy)
+    return path
+
+
+def _expand(images: Sequence[Path]) -> Iterator[Path]:
+    for path in images:
+        if path.is_dir():
+            yield from (path / name for name in files.Archive(path).paths)
+        else:
+            yield path
+
+
+def _chunk(trained: Trained, paths: Sequence[Path]) -> pd.DataFrame:
+    read = [_read(trained, path) for path in paths]
+    pixels = [found for found in read if isinstance(found, np.ndarray)]
+    table = pd.DataFrame({"id": [str(path) for path in paths]})
+    good = np.array([isinstance(found, np.ndarray) for found in read])
+    classes = list(trained.experiment.task.classes)
+    numbers = np.full((len(paths), len(classes)), np.nan)
+    if pixels:
+        numbers[good] = _probabilities(trained, np.stack(pixels))
+    for index, name in enumerate(classes):
+        table[f"p.{name}"] = numbers[:, index]
+    best = [classes[int(row.argmax())] if ok else None for row, ok in zip(numbers, good, strict=True)]
+    table["predicted"] = pd.Series(best, dtype=object)
+    table["error"] = pd.Series([found if isinstance(found, str) else None for found in read], dtype=object)
+    return table
+
+
+def _read(trained: Trained, path: Path) -> UInt8Array | str:
+    """Pixels as the model wants them, or why there are none."""
+    sites = trained.experiment.config.sites
+    options = registry.parse_options(registry.get("sources", sites.source), sites.options())
+    try:
+        decoded = files.decode(path.read_bytes(), getattr(options, "bits", 16))
+        return transform_pixels(decoded, trained.experiment.backbone.preprocessing)
+    except (OSError, DataError) as error:
+        return " ".join(str(error).split())
+
+
+def _probabilities(trained: Trained, pixels: UInt8Array) -> np.ndarray:
+    pieces, count = trained.experiment, len(pixels)
+    nothing = np.full(count, "")
+    rows = np.arange(count)
+    examples = Examples(pixels, rows, np.zeros(count, dtype=np.int64), nothing, nothing, nothing)
+    setting = pieces.setting
+    outputs = inference.outputs(
+        trained.model, trained.variables, examples, setting.preprocessing, setting.device, "float32"
+    )
+    return pieces.task.probabilities(outputs).numpy()

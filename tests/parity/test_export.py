@@ -1,0 +1,204 @@
+"""What is exported gives the run's own logits in plain timm and in `peft`; what cannot be exported is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from consilium import checkpoint, config, experiment, tensors
+from consilium.backbones import timm_backbone
+from consilium.errors import ConfigError, StateError
+from consilium.export import export
+from consilium.predict import load_trained
+from tests import small
+
+peft = pytest.importorskip("peft")
+
+CLASSES = ["a", "b", "c"]
+VIT, DEIT = "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"
+EVA, APART = "eva02_tiny_patch14_224", "eva02_base_patch14_224"
+EVERYWHERE = {"name": "lora", "rank": 4, "alpha": 6, "targets": ["qkv", "proj", "fc1", "fc2"]}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A file of weights away from their special start values, for a timm name."""
+    folder, draw = tmp_path_factory.mktemp("weights"), torch.Generator().manual_seed(1)
+
+    def write(name: str) -> Path:
+        path = folder / f"{name}.safetensors"
+        if not path.is_file():
+            state = timm.create_model(name, num_classes=0).state_dict()
+            save_file({key: v + 0.02 * torch.randn(v.shape, generator=draw) for key, v in state.items()}, path)
+        return path
+
+    return write
+
+
+def _run(folder: Path, backbone: dict[str, object], *tuners: dict[str, object], **tables: Any) -> Path:
+    """A finished run as `run.py` leaves it, with a global and one site's model."""
+    plain = {"backbone": backbone, "tuner": list(tuners), **tables}
+    settings = config.from_dict(plain)
+    pieces = experiment.assemble(settings, CLASSES)
+    checkpoint.write_json(folder / "config.json", {"classes": CLASSES, "config": settings.to_dict()})
+    for name, seed in (("global", 0), ("north", 1)):
+        variables = small.moved(dict(pieces.model.initial(seed)), 0.03)
+        meta = {"model": name, "backbone_digest": pieces.backbone.digest}
+        checkpoint.save(folder / "adapters" / f"{name}.safetensors", variables, meta)
+    return folder
+
+
+def _images(size: int) -> torch.Tensor:
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(4))
+
+
+def _logits(run: Path, site: str | None, size: int) -> torch.Tensor:
+    trained = load_trained(run, site)
+    with torch.no_grad():
+        return trained.model.forward(trained.variables, _images(size))
+
+
+def _plain(out: Path) -> torch.nn.Module:
+    card = json.loads((out / "config.json").read_text())
+    model: torch.nn.Module = timm.create_model(
+        card["architecture"], num_classes=card["num_classes"], **card["model_args"]
+    )
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "tuners"),
+    [
+        (VIT, 32, [EVERYWHERE]),
+        (DEIT, 32, [{"name": "lora", "rank": 2, "rank_stabilised": True}]),
+        (EVA, 28, [{"name": "lora"}]),
+        (VIT, 32, [{"name": "full"}]),
+        (VIT, 32, [{"name": "linear"}]),
+        ("embedded", 64, [{"name": "lora"}]),
+    ],
+)
+def test_timm_gives_the_same_logits(
+    name: str, size: int, tuners: list[dict[str, object]], weights: Callable[[str], Path], tmp_path: Path
+) -> None:
+    own = {} if name == "embedded" else {"weights": str(weights(name))}
+    run = _run(tmp_path / "run", {"name": name, "image_size": size, **own}, *tuners)
+    for site in (None, "north"):
+        out = export(run, "timm", tmp_path / f"out-{site}", site)
+        model = _plain(out)
+        model.load_state_dict(load_file(out / "model.safetensors"), strict=True)
+        with torch.no_grad():
+            torch.testing.assert_close(model(_images(size)), _logits(run, site, size), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(_logits(run, None, size), _logits(run, "north", size))
+    assert tensors.read_meta(str(out / "model.safetensors"))["model"] == "north"
+
+
+def test_timm_itself_finds_weights_and_preprocessing_in_the_folder(
+    weights: Callable[[str], Path], tmp_path: Path
+) -> None:
+    backbone = {"name": VIT, "weights": str(weights(VIT)), "image_size": 32, "mean": (0.1, 0.2, 0.3)}
+    run = _run(tmp_path / "run", backbone, {"name": "lora"})
+    out = export(run, "timm", tmp_path / "out")
+    model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(_images(32)), _logits(run, None, 32), rtol=1e-3, atol=1e-4)
+    assert model.pretrained_cfg["mean"] == [0.1, 0.2, 0.3]
+    assert model.pretrained_cfg["label_names"] == CLASSES
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "tuners"),
+    [
+        (VIT, 32, [EVERYWHERE]),
+        (VIT, 32, [{"name": "lora", "rank": 2}, {"name": "lora", "rank": 3, "alpha": 9.0, "targets": ["proj"]}]),
+        (DEIT, 32, [{"name": "lora", "alpha": 4.0, "rank_stabilised": True, "blocks": [0, 11]}]),
+        (EVA, 28, [{"name": "lora", "targets": ["fc1", "proj"]}]),
+        ("embedded", 64, [{"name": "lora", "dropout": 0.2}, {"name": "linear"}]),
+    ],
+)
+def test_peft_gives_the_same_logits(
+    name: str, size: int, tuners: list[dict[str, object]], weights: Callable[[str], Path], tmp_path: Path
+) -> None:
+    own = {} if name == "embedded" else {"weights": str(weights(name))}
+    run = _run(tmp_path / "run", {"name": name, "image_size": size, **own}, *tuners)
+    out = export(run, "peft", tmp_path / "out")
+    model = _plain(out)
+    base = timm_backbone.load(config.from_dict(json.loads((run / "config.json").read_text())["config"]).backbone)
+    missing, unexpected = model.load_state_dict(base.module.state_dict(), strict=False)
+    assert not unexpected
+    assert all(key.startswith("head") for key in missing)
+    tuned = peft.PeftModel.from_pretrained(model, out).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(tuned(_images(size)), _logits(run, None, size), rtol=1e-3, atol=1e-4)
+    assert tensors.read_meta(str(out / "adapter_model.safetensors"))["format"] == "peft"
+
+
+def test_a_frozen_head_is_exported_too(weights: Callable[[str], Path], tmp_path: Path) -> None:
+    backbone = {"name": VIT, "weights": str(weights(VIT)), "image_size": 32}
+    run = _run(tmp_path / "run", backbone, {"name": "lora"}, head={"share": "frozen"})
+    out = export(run, "timm", tmp_path / "out")
+    trained = load_trained(run)
+    assert torch.equal(load_file(out / "model.safetensors")["head.weight"], trained.model.head_start["head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("format", "name", "tuners", "tables", "words"),
+    [
+        ("peft", VIT, [{"name": "full"}], {}, r"(?s)no such method.*full.*format timm"),
+        ("peft", VIT, [{"name": "linear"}], {}, "no such method"),
+        ("peft", EVA, [{"name": "lora"}], {}, "without calling its qkv"),
+        ("peft", VIT, [{"name": "lora"}], {"head": {"kind": "mlp"}}, "classifiers are linear"),
+        ("timm", VIT, [{"name": "lora"}], {"head": {"kind": "mlp"}}, "classifiers are linear"),
+    ],
+)
+def test_what_a_format_cannot_say_is_refused(
+    format: Any, name: str, tuners: Any, tables: Any, words: str, tmp_path: Path
+) -> None:
+    size = 28 if name == EVA else 32
+    run = _run(tmp_path / "run", {"name": name, "weights": "random", "image_size": size}, *tuners, **tables)
+    with pytest.raises(ConfigError, match=words):
+        export(run, format, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_base_goes_to_timm_only(tmp_path: Path) -> None:
+    run = _run(tmp_path / "run", {"name": VIT, "weights": "random", "image_size": 32}, {"name": "lora"})
+    variables, meta = checkpoint.load(run / "adapters" / "global.safetensors")
+    name = "blocks.0.attn.qkv.weight"
+    changed = torch.randn(576, 192, generator=torch.Generator().manual_seed(0))
+    checkpoint.save(run / "adapters" / "global.safetensors", {**variables, name: changed}, meta)
+    with pytest.raises(ConfigError, match="changed the backbone itself"):
+        export(run, "peft", tmp_path / "peft")
+    out = export(run, "timm", tmp_path / "timm")
+    model = _plain(out)
+    model.load_state_dict(load_file(out / "model.safetensors"))
+    with torch.no_grad():
+        torch.testing.assert_close(model(_images(32)), _logits(run, None, 32), rtol=1e-3, atol=1e-4)
+
+
+def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
+    run = _run(tmp_path / "run", {"name": VIT, "weights": "random", "image_size": 32}, {"name": "lora"})
+    with pytest.raises(StateError, match=r"(?s)no model of this name.*global, north.*south"):
+        export(run, "timm", tmp_path / "out", "south")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(StateError, match="not empty"):
+        export(run, "timm", tmp_path / "full")
+    path = run / "adapters" / "global.safetensors"
+    variables, meta = checkpoint.load(path)
+    checkpoint.save(path, variables, {**meta, "backbone_digest": "0" * 64})
+    with pytest.raises(StateError, match="not the one this run was trained on"):
+        export(run, "timm", tmp_path / "out")
+    del variables["head.bias"]
+    checkpoint.save(path, variables, meta)
+    with pytest.raises(StateError, match=r"(?s)lacks tensors.*head\.bias"):
+        export(run, "timm", tmp_path / "out")
+    path.unlink()
+    with pytest.raises(StateError, match=r"(?s)no global model.*name a site"):
+        export(run, "timm", tmp_path / "out")

@@ -1,0 +1,95 @@
+"""Predicting new images with the model of a finished run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from consilium import checkpoint, config, experiment
+from consilium.errors import DataError
+from consilium.predict import load_trained, predict
+from consilium.sites.store import transform_pixels
+from tests import small
+
+CLASSES = ["a", "b", "c"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    settings = config.from_dict({"backbone": {"name": "embedded", "image_size": 32}})
+    pieces = experiment.assemble(settings, CLASSES)
+    checkpoint.write_json(folder / "config.json", {"classes": CLASSES, "config": settings.to_dict()})
+    for name, by in (("global", 0.1), ("north", 0.2)):
+        variables = small.moved(dict(pieces.model.initial(0)), by)
+        checkpoint.save(folder / "adapters" / f"{name}.safetensors", variables, {})
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[Path]:
+    draw = np.random.default_rng(0)
+    paths = [tmp_path / name for name in ("one.png", "two.jpg", "three.tiff")]
+    for path in paths:
+        Image.fromarray(draw.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(path)
+    return paths
+
+
+def test_probabilities_are_those_of_the_model_by_hand(run: Path, images: list[Path]) -> None:
+    table = predict(run, images)
+    assert list(table.columns) == ["id", "p.a", "p.b", "p.c", "predicted", "error"]
+    assert list(table["id"]) == [str(path) for path in images]
+    trained = load_trained(run)
+    own = trained.experiment.backbone.preprocessing
+    pixels = torch.from_numpy(transform_pixels(np.asarray(Image.open(images[0])), own).copy())
+    inputs = (pixels.permute(2, 0, 1)[None] / 255 - torch.tensor(own.mean).view(3, 1, 1)) / torch.tensor(own.std).view(
+        3, 1, 1
+    )
+    with torch.no_grad():
+        expected = trained.model.forward(trained.variables, inputs).softmax(1)[0]
+    np.testing.assert_allclose(table.loc[0, ["p.a", "p.b", "p.c"]].to_numpy(float), expected.numpy(), rtol=1e-4)
+    assert table.loc[0, "predicted"] == CLASSES[int(expected.argmax())]
+
+
+def test_a_site_has_its_own_model(run: Path, images: list[Path]) -> None:
+    assert not np.allclose(predict(run, images)["p.a"], predict(run, images, "north")["p.a"])
+
+
+def test_unreadable_images_are_listed_and_the_others_predicted(run: Path, images: list[Path], tmp_path: Path) -> None:
+    broken, missing = tmp_path / "broken.png", tmp_path / "missing.png"
+    broken.write_bytes(images[0].read_bytes()[:60])
+    table = predict(run, [images[0], broken, missing, images[1]])
+    whole = predict(run, images[:2])
+    assert list(table["error"].isna()) == [True, False, False, True]
+    assert table.loc[[0, 3], "p.b"].tolist() == whole["p.b"].tolist()
+    assert table.loc[[1, 2], ["p.a", "p.b", "p.c"]].isna().all(axis=None)
+    assert table["predicted"].isna().tolist() == [False, True, True, False]
+    assert "not a readable" in table.loc[1, "error"]
+    assert "missing.png" in table.loc[2, "error"]
+
+
+def test_a_folder_stands_for_its_images(run: Path, images: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no image")
+    assert sorted(predict(run, [tmp_path])["id"]) == sorted(str(path) for path in images)
+
+
+def test_chunks_change_nothing(run: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = predict(run, images)
+    monkeypatch.setattr("consilium.predict.CHUNK", 2)
+    np.testing.assert_allclose(predict(run, images)["p.a"], whole["p.a"], rtol=1e-5)
+
+
+def test_only_broken_images_give_a_table_too(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    assert predict(run, [tmp_path / "broken.png"])["error"].notna().all()
+
+
+def test_nothing_to_predict_is_an_error(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no images"):
+        predict(run, [])
+    with pytest.raises(DataError, match="no images"):
+        predict(run, [tmp_path])
