@@ -241,13 +241,13 @@ class Coordinator:
             direction: {site: total - before.payload[direction].get(site, 0) for site, total in totals.items()}
             for direction, totals in progress.ledger.payload.items()
         }
-        outgoing = [reply.numbers["val"]["outgoing"] for reply in replies if reply.numbers["val"]["outgoing"]]
+        incoming = [reply.numbers["val"]["incoming"] for reply in replies if reply.numbers["val"]["incoming"]]
         return {
             "round": progress.server.round,
             "seconds": seconds,
             "bytes": exchanged,
             "sites": sites,
-            "val_mean": _means(outgoing),
+            "val_mean": _means(incoming),  # of the model that this round started from
         }
 
 

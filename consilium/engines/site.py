@@ -24,7 +24,7 @@ from consilium.local.predict import outputs
 from consilium.local.train import Trainer
 from consilium.messages import Handshake, Reply, Request, decode_request, encode, envelope_of
 from consilium.protocols import Examples, Failure, Learned, Personal, SiteData
-from consilium.tensors import Tensors, non_finite
+from consilium.tensors import Tensors, equal, non_finite
 
 Numbers = dict[str, Any]
 
@@ -117,9 +117,12 @@ class Site:
         if state.sent:
             before = self.experiment.strategy.deploy({**state.received, **state.sent}, state.personal)
             models["before_aggregation"] = before["personal"]
-        tables = [self._predictions(split, model, models[model]) for model in models for split in ("val", "test")]
+        tables: dict[str, pd.DataFrame] = {}
+        for name, variables in models.items():
+            same = next((known for known in tables if equal(models[known], variables)), None)
+            tables[name] = self._both_splits(variables) if same is None else tables[same]
         self.folder.mkdir(parents=True, exist_ok=True)
-        table = pd.concat(tables, ignore_index=True)
+        table = pd.concat([rows.assign(model=name) for name, rows in tables.items()], ignore_index=True)
         checkpoint.write_bytes(self.folder / "predictions.parquet", table.to_parquet(index=False))
         checkpoint.save(self.folder / "served.safetensors", models["personal"], {"round": request.round})
         return Reply(self.data.name, request.round, len(self.data.train), numbers={"models": sorted(models)})
@@ -164,12 +167,14 @@ class Site:
         )
         return task.probabilities(found).numpy()
 
-    def _predictions(self, split: str, model: str, variables: Tensors) -> pd.DataFrame:
+    def _both_splits(self, variables: Tensors) -> pd.DataFrame:
+        return pd.concat([self._predictions("val", variables), self._predictions("test", variables)])
+
+    def _predictions(self, split: str, variables: Tensors) -> pd.DataFrame:
         examples: Examples = getattr(self.data, split)
         probabilities = self._probabilities(variables, examples)
         columns = {
             "split": split,
-            "model": model,
             "site": examples.origins,
             "id": examples.ids,
             "group": examples.groups,
