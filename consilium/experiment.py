@@ -18,7 +18,7 @@ from consilium.config import BackboneConfig, Config, agreement_hash
 from consilium.errors import ConfigError
 from consilium.local.train import Setting
 from consilium.messages import Handshake
-from consilium.protocols import Backbone, Model, Specs, Strategy, Task
+from consilium.protocols import Backbone, Model, Specs, Strategy, Task, Tuner
 from consilium.tuners import compose
 
 
@@ -37,12 +37,17 @@ class Experiment:
 
 def assemble(config: Config, classes: Sequence[str]) -> Experiment:
     """Build every piece of a run for these classes; ConfigError where two pieces do not fit together."""
+    tuners = [registry.build("tuners", table.name, table.options()) for table in config.tuner]
+    strategy = registry.build("strategies", config.strategy.name, config.strategy.options())
+    return join(config, classes, tuners, strategy)
+
+
+def join(config: Config, classes: Sequence[str], tuners: Sequence[Tuner], strategy: Strategy) -> Experiment:
+    """The same with tuners and a strategy in hand, whatever the configuration names."""
     device = pick_device(config.engine.device, config.train.precision)
     task: Task = registry.build("tasks", config.task.name, config.task.options()).with_classes(classes)
-    strategy: Strategy = registry.build("strategies", config.strategy.name, config.strategy.options())
-    backbone = own_copy(_load_backbone(config.backbone.model_dump_json()))
+    backbone = own_copy(load_backbone(config.backbone))
     backbone.module.to(device)
-    tuners = [registry.build("tuners", table.name, table.options()) for table in config.tuner]
     model: Model = compose.attach(backbone, tuners, config.head, task.num_outputs, strategy.declares, config.seed)
     _check_pairing(config, model.specs, strategy)
     handshake = Handshake(agreement_hash(config, backbone.digest, classes), backbone.digest)
