@@ -130,8 +130,7 @@ class Coordinator:
         self, progress: Progress, kind: RequestKind, number: int, sites: Sequence[str], context: Mapping[str, Any]
     ) -> list[Reply]:
         """Send a request to each site and collect the replies, sorted by site. TrainingError below the quorum."""
-        down = self.experiment.strategy.down(self.experiment.model.specs, number)
-        up = self.experiment.strategy.up(self.experiment.model.specs, number)
+        down, up = self.experiment.down(number), self.experiment.up(number)
         requests: dict[str, bytes] = {}
         for site in sorted(sites):
             news = {} if kind == "describe" else self._news(progress, site)

@@ -34,6 +34,14 @@ class Experiment:
     handshake: Handshake
     setting: Setting
 
+    def up(self, round: int) -> Specs:
+        """What may leave a site in this round; ConfigError where the strategy would send what is personal."""
+        return _impersonal(self.strategy.up(self.model.specs, round), self.model.specs, self.strategy)
+
+    def down(self, round: int) -> Specs:
+        """What may reach a site in this round; ConfigError where the strategy would send what is personal."""
+        return _impersonal(self.strategy.down(self.model.specs, round), self.model.specs, self.strategy)
+
 
 def assemble(config: Config, classes: Sequence[str]) -> Experiment:
     """Build every piece of a run for these classes; ConfigError where two pieces do not fit together."""
@@ -96,10 +104,8 @@ def _check_pairing(config: Config, specs: Specs, strategy: Strategy) -> None:
             received=f"missing: {sorted(missing)}",
             remedy=remedy,
         )
-    travelling = {**strategy.up(specs, 0), **strategy.down(specs, 0)}
-    leaking = [name for name, spec in travelling.items() if spec.tag.part == "personal" or name in personal(specs)]
-    if leaking:
-        raise ConfigError("the strategy would send personal tensors", where=where, received=", ".join(leaking[:4]))
+    declared = [way(specs, number) for way in (strategy.up, strategy.down) for number in range(config.train.rounds + 1)]
+    travelling = {name for each in declared for name in _impersonal(each, specs, strategy)}
     head_stays = not any(spec.tag.role == "head" for spec in strategy.up(specs, 0).values())
     if "share" in config.head.model_fields_set and config.head.share == "shared" and head_stays and travelling:
         remedy = "leave head.share out, or choose a strategy that shares the head"
@@ -114,6 +120,11 @@ def _check_pairing(config: Config, specs: Specs, strategy: Strategy) -> None:
         )
 
 
-def personal(specs: Specs) -> set[str]:
-    """Names that may never travel, whatever a strategy declares."""
-    return {name for name, spec in specs.items() if spec.tag.part == "personal"}
+def _impersonal(declared: Specs, specs: Specs, strategy: Strategy) -> Specs:
+    """The tensors a strategy declares for the wire; what is personal never travels, whatever it declares."""
+    kept = strategy.declares.personal_parts
+    leaking = [name for name, spec in declared.items() if {spec.tag.part, specs.get(name, spec).tag.part} & kept]
+    if leaking:
+        where, received = type(strategy).__name__, ", ".join(sorted(leaking)[:4])
+        raise ConfigError("the strategy would send personal tensors", where=where, received=received)
+    return declared

@@ -360,6 +360,11 @@ class Declaration:
     required_roles: frozenset[str] = frozenset()
     changes_base: bool = False
 
+    @property
+    def personal_parts(self) -> frozenset[str]:
+        """Parts whose tensors never travel; "personal", the part of a personal head, is always one."""
+        return frozenset({"personal", *(part.name for part in self.parts if part.personal)})
+
 
 class Strategy(Protocol):
     """Both halves of a federated algorithm, as pure functions."""

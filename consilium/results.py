@@ -70,7 +70,7 @@ def write(out: Path, experiment: Experiment, federation: Federation, plans: Sequ
     table = pd.read_parquet(out / "predictions.parquet")
     summary = checkpoint.read_json(out / "summary.json")
     config, specs, names = experiment.config, experiment.model.specs, sorted(federation.sites)
-    up, down = experiment.strategy.up(specs, 1), experiment.strategy.down(specs, 1)
+    up, down = experiment.up(1), experiment.down(1)
     result: dict[str, Any] = {
         "schema_version": 1,
         "name": config.name,
@@ -180,7 +180,7 @@ def parameters(experiment: Experiment) -> dict[str, int]:
     return {
         "backbone": experiment.backbone.num_parameters,
         "trainable": _count(specs),
-        "exchanged": _count(experiment.strategy.up(specs, 1)),
+        "exchanged": _count(experiment.up(1)),
     }
 
 

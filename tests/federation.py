@@ -62,7 +62,9 @@ def hospital(name: str, train: int = 14, seed: int = 0) -> SiteData:
 
 def hospitals(*sizes: int) -> dict[str, SiteData]:
     """Sites a, b, c ... of these numbers of training images."""
-    return {name: hospital(name, count, 10 * at) for at, (name, count) in enumerate(zip("abcdefgh", sizes, strict=False))}
+    return {
+        name: hospital(name, count, 10 * at) for at, (name, count) in enumerate(zip("abcdefgh", sizes, strict=False))
+    }
 
 
 def pooled(sites: Mapping[str, SiteData]) -> SiteData:

@@ -43,9 +43,8 @@ class Site:
         fields = envelope_of(data)
         try:
             self._agree(Handshake(**fields["handshake"]), str(fields["site"]))
-            specs = self.experiment.strategy.down(self.experiment.model.specs, int(fields["round"]))
-            reply = self._answer(decode_request(data, specs))
-            return encode(reply, self.experiment.strategy.up(self.experiment.model.specs, reply.round))
+            reply = self._answer(decode_request(data, self.experiment.down(int(fields["round"]))))
+            return encode(reply, self.experiment.up(reply.round))
         except ConsiliumError as error:
             code = "non_finite" if isinstance(error, TrainingError) else "refused"
             return encode(self._failed(fields, code, str(error)), {})

@@ -35,9 +35,9 @@ Weighting = Literal["examples", "uniform"]
 ObjectiveFor = Callable[[Tensors, LocalTraining], Objective | None]  # what arrived -> what is minimised
 
 
-def everything(tag: Tag) -> bool:
-    """Share every tensor that is not personal by the head's policy."""
-    return tag.part != "personal"
+def everything(tag: Tag) -> bool:  # noqa: ARG001
+    """Share every tensor that may travel."""
+    return True
 
 
 def task_loss(received: Tensors, training: LocalTraining) -> Objective | None:  # noqa: ARG001
@@ -62,7 +62,8 @@ class FedAvg:
 
     def up(self, specs: Specs, round: int) -> Specs:  # noqa: ARG002
         """The shared tensors, in every round."""
-        return {name: spec for name, spec in specs.items() if everything(spec.tag) and self.shares(spec.tag)}
+        kept = self.declares.personal_parts
+        return {name: spec for name, spec in specs.items() if spec.tag.part not in kept and self.shares(spec.tag)}
 
     def down(self, specs: Specs, round: int) -> Specs:
         """The same tensors come back."""
