@@ -9,7 +9,7 @@ DEMO = runs/demo
 demo: $(VENV)/.installed
 	rm -rf $(DEMO)
 	$(PYTHON_IN_VENV) -m consilium run --out $(DEMO)/lora --set name=lora
-	$(PYTHON_IN_VENV) -m consilium run --out $(DEMO)/linear --set name=linear --set 'tuner={name="linear"}'
+	$(PYTHON_IN_VENV) -m consilium run --out $(DEMO)/linear --set name=linear --set 'tuner={name="linear"}' --set 'evaluation.references=[]'
 	$(PYTHON_IN_VENV) -m consilium report $(DEMO)/lora $(DEMO)/linear --out $(DEMO)/report.html
 
 test: $(VENV)/.installed-dev

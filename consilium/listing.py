@@ -59,8 +59,12 @@ def comparison(runs: Sequence[Path]) -> Table:
     names = ("balanced_accuracy", "macro_auroc")
     columns = ("model", "trained", "sent and received", *(f"{name.replace('_', ' ')} [95 %]" for name in names))
     table = Table(*columns, caption="test images, mean over the sites")
-    rows = (row for run in runs for row in _compared(checkpoint.read_json(run / "result.json"), names))
-    for row in dict.fromkeys(rows):  # two runs on the same data share their majority class and their references
+    results = [checkpoint.read_json(run / "result.json") for run in runs]
+    rows = [row for result in results for row in _compared(result, names)]
+    majority = [
+        ("majority class", "0", "", *_means({"personal": r["majority"].get("test", {})}, names)) for r in results
+    ]
+    for row in dict.fromkeys([*rows, *majority]):  # runs on the same data share their majority class
         table.add_row(*row)
     return table
 
@@ -69,10 +73,8 @@ def _compared(result: Mapping[str, Any], names: Sequence[str]) -> Iterator[tuple
     sent = sum(result["bytes"][way]["total"] for way in ("up", "down"))
     trained = f"{result['parameters']['trainable']:,}"
     yield result["name"], trained, decimal(sent), *_means(result["metrics"]["test"], names)
-    for name, reference in result.get("references", {}).items():
+    for name, reference in result["references"].items():
         yield f"{result['name']}, {name} training", trained, "", *_means(reference["metrics"]["test"], names)
-    if result.get("majority"):
-        yield "majority class", "0", "", *_means({"personal": result["majority"]["test"]}, names)
 
 
 def _means(models: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:

@@ -120,6 +120,7 @@ def _finish(event: Event) -> str:
 
 
 _QUIET = ("ok", "not_drawn")
+_DONE = {"round": "trained", "evaluate": "validated", "finish": "tested"}  # kind of request -> status of its reply
 
 
 def _mean_loss(event: Event) -> float | None:
@@ -206,7 +207,8 @@ class _Board:
 
     def _site(self, event: Event) -> None:
         row = self._rows.setdefault(event["site"], _Row())
-        row.status = event["status"].replace("_", " ")
+        done = _DONE.get(event.get("kind", ""), "ok")
+        row.status = done if event["status"] == "ok" else event["status"].replace("_", " ")
         row.loss = event.get("loss", row.loss)
 
     def _round(self, event: Event) -> None:
