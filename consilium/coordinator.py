@@ -2,8 +2,9 @@
 
     draw sites -> send what each lacks -> collect replies -> combine -> checkpoint
 
-A site gets every tensor whose content differs from what it was sent last, so that a site that missed rounds catches up
-by the same rule. The checkpoint of a round is written before its line in events.jsonl; `--resume` continues after it.
+A site gets every tensor whose content differs from what its state holds, so that a site that missed rounds, or whose
+reply was lost, catches up by the same rule. The checkpoint of a round is written before its line in events.jsonl;
+`--resume` continues after it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from time import perf_counter
 from typing import Any, Protocol
 
 from consilium import checkpoint, seeds
-from consilium.errors import StateError, TrainingError
+from consilium.errors import StateError, TrainingError, WireError
 from consilium.experiment import Experiment
 from consilium.ledger import Ledger
 from consilium.messages import Reply, Request, RequestKind, decode_reply, encode, size
@@ -40,13 +41,22 @@ class Progress:
     """All the coordinator knows after a closed round; what a checkpoint holds."""
 
     server: ServerState
-    receipts: dict[str, dict[str, str]] = field(default_factory=dict)  # site -> name -> digest of what it was sent
+    receipts: dict[str, dict[str, str]] = field(default_factory=dict)  # site -> name -> digest of what its state holds
     builds_on: dict[str, int] = field(default_factory=dict)  # site -> round of its last state
     ledger: Ledger = field(default_factory=Ledger)
     class_counts: list[int] = field(default_factory=list)
     passes: dict[str, int] = field(default_factory=dict)  # site -> images it has trained on
     best: dict[str, Any] = field(default_factory=dict)  # round, value and builds_on of the best validated round
     seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What came back on one request to several sites. `versions`: site -> name -> digest of all a site should know."""
+
+    replies: Sequence[Reply]  # sorted by site
+    failures: Sequence[Failure]
+    versions: Mapping[str, Mapping[str, str]]
 
 
 @dataclass
@@ -71,7 +81,7 @@ class Coordinator:
         initial = model.initial(self.experiment.config.seed)
         progress = Progress(self.experiment.strategy.init_server(initial, model.specs, sites))
         if self.experiment.task.class_counts == "federation":
-            replies = self._ask(progress, "describe", 0, sites, {"class_counts": True})
+            replies = self._ask(progress, "describe", 0, sites, {"class_counts": True}).replies
             columns = zip(*(reply.numbers["class_counts"] for reply in replies), strict=True)
             progress.class_counts = [sum(column) for column in columns]
         return progress
@@ -87,17 +97,18 @@ class Coordinator:
             "class_counts": progress.class_counts,
             "keep": sorted(set(progress.best.get("builds_on", {}).values())),
         }
-        replies = self._ask(progress, "round", number, drawn, context)
-        updates = [Update(reply.site, reply.tensors, reply.num_examples) for reply in replies]
+        answers = self._ask(progress, "round", number, drawn, context)
+        updates = [Update(reply.site, reply.tensors, reply.num_examples) for reply in answers.replies]
         server = self.experiment.strategy.combine(progress.server, [u for u in updates if u.num_examples > 0])
-        self._judge(progress, replies)
-        for reply in replies:
+        self._judge(progress, answers.replies)
+        for reply in answers.replies:  # only these sites have a new state, which holds what the request brought
             progress.builds_on[reply.site] = number
+            progress.receipts.setdefault(reply.site, {}).update(answers.versions[reply.site])
             progress.passes[reply.site] = progress.passes.get(reply.site, 0) + reply.numbers["image_passes"]
         seconds = perf_counter() - started
         progress = replace(progress, server=replace(server, round=number), seconds=progress.seconds + seconds)
         self._save(progress)
-        self._log(self._event(progress, before, replies, drawn, seconds))
+        self._log(self._event(progress, before, answers, seconds))
         return progress
 
     def _judge(self, progress: Progress, replies: Sequence[Reply]) -> None:
@@ -113,7 +124,8 @@ class Coordinator:
     def _finish(self, progress: Progress) -> Progress:
         """Serve the last round, or the best validated one; every site reads its test split once."""
         if self.experiment.config.evaluation.serve == "best":
-            self._judge(progress, self._ask(progress, "evaluate", progress.server.round, self.transport.sites(), {}))
+            sites = self.transport.sites()
+            self._judge(progress, self._ask(progress, "evaluate", progress.server.round, sites, {}).replies)
             ledger, passes, seconds = progress.ledger, progress.passes, progress.seconds
             progress = self._load(self._path(progress.best["round"]))
             progress = replace(progress, ledger=ledger, passes=passes, seconds=seconds)
@@ -128,40 +140,49 @@ class Coordinator:
     # -------------------------------------------------------------------------------------------- messages
     def _ask(
         self, progress: Progress, kind: RequestKind, number: int, sites: Sequence[str], context: Mapping[str, Any]
-    ) -> list[Reply]:
+    ) -> Answers:
         """Send a request to each site and collect the replies, sorted by site. TrainingError below the quorum."""
         down, up = self.experiment.down(number), self.experiment.up(number)
         requests: dict[str, bytes] = {}
+        versions: dict[str, Mapping[str, str]] = {}
         for site in sorted(sites):
-            news = {} if kind == "describe" else self._news(progress, site)
+            news, versions[site] = ({}, {}) if kind == "describe" else self._news(progress, site)
             request = Request(
                 kind, site, number, progress.builds_on.get(site, 0), self.experiment.handshake, news, context
             )
             requests[site] = encode(request, down)
             progress.ledger.add("down", site, size(requests[site]))
-        answers: list[Reply | Failure] = []
-        for site, answer in self.transport.round(requests):
-            answers.append(answer if isinstance(answer, Failure) else self._read(progress, answer, up))
-            self.display(_site_event(kind, number, site, answers[-1]))
-        replies = [answer for answer in answers if isinstance(answer, Reply)]
-        failures = [answer for answer in answers if isinstance(answer, Failure)]
+        answers: dict[str, Reply | Failure] = {}
+        for site, data in self.transport.round(requests):
+            answers[site] = data if isinstance(data, Failure) else self._read(progress, site, number, data, up)
+            self.display(_site_event(kind, number, site, answers[site]))
+        replies = [answer for _, answer in sorted(answers.items()) if isinstance(answer, Reply)]
+        failures = [answer for _, answer in sorted(answers.items()) if isinstance(answer, Failure)]
         self._enough(replies, failures, len(requests), kind, number)
-        return replies
+        return Answers(replies, failures, versions)
 
-    def _news(self, progress: Progress, site: str) -> Tensors:
-        """What the strategy has for the site and the site was not sent yet; takes the receipt."""
-        receipts = progress.receipts.setdefault(site, {})
-        news = {}
-        for name, tensor in self.experiment.strategy.send(progress.server, site).items():
-            version = digest(tensor)
-            if receipts.get(name) != version:
-                news[name], receipts[name] = tensor, version
-        return news
+    def _news(self, progress: Progress, site: str) -> tuple[Tensors, Mapping[str, str]]:
+        """What the strategy has for the site and the site's state does not hold; the digests of all it has."""
+        held = progress.receipts.get(site, {})
+        sent = self.experiment.strategy.send(progress.server, site)
+        versions = {name: digest(tensor) for name, tensor in sent.items()}
+        return {name: sent[name] for name, version in versions.items() if held.get(name) != version}, versions
 
-    def _read(self, progress: Progress, answer: bytes, up: Specs) -> Reply | Failure:
-        reply = decode_reply(answer, up)
-        progress.ledger.add("up", reply.site, size(answer))
-        return reply.failure or reply
+    def _read(self, progress: Progress, site: str, number: int, data: bytes, up: Specs) -> Reply | Failure:
+        """A reply that can be used, or why it cannot."""
+        try:
+            progress.ledger.add("up", site, size(data))
+            reply = decode_reply(data, up)
+        except TrainingError as error:
+            return Failure(site, "non_finite", str(error))
+        except WireError as error:
+            return Failure(site, "refused", str(error))
+        if reply.failure is not None:
+            return replace(reply.failure, site=site)
+        if (reply.site, reply.round) != (site, number):
+            message = f"asked {site} for round {number}, got an answer of {reply.site} for round {reply.round}"
+            return Failure(site, "stale", message)
+        return reply
 
     def _enough(
         self, replies: Sequence[Reply], failures: Sequence[Failure], asked: int, kind: str, number: int
@@ -229,24 +250,21 @@ class Coordinator:
         checkpoint.write_bytes(self.folder / "events.jsonl", "".join(f"{line}\n" for line in lines).encode())
         self.display({"event": "round", **event})
 
-    def _event(
-        self, progress: Progress, before: Ledger, replies: Sequence[Reply], drawn: Sequence[str], seconds: float
-    ) -> dict[str, object]:
-        sites: dict[str, Any] = {
-            site: {"status": "failed" if site in drawn else "not_drawn"} for site in self.transport.sites()
-        }
-        sites |= {reply.site: {"status": "ok", **_finite(reply.numbers)} for reply in replies}
+    def _event(self, progress: Progress, before: Ledger, answers: Answers, seconds: float) -> dict[str, object]:
+        sites: dict[str, Any] = {site: {"status": "not_drawn"} for site in self.transport.sites()}
+        sites |= {failure.site: {"status": failure.code} for failure in answers.failures}
+        sites |= {reply.site: {"status": "ok", **_finite(reply.numbers)} for reply in answers.replies}
         exchanged = {
             direction: {site: total - before.payload[direction].get(site, 0) for site, total in totals.items()}
             for direction, totals in progress.ledger.payload.items()
         }
-        incoming = [reply.numbers["val"]["incoming"] for reply in replies if reply.numbers["val"]["incoming"]]
+        rows = [reply.numbers["val"]["incoming"] for reply in answers.replies]
         return {
             "round": progress.server.round,
             "seconds": seconds,
             "bytes": exchanged,
             "sites": sites,
-            "val_mean": _means(incoming),  # of the model that this round started from
+            "val_mean": _means([row for row in rows if row]),  # of the model that this round started from
         }
 
 
