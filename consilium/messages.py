@@ -1,19 +1,20 @@
 """Common: what crosses the wire. In: a request or a reply. Out: bytes, and back; both ends check every tensor.
 
-A message is an envelope (JSON: who, which round, what it builds on, digests, numbers) and a payload (safetensors). Only
-tensors that the strategy declared for this direction and round can be put in or are accepted.
+A message is a checksum, an envelope (JSON: who, which round, what it builds on, digests, numbers) and a payload
+(safetensors). Only tensors that the strategy declared for this direction and round can be put in or are accepted.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import consilium
-from consilium.errors import WireError
+from consilium.errors import TrainingError, WireError
 from consilium.protocols import Failure, Spec, Specs
 from consilium.tensors import Tensors, dumps, loads, non_finite
 
@@ -63,7 +64,7 @@ class Size:
 
 
 def check(tensors: Tensors, allowed: Specs, where: str) -> None:
-    """WireError unless every tensor is declared, has the declared shape and type, and is finite."""
+    """WireError unless every tensor is declared and has the declared shape and type, TrainingError unless finite."""
     for name, tensor in tensors.items():
         if name not in allowed:
             raise WireError(
@@ -75,7 +76,7 @@ def check(tensors: Tensors, allowed: Specs, where: str) -> None:
         _check_form(name, tensor.shape, str(tensor.dtype), allowed[name], where)
     broken = non_finite(tensors)
     if broken:
-        raise WireError(f"{len(broken)} tensors hold NaN or infinity", where=where, received=", ".join(broken[:4]))
+        raise TrainingError(f"{len(broken)} tensors hold NaN or infinity", where=where, received=", ".join(broken[:4]))
 
 
 def _check_form(name: str, shape: tuple[int, ...], dtype: str, spec: Spec, where: str) -> None:
@@ -94,7 +95,8 @@ def encode(message: Request | Reply, allowed: Specs) -> bytes:
     check(message.tensors, allowed, where=f"sending, site {message.site}, round {message.round}")
     envelope = {key: value for key, value in vars(message).items() if key != "tensors"}
     text = json.dumps(envelope, default=asdict, sort_keys=True).encode()
-    return struct.pack("<Q", len(text)) + text + payload(message.tensors)
+    body = struct.pack("<Q", len(text)) + text + payload(message.tensors)
+    return hashlib.sha256(body).digest() + body
 
 
 def payload(tensors: Tensors) -> bytes:
@@ -103,40 +105,54 @@ def payload(tensors: Tensors) -> bytes:
 
 
 def size(data: bytes) -> Size:
-    """Bytes of payload and envelope of an encoded message."""
-    envelope = 8 + int(struct.unpack("<Q", data[:8])[0])
-    return Size(payload=len(data) - envelope, envelope=envelope)
+    """Bytes of payload and envelope of an encoded message; WireError where it is not whole."""
+    _, tensors = _open(data)
+    return Size(payload=len(tensors), envelope=len(data) - len(tensors))
 
 
 def envelope_of(data: bytes) -> dict[str, Any]:
-    """The JSON part of an encoded message; WireError where the bytes are no message."""
-    try:
-        length = struct.unpack("<Q", data[:8])[0]
-        found: dict[str, Any] = json.loads(data[8 : 8 + length])
-        return found
-    except (struct.error, ValueError) as error:
-        raise WireError("these bytes are not a message", received=f"{len(data)} bytes") from error
+    """The JSON part of an encoded message; WireError where the bytes are no whole message."""
+    return _open(data)[0]
 
 
 def decode_request(data: bytes, allowed: Specs) -> Request:
     """A request whose tensors are all declared."""
-    fields = envelope_of(data)
-    fields["handshake"] = Handshake(**fields["handshake"])
-    request = Request(**fields, tensors=_tensors_of(data))
+    fields, tensors = _open(data)
+    request: Request = _build(Request, {**fields, "handshake": _build(Handshake, fields.get("handshake"))}, tensors)
     check(request.tensors, allowed, where=f"receiving at site {request.site}, round {request.round}")
     return request
 
 
 def decode_reply(data: bytes, allowed: Specs) -> Reply:
     """A reply whose tensors are all declared."""
-    fields = envelope_of(data)
-    if fields["failure"] is not None:
-        fields["failure"] = Failure(**fields["failure"])
-    reply = Reply(**fields, tensors=_tensors_of(data))
+    fields, tensors = _open(data)
+    failure = fields.get("failure")
+    reply: Reply = _build(Reply, {**fields, "failure": failure and _build(Failure, failure)}, tensors)
     check(reply.tensors, allowed, where=f"receiving from site {reply.site}, round {reply.round}")
     return reply
 
 
-def _tensors_of(data: bytes) -> Tensors:
-    start = size(data).envelope
-    return loads(data[start:]) if len(data) > start else {}
+_CHECKSUM, _LENGTH = 32, 8  # bytes: SHA-256 of all that follows, then the length of the envelope
+
+
+def _open(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """Envelope and payload of a message that arrived as it was sent."""
+    body = data[_CHECKSUM:]
+    if len(body) < _LENGTH or hashlib.sha256(body).digest() != data[:_CHECKSUM]:
+        raise WireError("these bytes are no whole message", received=f"{len(data)} bytes", remedy="send it again")
+    end = _LENGTH + int(struct.unpack("<Q", body[:_LENGTH])[0])
+    try:
+        fields = json.loads(body[_LENGTH:end])
+    except ValueError as error:
+        raise WireError("the envelope of this message is not JSON", received=str(error)) from error
+    if end > len(body) or not isinstance(fields, dict):
+        raise WireError("this message has no envelope", received=f"{len(data)} bytes")
+    return fields, body[end:]
+
+
+def _build(kind: Callable[..., Any], fields: Any, tensors: bytes | None = None) -> Any:
+    try:
+        return kind(**fields) if tensors is None else kind(**fields, tensors=loads(tensors) if tensors else {})
+    except TypeError as error:
+        remedy = "sender and receiver need the same version of the package"
+        raise WireError("this message has other fields than expected", received=str(error), remedy=remedy) from error

@@ -22,7 +22,7 @@ from consilium.errors import ConsiliumError, TrainingError, WireError
 from consilium.experiment import Experiment
 from consilium.local.predict import outputs
 from consilium.local.train import Trainer
-from consilium.messages import Handshake, Reply, Request, decode_request, encode, envelope_of
+from consilium.messages import Reply, Request, decode_request, encode, envelope_of
 from consilium.protocols import Examples, Failure, Learned, Personal, SiteData
 from consilium.tensors import Tensors, equal, non_finite
 
@@ -40,9 +40,10 @@ class Site:
 
     def handle(self, data: bytes) -> bytes:
         """Answer a request; whatever goes wrong becomes a reply that names the failure."""
-        fields = envelope_of(data)
+        fields: Mapping[str, Any] = {}
         try:
-            self._agree(Handshake(**fields["handshake"]), str(fields["site"]))
+            fields = envelope_of(data)
+            self._agree(fields)
             reply = self._answer(decode_request(data, self.experiment.down(int(fields["round"]))))
             return encode(reply, self.experiment.up(reply.round))
         except ConsiliumError as error:
@@ -57,20 +58,21 @@ class Site:
         ](request)
 
     def _failed(self, fields: Mapping[str, Any], code: str, message: str) -> Reply:
-        return Reply(self.data.name, int(fields["round"]), 0, failure=Failure(self.data.name, code, message))
+        return Reply(self.data.name, int(fields.get("round", 0)), 0, failure=Failure(self.data.name, code, message))
 
-    def _agree(self, theirs: Handshake, site: str) -> None:
-        ours = self.experiment.handshake
+    def _agree(self, fields: Mapping[str, Any]) -> None:
+        """WireError unless the request is for this site, from the same version, agreement and backbone."""
+        ours, theirs, site = self.experiment.handshake, fields.get("handshake") or {}, fields.get("site")
         if site != self.data.name:
             raise WireError("this request is for another site", allowed=self.data.name, received=site)
         for key in ("version", "agreement", "backbone"):
-            if getattr(ours, key) != getattr(theirs, key):
+            if getattr(ours, key) != theirs.get(key):
                 remedy = "all sites and the coordinator need the same package, configuration and weights"
                 raise WireError(
                     f"coordinator and site do not agree: {key}",
                     where=f"site {site}",
                     allowed=getattr(ours, key),
-                    received=getattr(theirs, key),
+                    received=theirs.get(key),
                     remedy=remedy,
                 )
 
