@@ -3,8 +3,8 @@
     draw sites -> send what each lacks -> collect replies -> combine -> checkpoint
 
 A site gets every tensor whose content differs from what its state holds, so that a site that missed rounds, or whose
-reply was lost, catches up by the same rule. The checkpoint of a round is written before its line in events.jsonl;
-`--resume` continues after it.
+reply was lost, catches up by the same rule. A round's checkpoint, written after its line in events.jsonl, closes it;
+`--resume` drops the lines of rounds that were not closed and repeats them from there.
 """
 
 from __future__ import annotations
@@ -107,8 +107,10 @@ class Coordinator:
             progress.passes[reply.site] = progress.passes.get(reply.site, 0) + reply.numbers["image_passes"]
         seconds = perf_counter() - started
         progress = replace(progress, server=replace(server, round=number), seconds=progress.seconds + seconds)
+        event = self._event(progress, before, answers, seconds)
+        _write_lines(self.folder, [*_lines(self.folder, number - 1), json.dumps(event, allow_nan=False)])
         self._save(progress)
-        self._log(self._event(progress, before, answers, seconds))
+        self.display({"event": "round", **event})
         return progress
 
     def _judge(self, progress: Progress, replies: Sequence[Reply]) -> None:
@@ -190,14 +192,18 @@ class Coordinator:
         reasons = "; ".join(f"{failure.site}: {failure.code}, {failure.message}" for failure in failures)
         broken = [failure.site for failure in failures if failure.code == "non_finite"]
         if broken:
-            remedy = "lower train.learning_rate or look at the site's data; the last good round is kept: --resume"
+            remedy = (
+                "lower train.learning_rate or mend the site's data, in a new --out; the rounds before are kept, "
+                "but --resume with the same configuration and data fails here again"
+            )
             raise TrainingError(
                 f"non-finite numbers from site {', '.join(broken)} in round {number}",
                 where=str(self.folder),
                 received=reasons,
                 remedy=remedy,
             )
-        needed = math.ceil(self.experiment.config.train.quorum * asked) if kind == "round" else asked
+        share = self.experiment.config.train.quorum * asked
+        needed = math.ceil(share - 1e-9) if kind == "round" else asked  # 0.28 * 25 is 7 and a rounding error
         if len(replies) < max(needed, 1):
             raise TrainingError(
                 f"too few sites replied to '{kind}' of round {number}: {len(replies)} of {asked}",
@@ -236,24 +242,29 @@ class Coordinator:
         return Progress(server, ledger=Ledger.from_dict(meta["ledger"]), **{key: meta[key] for key in _PLAIN})
 
     def _latest(self) -> Progress | None:
-        """The newest checkpoint; lines of events.jsonl about later rounds are dropped."""
-        found = sorted((self.folder / "checkpoints").glob("round-*.safetensors"), key=_number)
-        if not found:
-            return None
-        progress = self._load(found[-1])
-        lines = [line for line in _lines(self.folder) if json.loads(line)["round"] <= progress.server.round]
-        checkpoint.write_bytes(self.folder / "events.jsonl", "".join(f"{line}\n" for line in lines).encode())
+        """The newest whole checkpoint; lines of events.jsonl about later rounds are dropped."""
+        paths = sorted((self.folder / "checkpoints").glob("round-*.safetensors"), key=_number, reverse=True)
+        progress = self._newest(paths)
+        _write_lines(self.folder, _lines(self.folder, progress.server.round if progress else 0))
         return progress
 
-    def _log(self, event: Mapping[str, object]) -> None:
-        lines = [*_lines(self.folder), json.dumps(event, allow_nan=False)]
-        checkpoint.write_bytes(self.folder / "events.jsonl", "".join(f"{line}\n" for line in lines).encode())
-        self.display({"event": "round", **event})
+    def _newest(self, paths: Sequence[Path]) -> Progress | None:
+        """The first that can be read: sites keep what the round after it builds on, so it is repeated bit by bit."""
+        errors = []
+        for path in paths:
+            try:
+                return self._load(path)
+            except StateError as error:
+                errors.append(error)
+                self.display({"event": "warning", "text": f"{path} is damaged: its round is repeated"})
+        if errors:
+            raise errors[0]
+        return None
 
     def _event(self, progress: Progress, before: Ledger, answers: Answers, seconds: float) -> dict[str, object]:
         sites: dict[str, Any] = {site: {"status": "not_drawn"} for site in self.transport.sites()}
-        sites |= {failure.site: {"status": failure.code} for failure in answers.failures}
-        sites |= {reply.site: {"status": "ok", **_finite(reply.numbers)} for reply in answers.replies}
+        sites |= {failure.site: _status(failure) for failure in answers.failures}
+        sites |= {reply.site: _status(reply) for reply in answers.replies}
         exchanged = {
             direction: {site: total - before.payload[direction].get(site, 0) for site, total in totals.items()}
             for direction, totals in progress.ledger.payload.items()
@@ -280,10 +291,14 @@ def drawn_sites(participation: float, sites: Sequence[str], seed: int, number: i
     return tuple(sorted(sorted(sites)[at] for at in chosen))
 
 
-def _site_event(kind: str, number: int, site: str, reply: Reply | Failure) -> dict[str, object]:
-    if isinstance(reply, Failure):
-        return {"event": "site", "kind": kind, "round": number, "site": site, "status": reply.code}
-    return {"event": "site", "kind": kind, "round": number, "site": site, "status": "ok", **_finite(reply.numbers)}
+def _site_event(kind: str, number: int, site: str, answer: Reply | Failure) -> dict[str, object]:
+    return {"event": "site", "kind": kind, "round": number, "site": site, **_status(answer)}
+
+
+def _status(answer: Reply | Failure) -> dict[str, Any]:
+    if isinstance(answer, Failure):
+        return {"status": answer.code, "message": answer.message}
+    return {"status": "ok", **_finite(answer.numbers)}
 
 
 def _finite(numbers: Mapping[str, Any]) -> dict[str, Any]:
@@ -296,9 +311,18 @@ def _means(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float | None
     return {name: math.fsum(values) / len(values) if values else None for name, values in known.items()}
 
 
-def _lines(folder: Path) -> list[str]:
+def _lines(folder: Path, last: int) -> list[str]:
+    """The lines of events.jsonl up to a round; StateError where one is no such line."""
     path = folder / "events.jsonl"
-    return [line for line in path.read_text().splitlines() if line] if path.is_file() else []
+    try:
+        lines = [line for line in path.read_text().splitlines() if line] if path.is_file() else []
+        return [line for line in lines if json.loads(line)["round"] <= last]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StateError("this file cannot be read", where=str(path), received=str(error)) from error
+
+
+def _write_lines(folder: Path, lines: Sequence[str]) -> None:
+    checkpoint.write_bytes(folder / "events.jsonl", "".join(f"{line}\n" for line in lines).encode())
 
 
 def _number(path: Path) -> int:
