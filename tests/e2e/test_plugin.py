@@ -44,7 +44,7 @@ def task(options: Nothing) -> object:
 
 @register("sources", "guest_phantom", options=Size, summary="a smaller phantom", facts={"network": "no"})
 def source(options: Size) -> object:
-    return registry.build("sources", "phantom", {})
+    return registry.build("sources", "phantom", {"num_images": options.images, "num_sites": 2})
 """
 NAMES = {"tuners": "guest_lora", "strategies": "guest_average", "tasks": "guest_classes", "sources": "guest_phantom"}
 
@@ -87,3 +87,33 @@ def test_without_the_package_the_name_is_refused_and_the_known_ones_are_named(tm
     assert "guest_average" in done.stderr
     assert "fedavg" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_run_of_guests_alone_trains_what_they_built(guest: Path, tmp_path: Path) -> None:
+    file = tmp_path / "guests.toml"
+    file.write_text(
+        f'''
+        [sites]
+        source = "{NAMES["sources"]}"
+        images = 48
+        [task]
+        name = "{NAMES["tasks"]}"
+        [backbone]
+        weights = "embedded"
+        [[tuner]]
+        name = "{NAMES["tuners"]}"
+        rank = 1
+        [strategy]
+        name = "{NAMES["strategies"]}"
+        [train]
+        rounds = 1
+        local_steps = 1
+        [evaluation]
+        bootstrap = 20
+        '''
+    )
+    done = _consilium(guest, "run", str(file), "--out", str(tmp_path / "run"), "--quiet")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert sum(site[split]["n"] for site in result["sites"].values() for split in site) == 48
+    assert {row["shape"][0] for row in result["wire"]["up"] if row["role"] == "lora_a"} == {1}
