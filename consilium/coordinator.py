@@ -77,9 +77,9 @@ class Coordinator:
 
     # -------------------------------------------------------------------------------------------- rounds
     def _start(self) -> Progress:
-        model, sites = self.experiment.model, self.transport.sites()
-        initial = model.initial(self.experiment.config.seed)
-        progress = Progress(self.experiment.strategy.init_server(initial, model.specs, sites))
+        specs, sites = self.experiment.model.specs, self.transport.sites()
+        initial = self.experiment.initial(self.experiment.config.seed)
+        progress = Progress(self.experiment.strategy.init_server(initial, specs, sites))
         if self.experiment.task.class_counts == "federation":
             replies = self._ask(progress, "describe", 0, sites, {"class_counts": True}).replies
             columns = zip(*(reply.numbers["class_counts"] for reply in replies), strict=True)

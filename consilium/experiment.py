@@ -19,7 +19,8 @@ from consilium.errors import ConfigError
 from consilium.local.train import Setting
 from consilium.messages import Handshake
 from consilium.protocols import Backbone, Model, Specs, Strategy, Task, Tuner
-from consilium.tuners import compose
+from consilium.tensors import Tensors, detach
+from consilium.tuners import base, compose
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Experiment:
     strategy: Strategy
     handshake: Handshake
     setting: Setting
+
+    def initial(self, seed: int) -> Tensors:
+        """Start values for the strategy: all variables and, where it changes the base, the frozen weights."""
+        frozen = base.parameters(self.backbone.module) if self.strategy.declares.changes_base else {}
+        return {**detach(frozen), **self.model.initial(seed)}
 
     def up(self, round: int) -> Specs:
         """What may leave a site in this round; ConfigError where the strategy would send what is personal."""
@@ -110,6 +116,10 @@ def _check_pairing(config: Config, specs: Specs, strategy: Strategy) -> None:
     if "share" in config.head.model_fields_set and config.head.share == "shared" and head_stays and travelling:
         remedy = "leave head.share out, or choose a strategy that shares the head"
         raise ConfigError("head.share = 'shared' contradicts the strategy", where=where, remedy=remedy)
+    if strategy.declares.plain_sgd and (config.train.optimizer != "sgd" or config.train.momentum):
+        received = f"{config.train.optimizer}, momentum {config.train.momentum}"
+        allowed = "optimizer = 'sgd', momentum = 0"
+        raise ConfigError("this strategy needs plain SGD", where="train", allowed=allowed, received=received)
     unknown = set(config.train.learning_rates) - roles
     if unknown:
         raise ConfigError(

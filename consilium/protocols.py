@@ -47,6 +47,7 @@ class Spec:
     shape: tuple[int | None, ...]
     tag: Tag
     dtype: torch.dtype = torch.float32
+    scale: float = 1.0  # alpha / r of a low-rank factor: W x + scale * B A x
 
 
 Specs = Mapping[str, Spec]
@@ -105,15 +106,12 @@ class Source(Protocol):
 
     def records(self) -> Any:
         """A pandas DataFrame with string columns id, label, site, group and, if given by the data, split."""
-        ...
 
     def content(self, id: str) -> bytes:
         """The stored bytes of one image; their hash is the image's identity."""
-        ...
 
     def decode(self, content: bytes) -> UInt8Array:
         """RGB pixels uint8 [H, W, 3]; DataError where the bytes are no readable image."""
-        ...
 
 
 # ------------------------------------------------------------------------------------------------ the model
@@ -170,15 +168,12 @@ class Tuner(Protocol):
 
     def attach(self, backbone: Backbone, parts: Sequence[Part], combination: Combination) -> Attached:
         """Add adapters to `backbone.module` in place, or name existing parameters."""
-        ...
 
     def active(self, round: int, site: str, seed: int) -> Selector:
         """Which of its tensors are trained in this round at this site."""
-        ...
 
     def merge(self, backbone: Backbone, variables: Tensors) -> None:
         """Fold `variables` into the backbone's own weights, remove the adapters; ConfigError where algebra forbids."""
-        ...
 
 
 class Model(Protocol):
@@ -189,7 +184,6 @@ class Model(Protocol):
 
     def initial(self, seed: int) -> Tensors:
         """Start values of all variables, drawn from `seed` and each variable's own name."""
-        ...
 
     @property
     def learning_rates(self) -> Mapping[str, float]: ...
@@ -197,15 +191,12 @@ class Model(Protocol):
     def forward(self, variables: Tensors, images: Tensor) -> Tensor:
         """Head outputs [B, C] for images float [B, 3, H, W]; names missing in `variables` keep their frozen value.
         A name of the backbone itself may be given too (strategies that change the base)."""
-        ...
 
     def features(self, variables: Tensors, images: Tensor) -> Tensor:
         """Pooled features [B, num_features] before the head."""
-        ...
 
     def active(self, round: int, site: str, seed: int) -> Selector:
         """What is trained in this round at this site: the tuners' choice and, unless frozen, the head."""
-        ...
 
 
 class Task(Protocol):
@@ -220,29 +211,23 @@ class Task(Protocol):
     @property
     def class_counts(self) -> Literal["site", "federation"]:
         """Whose class counts the loss wants; "federation" makes every site send its own before the first round."""
-        ...
 
     def with_classes(self, classes: Sequence[str]) -> Task:
         """The same task for these classes."""
-        ...
 
     def loss(self, outputs: Tensor, labels: Tensor, class_counts: Sequence[int]) -> Tensor:
         """Mean loss of a batch; outputs [B, num_outputs], labels [B]; class_counts of the site or the federation."""
-        ...
 
     def probabilities(self, outputs: Tensor) -> Tensor:
         """Outputs [n, num_outputs] as the numbers that are stored and reported, [n, C]."""
-        ...
 
     def validation(self, probabilities: Any, labels: IntArray) -> Mapping[str, float]:
         """Quick metrics without intervals for a round's log; NaN where undefined."""
-        ...
 
     def metrics(
         self, predictions: Any, bootstrap: int = 1000, seed: int = 0, sites: Sequence[str] = ()
     ) -> Mapping[str, Any]:
         """Full metrics from a table of predictions (site, id, group, label, one column per class), with intervals."""
-        ...
 
 
 # ------------------------------------------------------------------------------------------------ learning at a site
@@ -280,11 +265,9 @@ class LocalTraining(Protocol):
 
     def active(self, tag: Tag) -> bool:
         """Whether the tuner trains this tensor in this round."""
-        ...
 
     def loss(self, variables: Tensors, batch: Batch) -> Tensor:
         """The task's loss of the model with these variables."""
-        ...
 
     def fit(
         self,
@@ -293,14 +276,18 @@ class LocalTraining(Protocol):
         objective: Objective | None = None,
         only: Selector | None = None,
         epochs: float | None = None,
+        learning_rate: float | None = None,
+        after_step: Callable[[Tensors], Tensors] | None = None,
         purpose: str = "train",
     ) -> Fitted:
-        """Train what `only` (default: `active`) selects; any mapping may be given, model variables or not."""
-        ...
+        """Train what `only` (default: `active`) selects; any mapping may be given, model variables or not.
+
+        `learning_rate` takes the place of the configured ones; `after_step` maps what is trained to where it may be;
+        `purpose` sets the draws and the kept moments of several fits in one round apart.
+        """
 
     def features(self, variables: Tensors) -> tuple[Tensor, Tensor]:
         """Features [n, num_features] and labels [n] of the training split, without augmentation."""
-        ...
 
 
 # ------------------------------------------------------------------------------------------------ the federation
@@ -358,7 +345,8 @@ class Declaration:
     combination: Combination = "sum"
     needs_individual_updates: bool = False  # False: only the weighted sum, so secure aggregation is possible
     required_roles: frozenset[str] = frozenset()
-    changes_base: bool = False
+    changes_base: bool = False  # `initial` then also holds the frozen weights, under the backbone's own names
+    plain_sgd: bool = False  # it reads gradients off the way that was gone: no other optimiser, no momentum
 
     @property
     def personal_parts(self) -> frozenset[str]:
@@ -374,33 +362,25 @@ class Strategy(Protocol):
 
     def up(self, specs: Specs, round: int) -> Specs:
         """Everything a site may send in this round; `specs` are all variables of the model."""
-        ...
 
     def down(self, specs: Specs, round: int) -> Specs:
         """Everything the coordinator may send in this round."""
-        ...
 
     def init_server(self, initial: Tensors, specs: Specs, sites: Sequence[str]) -> ServerState:
         """State before round 1; `initial` and `specs` are all variables of the model."""
-        ...
 
     def send(self, server: ServerState, site: str) -> Tensors:
         """All that `site` should know now; the coordinator sends what the site does not have yet."""
-        ...
 
     def init_site(self, initial: Tensors, specs: Specs, site: str) -> Personal:
         """A site's state before its first round; `initial` and `specs` are all variables of the model."""
-        ...
 
     def learn(self, received: Tensors, personal: Personal, training: LocalTraining) -> Learned:
         """One round at a site; `received` is all the site knows of what was sent to it."""
-        ...
 
     def combine(self, server: ServerState, updates: Sequence[Update]) -> ServerState:
         """One round at the coordinator; updates sorted by site, each tensor averaged over the sites that trained it."""
-        ...
 
     def deploy(self, received: Tensors, personal: Personal) -> Mapping[str, Tensors]:
         """Full variables of the models to use: "personal" always, "global" where the shared tensors alone are a model.
         Called with what was received last, and, for the model before aggregation, with what the site itself trained."""
-        ...

@@ -138,8 +138,8 @@ class Site:
         if request.builds_on:
             state = self._states.load(request.builds_on)
         else:
-            model = self.experiment.model
-            personal = self.experiment.strategy.init_site(model.initial(self.secret), model.specs, self.data.name)
+            initial, specs = self.experiment.initial(self.secret), self.experiment.model.specs
+            personal = self.experiment.strategy.init_site(initial, specs, self.data.name)
             state = SiteState(0, {}, personal)
         received = {**state.received, **request.tensors}
         return SiteState(state.round, received, state.personal, state.sent, state.moments)

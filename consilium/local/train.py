@@ -7,7 +7,7 @@ dropout) comes from (run seed, round, site, purpose). Optimiser moments start at
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -93,6 +93,8 @@ class Trainer:
         objective: Objective | None = None,
         only: Selector | None = None,
         epochs: float | None = None,
+        learning_rate: float | None = None,
+        after_step: Callable[[Tensors], Tensors] | None = None,
         purpose: str = "train",
     ) -> Fitted:
         """Train the selected variables; all others keep their bits. TrainingError where the loss is not finite."""
@@ -100,22 +102,24 @@ class Trainer:
         names = self._selected(variables, only or self.active)
         if not names or not steps:
             return Fitted(dict(variables), math.nan, 0, 0, {})
+        rates = self._learning_rates(names) if learning_rate is None else dict.fromkeys(names, learning_rate)
         with seeds.ambient(self._seed(purpose, "dropout")):
-            return self._run(variables, names, steps, objective or self._task_objective, purpose)
+            return self._run(variables, rates, steps, objective or self._task_objective, after_step, purpose)
 
     def _run(
         self,
         variables: Tensors,
-        names: Sequence[str],
+        rates: Mapping[str, float],
         steps: Sequence[list[IntArray]],
         objective: Objective,
+        after_step: Callable[[Tensors], Tensors] | None,
         purpose: str,
     ) -> Fitted:
-        config, device = self.setting.config, self.setting.device
+        config, device, names = self.setting.config, self.setting.device, list(rates)
         live = {name: value.detach().to(device, copy=True) for name, value in variables.items()}
         for name in names:
             live[name].requires_grad_()
-        optimizer = Optimizer(live, names, self._learning_rates(names), config, self.moments, purpose)
+        optimizer = Optimizer(live, rates, self._decays(names), config, self.moments, purpose)
         augmenting, drawing = self._generator(purpose, "augment"), self._generator(purpose, "objective")
         losses = []
         for number, step in enumerate(steps):
@@ -123,6 +127,8 @@ class Trainer:
             batches = self._batches(step, augmenting)
             losses.append(self._gradient(live, batches, sum(map(len, step)), objective, drawing, optimizer))
             optimizer.step(factor(config.schedule, progress))
+            if after_step is not None:
+                _put(after_step({name: live[name].detach() for name in names}), live)
         mean_loss = float(torch.stack(losses).mean())
         self._finite(mean_loss)
         optimizer.store(self.moments)
@@ -174,6 +180,11 @@ class Trainer:
 
         return {name: rate(name) for name in names}
 
+    def _decays(self, names: Sequence[str]) -> dict[str, float]:
+        """Biases, norms and what is not the model's (mixing weights) are not pulled to zero."""
+        known, decay = self.setting.model.specs, self.setting.config.weight_decay
+        return {name: decay if name in known and len(known[name].shape) > 1 else 0.0 for name in names}
+
     def _finite(self, loss: float) -> None:
         if not math.isfinite(loss):
             raise TrainingError(
@@ -189,6 +200,17 @@ class Trainer:
         return seeds.derive(self.setting.seed, round=self.round, site=self.site, purpose=f"{purpose}/{use}")
 
 
+@torch.no_grad()
+def _put(values: Tensors, live: Tensors) -> None:
+    for name, value in values.items():
+        live[name].copy_(value)
+
+
+def epoch_images(share: float, num: int) -> int:
+    """Images in `share` passes over `num`, rounded up; 1.1 passes over 10 are 11 although 1.1 * 10 > 11 in binary."""
+    return math.ceil(round(share * num, 6))
+
+
 def plan(num: int, config: TrainConfig, epochs: float | None, generator: torch.Generator) -> list[list[IntArray]]:
     """Optimiser steps of a round: each a list of micro-batches of row numbers. Every epoch is a new permutation.
 
@@ -199,7 +221,7 @@ def plan(num: int, config: TrainConfig, epochs: float | None, generator: torch.G
     chunks: list[IntArray] = []
     wanted = config.local_steps * config.accumulate if config.local_steps is not None and epochs is None else None
     share = epochs if epochs is not None else config.local_epochs or 1.0
-    passes = math.ceil(share * num) if wanted is None else math.inf
+    passes = epoch_images(share, num) if wanted is None else math.inf
     while passes > 0 and (wanted is None or len(chunks) < wanted):
         order = torch.randperm(num, generator=generator).numpy()[: int(min(num, passes))]
         chunks += [order[at : at + config.batch_size] for at in range(0, len(order), config.batch_size)]
@@ -222,24 +244,23 @@ class Optimizer:
     def __init__(
         self,
         live: Mapping[str, Tensor],
-        names: Sequence[str],
         rates: Mapping[str, float],
+        decays: Mapping[str, float],
         config: TrainConfig,
         moments: Mapping[str, Tensor],
         purpose: str,
     ) -> None:
-        self.names, self.rates, self.config, self.purpose = list(names), rates, config, purpose
-        self.parameters = [live[name] for name in names]
-        self.step_lengths = dict.fromkeys(names, 0.0)
-        self.inner = self._build(rates)
+        self.names, self.rates, self.config, self.purpose = list(rates), rates, config, purpose
+        self.parameters = [live[name] for name in rates]
+        self.step_lengths = dict.fromkeys(rates, 0.0)
+        self.inner = self._build(rates, decays)
         self.scaler = torch.amp.GradScaler(enabled=config.precision == "float16")
         self._restore(moments)
 
-    def _build(self, rates: Mapping[str, float]) -> torch.optim.Optimizer:
+    def _build(self, rates: Mapping[str, float], decays: Mapping[str, float]) -> torch.optim.Optimizer:
         by_rate: dict[tuple[float, float], list[Tensor]] = {}
         for name, parameter in zip(self.names, self.parameters, strict=True):
-            decay = self.config.weight_decay if parameter.ndim > 1 else 0.0  # biases and norms are not pulled to zero
-            by_rate.setdefault((rates[name], decay), []).append(parameter)
+            by_rate.setdefault((rates[name], decays[name]), []).append(parameter)
         groups = [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in by_rate.items()]
         if self.config.optimizer == "sgd":
             return torch.optim.SGD(groups, momentum=self.config.momentum)

@@ -113,7 +113,7 @@ class Lora:
             linear.lora = LoraAdapter(linear, self.options, ranks, combination == "router")
             for variable, value in linear.lora.named_parameters():
                 tag = Tag(name, *_role_and_part(variable, parts), block=place.block)
-                specs[f"{name}.lora.{variable}"] = Spec(tuple(value.shape), tag)
+                specs[f"{name}.lora.{variable}"] = Spec(tuple(value.shape), tag, scale=self.options.scale)
         return Attached(specs, lambda seed: {n: _start(n, spec, seed) for n, spec in specs.items()}, RATES)
 
     def active(self, round: int, site: str, seed: int) -> Selector:  # noqa: ARG002
