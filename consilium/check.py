@@ -6,14 +6,18 @@ run will make, so they equal what the run then measures. Nothing is trained.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import torch
 
 from consilium import results, run
 from consilium.config import Config
 from consilium.coordinator import drawn_sites
 from consilium.experiment import Experiment, assemble
+from consilium.local.train import plan
 from consilium.protocols import Specs
 from consilium.sites import audit
 from consilium.sites.federation import Federation
@@ -49,14 +53,14 @@ def check(config: Config) -> Check:
     prepared = run.prepare(config, lambda _: None)
     run.check_serving(config, prepared)
     experiment = assemble(config, prepared.classes)
-    specs, strategy = experiment.model.specs, experiment.strategy
-    up, down = strategy.up(specs, 1), strategy.down(specs, 1)
+    specs = experiment.model.specs
+    up, down = experiment.up(1), experiment.down(1)
     return Check(
         name=config.name,
         parameters=results.parameters(experiment),
         bytes_per_round={"up": _full(up, prepared), "down": _full(down, prepared)},
         bytes=predicted_bytes(experiment, sorted(prepared.sites)),
-        image_passes={name: _passes(config, len(data.train)) for name, data in prepared.sites.items()},
+        image_passes=predicted_passes(config, {name: len(data.train) for name, data in prepared.sites.items()}),
         memory_bytes=_memory(experiment),
         wire={"up": results.wire(up), "down": results.wire(down)},
         kept_at_site=results.wire({name: spec for name, spec in specs.items() if name not in up}),
@@ -113,11 +117,13 @@ def predicted_bytes(experiment: Experiment, sites: Iterable[str]) -> dict[str, T
     return {way: {"total": sum(rows.values()), "per_site": rows} for way, rows in totals.items()}
 
 
-def _passes(config: Config, images: int) -> int:
-    train = config.train
-    if train.local_steps is not None:
-        return train.rounds * train.local_steps * train.accumulate * min(train.batch_size, max(images, 1))
-    return train.rounds * -(-int(images * 1_000_000 * (train.local_epochs or 1)) // 1_000_000)
+def predicted_passes(config: Config, images: Mapping[str, int]) -> dict[str, int]:
+    """Images that each site will train on, by its number of training images and the rounds it is drawn in."""
+    train, names = config.train, sorted(images)
+    rounds = range(1, train.rounds + 1)
+    drawn = Counter(site for number in rounds for site in drawn_sites(train.participation, names, config.seed, number))
+    steps = {name: plan(images[name], train, None, torch.Generator()) for name in names}
+    return {name: drawn[name] * sum(len(rows) for step in steps[name] for rows in step) for name in names}
 
 
 def _memory(experiment: Experiment) -> dict[str, int]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from consilium import registry
@@ -64,6 +65,7 @@ def join(config: Config, classes: Sequence[str], tuners: Sequence[Tuner], strate
     backbone.module.to(device)
     model: Model = compose.attach(backbone, tuners, config.head, task.num_outputs, strategy.declares, config.seed)
     _check_pairing(config, model.specs, strategy)
+    _check_selection(config, task)
     handshake = Handshake(agreement_hash(config, backbone.digest, classes), backbone.digest)
     setting = Setting(model, task, config.train, backbone.preprocessing, config.seed, device)
     return Experiment(config, backbone, model, task, strategy, handshake, setting)
@@ -128,6 +130,13 @@ def _check_pairing(config: Config, specs: Specs, strategy: Strategy) -> None:
             allowed=sorted(roles),
             received=sorted(unknown),
         )
+
+
+def _check_selection(config: Config, task: Task) -> None:
+    known = task.validation(np.full((1, len(task.classes)), 1 / len(task.classes)), np.zeros(1, dtype=np.int64))
+    if config.evaluation.serve == "best" and config.evaluation.select not in known:
+        allowed, received = ", ".join(sorted(known)), config.evaluation.select
+        raise ConfigError("no such validation metric", where="evaluation.select", allowed=allowed, received=received)
 
 
 def _impersonal(declared: Specs, specs: Specs, strategy: Strategy) -> Specs:
