@@ -7,13 +7,16 @@ folder alone, so neither the number of workers nor the order in which they finis
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -85,28 +88,41 @@ class Simulation:
     def __init__(self, federations: Mapping[str, Federation], workers: int, record: Recorder | None = None) -> None:
         self.answering, self.workers, self.record = Answering(federations), workers, record
         self.pool: ProcessPoolExecutor | None = None
+        self.lifeline: Connection | None = None
 
     def __enter__(self) -> Simulation:
         if self.workers > 1:
+            context = get_context("spawn")
+            ours, self.lifeline = context.Pipe(duplex=False)
             self.pool = ProcessPoolExecutor(
-                self.workers, get_context("spawn"), initializer=_start_worker, initargs=(self.answering.federations,)
+                self.workers, context, initializer=_start_worker, initargs=(self.answering.federations, ours)
             )
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, *exception: object) -> None:
+        if kind is not None:
+            self.stop()
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
+
+    def stop(self) -> None:
+        """End the workers at once, whatever they do; the files they wrote are whole."""
+        if self.lifeline is not None:
+            self.lifeline.close()
 
     def transport(self, key: str) -> Transport:
         """The wire to the sites of one federation."""
         return Transport(self, key, tuple(sorted(self.answering.federations[key].sites)))
 
     def submit(self, key: str, site: str, data: bytes) -> Future[bytes]:
-        """A future of the reply."""
-        if self.pool is not None:
-            return self.pool.submit(_answer_in_worker, key, site, data)
+        """A future of the reply, or of BrokenProcessPool where a worker died."""
         future: Future[bytes] = Future()
-        future.set_result(self.answering(key, site, data))
+        try:
+            if self.pool is not None:
+                return self.pool.submit(_answer_in_worker, key, site, data)
+            future.set_result(self.answering(key, site, data))
+        except BrokenProcessPool as error:
+            future.set_exception(error)
         return future
 
 
@@ -150,8 +166,16 @@ def num_workers(wanted: int | Literal["auto"], num_sites: int) -> int:
 _here: list[Answering] = []
 
 
-def _start_worker(federations: Mapping[str, Federation]) -> None:
+def _start_worker(federations: Mapping[str, Federation], lifeline: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt reaches the parent, which ends its workers
+    Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
     _here[:] = [Answering(federations)]
+
+
+def _end_with_parent(lifeline: Connection) -> None:
+    """The pipe ends when the parent closes it or dies, however it dies: no worker may go on writing site states."""
+    lifeline.poll(None)
+    os._exit(1)
 
 
 def _answer_in_worker(key: str, site: str, data: bytes) -> bytes:
