@@ -17,7 +17,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
 
-from consilium import checkpoint, seeds
+from consilium import checkpoint, metrics, seeds
 from consilium.errors import StateError, TrainingError, WireError
 from consilium.experiment import Experiment
 from consilium.ledger import Ledger
@@ -25,6 +25,7 @@ from consilium.messages import Reply, Request, RequestKind, decode_reply, encode
 from consilium.protocols import Failure, ServerState, Specs, Update
 from consilium.tensors import Tensors, digest
 
+LOWER_IS_BETTER = metrics.LOWER_IS_BETTER | {"loss"}
 Display = Callable[[Mapping[str, object]], None]
 
 
@@ -116,12 +117,16 @@ class Coordinator:
     def _judge(self, progress: Progress, replies: Sequence[Reply]) -> None:
         """What came in is the round before, validated: remember the best round by the unweighted mean of sites."""
         evaluation, judged = self.experiment.config.evaluation, progress.server.round
-        values = [reply.numbers["val"]["incoming"].get(evaluation.select) for reply in replies]
-        known = [value for value in values if value is not None]
-        if evaluation.serve == "best" and judged >= 1 and known:
-            mean = math.fsum(known) / len(known)
-            if mean > progress.best.get("value", -math.inf):
-                progress.best = {"round": judged, "value": mean, "builds_on": dict(progress.builds_on)}
+        rows = [row for reply in replies if (row := reply.numbers["val"]["incoming"])]
+        if evaluation.serve == "last" or judged < 1 or not rows:
+            return
+        mean = _means(rows)[evaluation.select]
+        if mean is None:
+            remedy = "choose another evaluation.select, or serve = 'last'"
+            raise TrainingError(f"no site's validation images define {evaluation.select}", remedy=remedy)
+        sign = -1 if evaluation.select in LOWER_IS_BETTER else 1
+        if not progress.best or sign * mean > sign * progress.best["value"]:
+            progress.best = {"round": judged, "value": mean, "builds_on": dict(progress.builds_on)}
 
     def _finish(self, progress: Progress) -> Progress:
         """Serve the last round, or the best validated one; every site reads its test split once."""
