@@ -27,22 +27,22 @@ MARKED_SITE = "harbour"
 
 # how often a lesion of each class shows a sign
 SIGNS: Mapping[str, tuple[float, float, float, float]] = {
-    "network": (0.05, 0.15, 0.25, 0.80),
-    "broken_network": (0.05, 0.10, 0.75, 0.10),
-    "globules": (0.15, 0.10, 0.25, 0.45),
+    "network": (0.05, 0.10, 0.15, 0.90),
+    "broken_network": (0.05, 0.05, 0.60, 0.05),
+    "globules": (0.05, 0.10, 0.60, 0.30),
     "streaks": (0.05, 0.05, 0.50, 0.05),
-    "veil": (0.25, 0.10, 0.50, 0.05),
-    "milia": (0.10, 0.85, 0.05, 0.05),
-    "fissures": (0.05, 0.60, 0.10, 0.05),
-    "vessels": (0.85, 0.05, 0.15, 0.10),
+    "veil": (0.35, 0.05, 0.60, 0.05),
+    "milia": (0.05, 0.90, 0.05, 0.05),
+    "fissures": (0.05, 0.50, 0.10, 0.05),
+    "vessels": (0.90, 0.05, 0.10, 0.05),
 }
 # mean of each class and spread within a class
 AMOUNTS: Mapping[str, tuple[tuple[float, float, float, float], float]] = {
-    "melanin": ((0.50, 0.75, 0.90, 0.70), 0.25),
-    "blood": ((0.40, 0.20, 0.20, 0.15), 0.15),
-    "irregularity": ((0.11, 0.08, 0.15, 0.07), 0.04),
-    "softness": ((0.30, 0.12, 0.22, 0.25), 0.10),
-    "variegation": ((0.35, 0.35, 0.60, 0.30), 0.15),
+    "melanin": ((0.65, 0.70, 0.75, 0.70), 0.25),
+    "blood": ((0.25, 0.20, 0.20, 0.20), 0.15),
+    "irregularity": ((0.10, 0.09, 0.12, 0.08), 0.04),
+    "softness": ((0.22, 0.18, 0.22, 0.22), 0.10),
+    "variegation": ((0.35, 0.35, 0.45, 0.35), 0.15),
 }
 
 
@@ -77,15 +77,15 @@ class PhantomSite:
 
 EVERYWHERE = (0.3, 0.3, 0.3, 0.3)
 CAMERAS = (  # gain, blur, vignette, slope, gamma, noise, quality
-    Camera((1.00, 0.99, 0.97), 0.004, 0.25, 0.10, 1.00, 0.010, 0),
-    Camera((1.06, 0.95, 0.84), 0.008, 0.55, 0.15, 0.90, 0.020, 3),
-    Camera((0.86, 0.95, 1.05), 0.011, 0.10, 0.25, 1.15, 0.025, 5),
-    Camera((0.95, 1.02, 0.92), 0.006, 0.70, 0.05, 0.80, 0.040, 2),
+    Camera((1.00, 0.99, 0.97), 0.008, 0.25, 0.10, 1.00, 0.010, 0),
+    Camera((1.06, 0.95, 0.84), 0.014, 0.55, 0.15, 0.90, 0.020, 3),
+    Camera((0.86, 0.95, 1.05), 0.018, 0.10, 0.25, 1.15, 0.025, 5),
+    Camera((0.95, 1.02, 0.92), 0.012, 0.70, 0.05, 0.80, 0.040, 2),
 )
 FOUR = (
-    PhantomSite("alpine", 0.34, (0.15, 0.25, 0.20, 0.40), (0.15, 0.10), 2.0, CAMERAS[0], EVERYWHERE),
+    PhantomSite("alpine", 0.34, (0.15, 0.25, 0.20, 0.40), (0.15, 0.10), 1.0, CAMERAS[0], EVERYWHERE),
     PhantomSite(MARKED_SITE, 0.28, (0.35, 0.20, 0.20, 0.25), (0.35, 0.15), 1.0, CAMERAS[1], (0.9, 0.1, 0.1, 0.1)),
-    PhantomSite("prairie", 0.22, (0.20, 0.35, 0.15, 0.30), (0.60, 0.15), 3.0, CAMERAS[2], EVERYWHERE),
+    PhantomSite("prairie", 0.22, (0.20, 0.35, 0.15, 0.30), (0.60, 0.15), 1.5, CAMERAS[2], EVERYWHERE),
     PhantomSite("summit", 0.16, (0.20, 0.15, 0.45, 0.20), (0.25, 0.20), 0.5, CAMERAS[3], EVERYWHERE),
 )
 
@@ -101,7 +101,7 @@ def _further(number: int, seed: int) -> PhantomSite:
     gain = random.uniform(0.85, 1.08, 3)
     camera = Camera(
         gain=(float(gain[0]), float(gain[1]), float(gain[2])),
-        blur=float(random.uniform(0.003, 0.012)),
+        blur=float(random.uniform(0.006, 0.018)),
         vignette=float(random.uniform(0, 0.7)),
         slope=float(random.uniform(0, 0.25)),
         gamma=float(random.uniform(0.8, 1.2)),

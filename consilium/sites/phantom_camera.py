@@ -33,12 +33,16 @@ def grid(size: int) -> tuple[Field, Field]:
     return x, y
 
 
-@lru_cache(maxsize=16)
-def _blur(size: int, width: float) -> Field:
-    place = np.arange(size)
-    weights = np.exp(-0.5 * ((place[:, None] - place) / max(width * size, 1e-3)) ** 2)
-    total: Field = weights / weights.sum(1, keepdims=True)
-    return total
+def _blurred(picture: Field, width: float) -> Field:
+    """Gaussian blur of standard deviation `width` in pixels; sums in a fixed order, without a matrix library."""
+    reach = int(np.ceil(3 * width))
+    weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / max(width, 1e-3)) ** 2)
+    for axis in (0, 1):
+        around = [(reach, reach) if axis == other else (0, 0) for other in range(3)]
+        rows = np.moveaxis(np.pad(picture, around, mode="edge"), axis, 0)
+        total = sum(weight * rows[start : start + len(picture)] for start, weight in enumerate(weights / weights.sum()))
+        picture = np.moveaxis(np.asarray(total), 0, axis)
+    return picture
 
 
 @lru_cache(maxsize=1)
@@ -73,8 +77,7 @@ def photograph(shot: Random, picture: Field, camera: Camera) -> UInt8Array:
     slope = shot.uniform(-camera.slope, camera.slope, 2)
     light = (1 + slope[0] * x + slope[1] * y) * (1 - camera.vignette * np.clip(x * x + y * y, 0, 2) / 2)
     seen = picture * light[..., None] * (np.array(camera.gain) * shot.uniform(0.88, 1.12))
-    lens = _blur(size, camera.blur * 2)
-    seen = np.einsum("ij,jkc,lk->ilc", lens, seen, lens, optimize=True)
+    seen = _blurred(seen, camera.blur * size)
     seen = np.clip(seen, 0, 1) ** camera.gamma + camera.noise * shot.standard_normal(seen.shape)
     pixels: UInt8Array = np.clip(np.round(255 * seen), 0, 255).astype(np.uint8)
     return _compressed(pixels, camera.quality) if camera.quality else pixels

@@ -108,7 +108,7 @@ def _step(values: Field, width: float) -> Field:
 
 def _extent(random: Random, plane: Plane, irregularity: float) -> Field:
     """1 in the lesion's middle, 0 at its border, below 0 outside."""
-    radius = random.uniform(0.42, 0.62)
+    radius = random.uniform(0.52, 0.74)
     stretch = random.uniform(0.8, 1.25)
     angle = np.arctan2(plane.v, plane.u)
     border = np.ones_like(angle)
@@ -120,17 +120,17 @@ def _extent(random: Random, plane: Plane, irregularity: float) -> Field:
 
 def _scatter(random: Random, number: int) -> Field:
     """Points [number, 2] spread evenly over a disc about as large as a lesion."""
-    angle, distance = random.uniform(0, 2 * np.pi, number), 0.5 * np.sqrt(random.uniform(0, 1, number))
+    angle, distance = random.uniform(0, 2 * np.pi, number), 0.6 * np.sqrt(random.uniform(0, 1, number))
     return np.stack([distance * np.cos(angle), distance * np.sin(angle)], 1)
 
 
 # ------------------------------------------------------------ signs: (random, plane, extent) -> field of about 0..1
 def _mesh(random: Random, plane: Plane, warp: float) -> Field:
-    pitch = random.uniform(4.5, 6.0)
+    pitch = random.uniform(3.8, 5.0)
     bend = warp * _noise(random, plane.u, plane.v, 4)
     u, v = plane.u * pitch + bend, plane.v * pitch - bend
     away = np.minimum(np.abs(np.mod(u + 0.5 * v, 1) - 0.5), np.abs(np.mod(0.87 * v, 1) - 0.5))
-    return np.exp(-((away / 0.16) ** 2))
+    return np.exp(-((away / 0.18) ** 2))
 
 
 def _network(random: Random, plane: Plane, extent: Field) -> Field:
@@ -143,8 +143,8 @@ def _broken_network(random: Random, plane: Plane, extent: Field) -> Field:
 
 
 def _globules(random: Random, plane: Plane, extent: Field) -> Field:
-    points = plane.place(_scatter(random, int(random.integers(9, 16))))
-    return _dots(points, 0.055 * plane.zoom, len(extent)) * _step(extent, 0.2)
+    points = plane.place(_scatter(random, int(random.integers(6, 10))))
+    return np.minimum(_dots(points, 0.07 * plane.zoom, len(extent)), 1) * _step(extent, 0.2)
 
 
 def _streaks(random: Random, plane: Plane, extent: Field) -> Field:
@@ -159,8 +159,8 @@ def _veil(random: Random, plane: Plane, extent: Field) -> Field:
 
 
 def _milia(random: Random, plane: Plane, extent: Field) -> Field:
-    points = plane.place(_scatter(random, int(random.integers(8, 15))))
-    return np.minimum(_dots(points, 0.05 * plane.zoom, len(extent)), 1) * _step(extent, 0.2)
+    points = plane.place(_scatter(random, int(random.integers(6, 10))))
+    return np.minimum(1.3 * _dots(points, 0.06 * plane.zoom, len(extent)), 1) * _step(extent, 0.2)
 
 
 def _fissures(random: Random, plane: Plane, extent: Field) -> Field:
@@ -175,12 +175,18 @@ def _vessels(random: Random, plane: Plane, extent: Field) -> Field:
 
 Sign = Callable[[Random, Plane, Field], Field]
 PIGMENT: tuple[tuple[str, Sign, float], ...] = (  # sign, how it is drawn, melanin at full strength
-    ("network", _network, 0.75),
-    ("broken_network", _broken_network, 0.75),
-    ("globules", _globules, 0.8),
-    ("streaks", _streaks, 0.9),
-    ("fissures", _fissures, 0.7),
+    ("network", _network, 1.1),
+    ("broken_network", _broken_network, 1.2),
+    ("globules", _globules, 1.6),
+    ("streaks", _streaks, 1.2),
+    ("fissures", _fissures, 1.0),
 )
+
+
+def _moved(sign: Field, cover: Field) -> Field:
+    """The sign less its mean over the lesion: it moves pigment and adds none, so that the mean colour tells little."""
+    moved: Field = sign - cover * (float(sign.sum()) / max(float(cover.sum()), 1e-9))
+    return moved
 
 
 def _lesion(random: Random, lesion: Lesion, plane: Plane) -> tuple[Field, Field, Field, Field]:
@@ -190,8 +196,10 @@ def _lesion(random: Random, lesion: Lesion, plane: Plane) -> tuple[Field, Field,
     uneven = 1 + lesion.variegation * (_noise(random, plane.u, plane.v, 2) + 0.5 * _noise(random, plane.u, plane.v, 5))
     melanin = lesion.melanin * cover * np.clip(uneven, 0.1, 2.5)
     for name, draw, strength in PIGMENT:
-        melanin = melanin + strength * getattr(lesion, name) * draw(random, plane, extent)
-    blood = lesion.blood * cover + 0.9 * lesion.vessels * _vessels(random, plane, extent)
+        melanin = melanin + strength * getattr(lesion, name) * _moved(draw(random, plane, extent), cover)
+    vessels = lesion.vessels * _vessels(random, plane, extent)
+    blood = np.maximum(lesion.blood * cover + 1.4 * _moved(vessels, cover), 0)
+    melanin = np.maximum(melanin * (1 - 0.7 * np.clip(vessels, 0, 1)), 0)
     return melanin, blood, lesion.veil * _veil(random, plane, extent), lesion.milia * _milia(random, plane, extent)
 
 
