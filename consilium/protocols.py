@@ -169,8 +169,8 @@ class Tuner(Protocol):
     def attach(self, backbone: Backbone, parts: Sequence[Part], combination: Combination) -> Attached:
         """Add adapters to `backbone.module` in place, or name existing parameters."""
 
-    def active(self, round: int, site: str, seed: int) -> Selector:
-        """Which of its tensors are trained in this round at this site."""
+    def active(self, specs: Specs, round: int, site: str, seed: int) -> Selector:
+        """Which of `specs`, the tensors it attached, are trained in this round at this site."""
 
     def merge(self, backbone: Backbone, variables: Tensors) -> None:
         """Fold `variables` into the backbone's own weights, remove the adapters; ConfigError where algebra forbids."""
@@ -275,6 +275,7 @@ class LocalTraining(Protocol):
         *,
         objective: Objective | None = None,
         only: Selector | None = None,
+        fixed: Tensors | None = None,
         epochs: float | None = None,
         learning_rate: float | None = None,
         after_step: Callable[[Tensors], Tensors] | None = None,
@@ -282,8 +283,9 @@ class LocalTraining(Protocol):
     ) -> Fitted:
         """Train what `only` (default: `active`) selects; any mapping may be given, model variables or not.
 
-        `learning_rate` takes the place of the configured ones; `after_step` maps what is trained to where it may be;
-        `purpose` sets the draws and the kept moments of several fits in one round apart.
+        The objective sees `fixed` beside the variables; both are where the model is. `learning_rate` takes the place of
+        the configured ones; `after_step` maps what is trained to where it may be; `purpose` sets the draws and the kept
+        moments of several fits in one round apart.
         """
 
     def features(self, variables: Tensors) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -92,6 +92,7 @@ class Trainer:
         *,
         objective: Objective | None = None,
         only: Selector | None = None,
+        fixed: Tensors | None = None,
         epochs: float | None = None,
         learning_rate: float | None = None,
         after_step: Callable[[Tensors], Tensors] | None = None,
@@ -104,17 +105,19 @@ class Trainer:
             return Fitted(dict(variables), math.nan, 0, 0, {})
         rates = self._learning_rates(names) if learning_rate is None else dict.fromkeys(names, learning_rate)
         with seeds.ambient(self._seed(purpose, "dropout")):
-            return self._run(variables, rates, steps, objective or self._task_objective, after_step, purpose)
+            trained = self._run({**(fixed or {}), **variables}, rates, steps, objective, after_step, purpose)
+        return replace(trained, variables={**variables, **trained.variables})
 
     def _run(
         self,
         variables: Tensors,
         rates: Mapping[str, float],
         steps: Sequence[list[IntArray]],
-        objective: Objective,
+        objective: Objective | None,
         after_step: Callable[[Tensors], Tensors] | None,
         purpose: str,
     ) -> Fitted:
+        """The trained variables alone, and how it went."""
         config, device, names = self.setting.config, self.setting.device, list(rates)
         live = {name: value.detach().to(device, copy=True) for name, value in variables.items()}
         for name in names:
@@ -125,7 +128,8 @@ class Trainer:
         for number, step in enumerate(steps):
             progress = federation_progress(config.schedule, self.round, config.rounds, number, len(steps))
             batches = self._batches(step, augmenting)
-            losses.append(self._gradient(live, batches, sum(map(len, step)), objective, drawing, optimizer))
+            minimised = objective or self._task_objective
+            losses.append(self._gradient(live, batches, sum(map(len, step)), minimised, drawing, optimizer))
             optimizer.step(factor(config.schedule, progress))
             if after_step is not None:
                 _put(after_step({name: live[name].detach() for name in names}), live)
@@ -134,7 +138,7 @@ class Trainer:
         optimizer.store(self.moments)
         passes = sum(len(rows) for step in steps for rows in step)
         return Fitted(
-            {**variables, **detach({name: live[name] for name in names})},
+            detach({name: live[name] for name in names}),
             mean_loss,
             len(steps),
             passes,

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from consilium import tensors
 from consilium.config import HeadConfig
 from consilium.errors import ConfigError
-from consilium.protocols import Attached, Backbone, Declaration, Selector, Specs, Tuner
+from consilium.protocols import Attached, Backbone, Declaration, Selector, Specs, Tag, Tuner
 from consilium.tensors import Tensors
 from consilium.tuners import base
 from consilium.tuners.head import RATE, Head
@@ -56,9 +56,9 @@ class TunedModel:
 
     def active(self, round: int, site: str, seed: int) -> Selector:
         """What any tuner trains among its own tensors, and the head unless it is frozen."""
-        owned = [{spec.tag for spec in each.specs.values()} for each in self.attached]
-        choices = [(own, tuner.active(round, site, seed)) for own, tuner in zip(owned, self.tuners, strict=True)]
-        head = {spec.tag for spec in self.head.specs.values()}
+        pairs = [(tuner, each.specs) for tuner, each in zip(self.tuners, self.attached, strict=True)]
+        choices = [(_tags(specs), tuner.active(specs, round, site, seed)) for tuner, specs in pairs]
+        head = _tags(self.head.specs)
         return lambda tag: tag in head or any(tag in own and chosen(tag) for own, chosen in choices)
 
 
@@ -104,6 +104,10 @@ def merge(model: TunedModel, variables: Tensors) -> nn.Module:
     for tuner, _ in sorted(pairs, key=lambda pair: not pair[1].specs.keys() <= own):  # what is folded comes on top
         tuner.merge(model.backbone, variables)
     return model.backbone.module
+
+
+def _tags(specs: Specs) -> set[Tag]:
+    return {spec.tag for spec in specs.values()}
 
 
 def _union(all_specs: Sequence[Specs]) -> Specs:

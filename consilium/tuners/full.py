@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from consilium import registry, tensors
-from consilium.protocols import Attached, Backbone, Combination, Part, Selector, Spec
+from consilium.protocols import Attached, Backbone, Combination, Part, Selector, Spec, Specs
 from consilium.tensors import Tensors
 from consilium.tuners import base
 
@@ -42,7 +42,7 @@ class Full:
         specs = {name: Spec(tuple(p.shape), base.tag(backbone, name, part.name), p.dtype) for name, p in own.items()}
         return Attached(specs=specs, initial=lambda _: tensors.detach(own), learning_rates=dict.fromkeys(ROLES, RATE))
 
-    def active(self, round: int, site: str, seed: int) -> Selector:  # noqa: ARG002
+    def active(self, specs: Specs, round: int, site: str, seed: int) -> Selector:  # noqa: ARG002
         """Everything."""
         return lambda _: True
 

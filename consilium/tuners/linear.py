@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from consilium import registry
-from consilium.protocols import Attached, Backbone, Combination, Part, Selector
+from consilium.protocols import Attached, Backbone, Combination, Part, Selector, Specs
 from consilium.tensors import Tensors
 
 HEAD_RATE = 1e-2  # AdamW; a head alone on fixed features bears more than one beside moving features
@@ -37,7 +37,7 @@ class Linear:
         """Nothing to add; only the head's learning rate."""
         return Attached(specs={}, initial=lambda _: {}, learning_rates={"head": HEAD_RATE})
 
-    def active(self, round: int, site: str, seed: int) -> Selector:  # noqa: ARG002
+    def active(self, specs: Specs, round: int, site: str, seed: int) -> Selector:  # noqa: ARG002
         """Nothing."""
         return lambda _: False
 

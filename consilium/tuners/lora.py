@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from consilium import registry, seeds
 from consilium.errors import ConfigError
-from consilium.protocols import Attached, Backbone, Combination, ModuleRole, Part, Selector, Spec, Tag
+from consilium.protocols import Attached, Backbone, Combination, ModuleRole, Part, Selector, Spec, Specs, Tag
 from consilium.tensors import Tensors
 from consilium.tuners import base
 
@@ -116,7 +116,7 @@ class Lora:
                 specs[f"{name}.lora.{variable}"] = Spec(tuple(value.shape), tag, scale=self.options.scale)
         return Attached(specs, lambda seed: {n: _start(n, spec, seed) for n, spec in specs.items()}, RATES)
 
-    def active(self, round: int, site: str, seed: int) -> Selector:  # noqa: ARG002
+    def active(self, specs: Specs, round: int, site: str, seed: int) -> Selector:  # noqa: ARG002
         """Everything."""
         return lambda _: True
 

@@ -10,7 +10,7 @@ import torch
 from consilium import registry
 from consilium.config import HeadConfig
 from consilium.errors import ConfigError
-from consilium.protocols import Attached, Backbone, Combination, Declaration, Part, Selector, Spec, Tuner
+from consilium.protocols import Attached, Backbone, Combination, Declaration, Part, Selector, Spec, Specs, Tuner
 from consilium.tensors import Tensors
 from consilium.tuners import base, compose
 from tests import small
@@ -28,7 +28,7 @@ class OneBlock:
         spec = Spec(tuple(value.shape), base.tag(backbone, self.name, part.name))
         return Attached({self.name: spec}, lambda _: {self.name: value.clone()}, {"norm": 1e-2, "head": 5e-4})
 
-    def active(self, round: int, site: str, seed: int) -> Selector:  # noqa: ARG002
+    def active(self, specs: Specs, round: int, site: str, seed: int) -> Selector:  # noqa: ARG002
         return lambda _: bool(round % 2)
 
     def merge(self, backbone: Backbone, variables: Tensors) -> None:
