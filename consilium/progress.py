@@ -1,8 +1,8 @@
 """Common: the displays of a run. In: the events a run emits, plain mappings. Out: a live view, lines, or JSON lines.
 
-Events: prepare (what, done, total), start (name, sites, rounds, out), site (round, site, status, numbers), round (a
-line of events.jsonl), reference (name, kind: start, round or reused), finish (result, report, headline). A display is
-a function of one event and keeps nothing of a run that the run itself would need.
+Events: prepare (what, done, total), warning (text), start (name, sites, rounds, out), site (round, site, status,
+numbers), round (a line of events.jsonl), reference (name, kind: start, round or reused), finish (result, report,
+headline). A display is a function of one event and keeps nothing of a run that the run itself would need.
 """
 
 from __future__ import annotations
@@ -69,9 +69,16 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
 
 def line(event: Event) -> str | None:
     """One event as a line of a log; None for what a log does not need."""
-    return {"start": _start, "round": _round, "reference": _reference, "finish": _finish, "prepare": _prepare}.get(
-        event["event"], lambda _: None
-    )(event)
+    words: Mapping[str, Callable[[Event], str | None]] = {
+        "prepare": _prepare,
+        "warning": _warning,
+        "start": _start,
+        "round": _round,
+        "reference": _reference,
+        "finish": _finish,
+    }
+    word = words.get(event["event"])
+    return word(event) if word is not None else None
 
 
 def sparkline(shares: Sequence[float]) -> str:
@@ -96,6 +103,10 @@ def _bar(share: float) -> str:
 
 def _prepare(event: Event) -> str | None:
     return f"{event['what']}: {event['total']}" if event["done"] == event["total"] else None
+
+
+def _warning(event: Event) -> str:
+    return f"warning: {event['text']}"
 
 
 def _start(event: Event) -> str:
@@ -176,7 +187,8 @@ class _Board:
             "site": self._site,
             "round": self._round,
             "reference": self._reference,
-            "finish": self._finish,
+            "warning": self._close,
+            "finish": self._close,
         }.get(event["event"])
         if handle is not None:
             handle(event)
@@ -222,5 +234,5 @@ class _Board:
         if event["kind"] != "reused":
             self._advance(f"reference {event['name']}", event.get("round", 0), event.get("rounds"))
 
-    def _finish(self, event: Event) -> None:
+    def _close(self, event: Event) -> None:
         self.closing.append(line(event))

@@ -46,7 +46,7 @@ def collect(folder: Path, experiment: Experiment, progress: Progress) -> None:
         folder / "summary.json",
         {
             "bytes": progress.ledger.summary(),
-            "image_passes": progress.passes,
+            "image_passes": {"total": sum(progress.passes.values()), "per_site": dict(sorted(progress.passes.items()))},
             "seconds": progress.seconds,
             "served_round": progress.server.round,
         },
@@ -90,7 +90,6 @@ def write(out: Path, experiment: Experiment, federation: Federation, plans: Sequ
         "classes": list(federation.classes),
         "parameters": parameters(experiment),
         **summary,
-        "image_passes": {"total": sum(summary["image_passes"].values()), "per_site": summary["image_passes"]},
         "wire": {"up": wire(up), "down": wire(down)},
         "kept_at_site": wire({name: spec for name, spec in specs.items() if name not in up}),
         "peak_memory_bytes": peak_memory(),
@@ -161,9 +160,13 @@ def _held_out(out: Path, experiment: Experiment, federation: Federation) -> dict
 
 
 def report(out: Path) -> Path:
-    """Render report.html."""
-    path: Path = importlib.import_module("consilium.report.html").render([out], out / "report.html")
-    return path
+    """Render report.html; StateError where it cannot be written."""
+    target = out / "report.html"
+    try:
+        importlib.import_module("consilium.report.html").render([out], target)
+    except OSError as error:
+        raise checkpoint.not_written(target, error) from error
+    return target
 
 
 def outcome(out: Path) -> dict[str, Any]:

@@ -8,17 +8,16 @@ of image passes; a finished reference of a neighbouring run folder that only dif
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from consilium import checkpoint, results
+from consilium import results, run_folder
 from consilium.config import Config, EvaluationConfig, StrategyConfig, config_hash
-from consilium.coordinator import Coordinator, Display, Progress
+from consilium.coordinator import Coordinator, Display
 from consilium.engines.simulate import Federation, Recorder, Simulation, num_workers, secrets_of
-from consilium.errors import ConfigError, StateError
+from consilium.errors import ConfigError
 from consilium.experiment import Experiment, assemble, load_backbone
 from consilium.protocols import SiteData
 from consilium.sites import federation as sites
@@ -44,12 +43,11 @@ def run(
     does not fit; earlier results stay intact and `resume` continues after the last closed round, bit by bit.
     """
     show = display or (lambda _: None)
-    with checkpoint.locked(out):
+    with run_folder.claimed(out, resume):
         prepared = prepare(config, show)
         plans = make_plans(config, prepared, out)
-        digest = plans[MAIN].experiment.backbone.digest
         for plan in plans.values():
-            _open(plan, prepared, digest, resume)
+            _open(plan, prepared)
         if not (out / "result.json").is_file():
             _train(plans, prepared, show, record)
             results.write(out, plans[MAIN].experiment, prepared, list(plans))
@@ -63,9 +61,13 @@ def prepare(config: Config, show: Display) -> sites.Federation:
     preprocessing = load_backbone(config.backbone).preprocessing
 
     def tell(done: int, total: int) -> None:
-        show({"event": "prepare", "what": "images decoded", "done": done, "total": total})
+        if done * 100 // total > (done - 1) * 100 // total:  # whole per cents are news enough
+            show({"event": "prepare", "what": "images decoded", "done": done, "total": total})
 
-    return sites.prepare(config.sites, config.task.classes, preprocessing, config.engine.cache, tell)
+    prepared = sites.prepare(config.sites, config.task.classes, preprocessing, config.engine.cache, tell)
+    for text in prepared.warnings:
+        show({"event": "warning", "text": text})
+    return prepared
 
 
 def make_plans(config: Config, prepared: sites.Federation, out: Path) -> dict[str, Plan]:
@@ -105,52 +107,31 @@ def _plan(config: Config, prepared: sites.Federation, data: dict[str, SiteData],
     return Plan(config, federation, assemble(config, prepared.classes))
 
 
-def _open(plan: Plan, prepared: sites.Federation, backbone: str, resume: bool) -> None:
-    """Make the folder, or make sure that it belongs to this very configuration and these very data."""
-    folder, path = plan.data.folder, plan.data.folder / "config.json"
-    known = {
-        "config_hash": config_hash(plan.config, backbone),
+def _identity(plan: Plan, prepared: sites.Federation) -> dict[str, object]:
+    """What two runs must share to give the same bits."""
+    return {
+        "config_hash": config_hash(plan.config, plan.experiment.backbone.digest),
         "data_digest": prepared.data_digest,
         "split_hash": prepared.split_hash,
         "code": results.code_digest(),
+        "device": plan.experiment.setting.device,
+        "versions": results.versions(),
     }
-    if path.is_file():
-        stored = checkpoint.read_json(path)
-        different = [key for key, value in known.items() if stored.get(key) != value]
-        if different:
-            raise StateError(
-                "this run folder belongs to another configuration, other data or another version",
-                where=str(folder),
-                received=f"different: {', '.join(different)}",
-                remedy="choose another --out",
-            )
-        if not resume:
-            raise StateError(
-                "this run folder already holds a run",
-                where=str(folder),
-                remedy="add --resume to continue it, or choose another --out",
-            )
-        return
-    if any(child.name != ".lock" and child.name != "references" for child in folder.glob("*")):
-        raise StateError("the folder is not empty and holds no run", where=str(folder), remedy="choose another --out")
-    checkpoint.write_bytes(folder / "split.parquet", prepared.split.to_parquet(index=False))
-    checkpoint.write_json(
-        path,
-        {
-            **known,
-            "agreement_hash": plan.experiment.handshake.agreement,
-            "classes": prepared.classes,
-            "versions": results.versions(),
-            "config": plan.config.to_dict(),
-        },
-    )
 
 
-def _train(
-    plans: Mapping[str, Plan], prepared: sites.Federation, show: Display, record: Recorder | None
-) -> dict[str, Progress]:
+def _open(plan: Plan, prepared: sites.Federation) -> None:
+    facts = {
+        "agreement_hash": plan.experiment.handshake.agreement,
+        "classes": prepared.classes,
+        "config": plan.config.to_dict(),
+    }
+    split = prepared.split.to_parquet(index=False)
+    run_folder.open_run(plan.data.folder, _identity(plan, prepared), facts, split)
+
+
+def _train(plans: Mapping[str, Plan], prepared: sites.Federation, show: Display, record: Recorder | None) -> None:
     engine = plans[MAIN].config.engine
-    todo = {name: plan for name, plan in plans.items() if not _reused(plan, name, show)}
+    todo = {name: plan for name, plan in plans.items() if name == MAIN or not _is_there(plan, name, prepared, show)}
     federations = {name: plan.data for name, plan in todo.items()}
     if prepared.held_out:
         secrets = secrets_of(plans[MAIN].config.seed, prepared.held_out)
@@ -158,16 +139,23 @@ def _train(
         federations["held_out"] = replace(plans[MAIN].data, sites=prepared.held_out, secrets=secrets, folder=folder)
     with Simulation(federations, num_workers(engine.workers, len(prepared.sites)), record) as simulation:
 
-        def one(name: str) -> Progress:
-            return _federate(simulation, todo[name], name, bool(prepared.held_out), show)
+        def one(name: str) -> None:
+            _federate(simulation, todo[name], name, bool(prepared.held_out), show)
 
         if simulation.workers == 1:
-            return {name: one(name) for name in todo}
+            for name in todo:
+                one(name)
+            return
         with ThreadPoolExecutor(len(todo)) as threads:  # they only wait for the worker processes
-            return dict(zip(todo, threads.map(one, todo), strict=True))
+            try:
+                for future in as_completed([threads.submit(one, name) for name in todo]):
+                    future.result()
+            except BaseException:  # an error or an interrupt ends them all; each can be resumed
+                simulation.stop()
+                raise
 
 
-def _federate(simulation: Simulation, plan: Plan, name: str, visit: bool, show: Display) -> Progress:
+def _federate(simulation: Simulation, plan: Plan, name: str, visit: bool, show: Display) -> None:
     here = show if name == MAIN else _as_reference(name, show)
     folder, transport = plan.data.folder, simulation.transport(name)
     here(
@@ -184,27 +172,23 @@ def _federate(simulation: Simulation, plan: Plan, name: str, visit: bool, show: 
     if visit and name == MAIN:
         replace(coordinator, transport=simulation.transport("held_out")).visit(progress)
     results.collect(folder, plan.experiment, progress)
-    return progress
 
 
 def _as_reference(name: str, show: Display) -> Callable[[Mapping[str, object]], None]:
     def tell(event: Mapping[str, object]) -> None:
         if event["event"] in ("start", "round"):
             show({**event, "event": "reference", "name": name, "kind": event["event"]})
+        elif event["event"] == "warning":
+            show(event)
 
     return tell
 
 
-def _reused(plan: Plan, name: str, show: Display) -> bool:
-    """Copy a finished reference of the same configuration, data and code from a neighbouring run folder."""
-    folder = plan.data.folder
-    if name == MAIN or (folder / "summary.json").is_file():
-        return name != MAIN
-    mine = checkpoint.read_json(folder / "config.json")
-    for other in sorted(folder.parents[2].glob(f"*/references/{name}/summary.json")):
-        theirs = checkpoint.read_json(other.parent / "config.json")
-        if all(theirs.get(key) == mine[key] for key in ("config_hash", "data_digest", "split_hash", "code")):
-            shutil.copytree(other.parent, folder, dirs_exist_ok=True)
-            show({"event": "reference", "name": name, "kind": "reused", "from": str(other.parent)})
-            return True
-    return False
+def _is_there(plan: Plan, name: str, prepared: sites.Federation, show: Display) -> bool:
+    """Whether a reference is finished already, here or in a neighbouring run folder, from where it is copied."""
+    if run_folder.is_done(plan.data.folder):
+        return True
+    origin = run_folder.take_over(plan.data.folder, _identity(plan, prepared))
+    if origin is not None:
+        show({"event": "reference", "name": name, "kind": "reused", "from": str(origin)})
+    return origin is not None
