@@ -3,8 +3,8 @@
 How pixels become RGB, never by a contrast that depends on the image: grey is repeated three times; palettes are looked
 up; transparent images are laid on black; of a 16-bit value the high byte is kept, of a camera with fewer significant
 bits (12, say) the highest eight of those; white-is-zero TIFFs are inverted; the camera's orientation tag is applied; of
-a TIFF with extra channels the first (grey) or first three (colour) count. Floating-point, signed, 16-bit planar and
-multi-page files are refused, since any choice of window or page would be a guess.
+a colour TIFF with extra channels the first three count. Floating-point, signed, 16-bit planar and multi-page files are
+refused, since any choice of window or page would be a guess.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Stage 1, sites. In: image bytes by id and the backbone's preprocessing. Out: all pixels, mapped uint8 [n, H, W, 3].
 
 Each different image is decoded and resized once. A store is a pair of files in the cache folder, named by a hash over
-the images' own hashes and all that shapes the pixels: `<key>.npy`, and `<key>.json` with size, checksum and unreadable
-rows. Only one process builds a store; it writes beside the final name and renames when all is on disk, the JSON last,
-so that a crash leaves nothing that could be mistaken for a store. The system frees the lock of a process that dies.
+the images' own hashes and all that shapes the pixels: `<key>.npy`, and `<key>.json` with checksum and unreadable rows.
+Only one process builds a store; it writes beside the final name and renames when all is on disk, the JSON last, so that
+a crash leaves nothing that could be mistaken for a store. The system frees the lock of a process that dies.
 """
 
 from __future__ import annotations
@@ -187,8 +187,7 @@ def _read_index(path: Path) -> list[int] | None:
     """Rows without readable pixels; None where there is no whole, undamaged store."""
     try:
         index = json.loads(path.with_suffix(".json").read_text())
-        whole = path.stat().st_size == index["bytes"] and _checksum(path) == index["sha256"]
-        return [int(row) for row in index["corrupt"]] if whole else None
+        return [int(row) for row in index["corrupt"]] if _checksum(path) == index["sha256"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -211,8 +210,7 @@ def _build(
             corrupt = _write_rows(file, _decoded(source, ids, preprocessing), (len(ids), size, size, 3), progress)
             file.flush()
             os.fsync(file.fileno())
-        index = {"bytes": partial.stat().st_size, "sha256": _checksum(partial), "corrupt": corrupt}
-        path.with_suffix(".json").unlink(missing_ok=True)
+        index = {"sha256": _checksum(partial), "corrupt": corrupt}
         partial.replace(path)
         partial.write_text(json.dumps(index))
         partial.replace(path.with_suffix(".json"))

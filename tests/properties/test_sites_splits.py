@@ -84,6 +84,12 @@ def test_small_classes_together_still_fill_every_split() -> None:
     assert all(abs(sizes[name] - 28 * share) < 1 for name, share in (("train", 0.7), ("val", 0.1), ("test", 0.2)))
 
 
+def test_every_class_is_split_by_the_shares_where_classes_are_equally_frequent() -> None:
+    records = hospitals.records(*[("east", f"{label}{n}", label) for label in "abcdefg" for n in range(30)])
+    found = pd.crosstab(*(splits.assign(records, Split())[name] for name in ("label", "split")))
+    assert (found - pd.Series({"train": 21, "val": 3, "test": 6})).abs().to_numpy().max() <= 1
+
+
 def test_name_and_seed_of_the_split_decide() -> None:
     records = mixed(60)
     first = splits.assign(records, Split())["split"].tolist()
@@ -94,6 +100,8 @@ def test_name_and_seed_of_the_split_decide() -> None:
 def test_one_patient_goes_to_train_and_a_share_of_nothing_gets_nothing() -> None:
     one = hospitals.records(*[("east", "p", label) for label in "aabb"])
     assert set(splits.assign(one, Split())["split"]) == {"train"}
+    two = hospitals.records(("east", "p", "a"), ("east", "q", "a"))
+    assert sorted(splits.assign(two, Split(train=0.2, val=0.0, test=0.8))["split"]) == ["test", "train"]
     shares = Split(train=0.0, val=0.5, test=0.5)
     assert set(splits.assign(mixed(60), shares)["split"]) == {"val", "test"}
 

@@ -77,7 +77,6 @@ KINDS = {
     "deep colour tiff": (tiff(DEEP, 2), DEEP >> 8),
     "white is zero": (tiff(DEEP[..., :1], 0), repeated(255 - (DEEP[..., 0] >> 8))),
     "five channels": (tiff(FIVE, 2), FIVE[..., :3]),
-    "grey and another": (tiff(FIVE[..., :2], 1), repeated(FIVE[..., 0])),
     "planes": (tiff(COLOUR, 2, planar=True), COLOUR),
 }
 

@@ -6,10 +6,12 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -85,7 +87,7 @@ def test_images_are_decoded_once_and_mapped(tmp_path: Path) -> None:
         given, sorted(given.contents), PLAIN, folder=tmp_path, progress=lambda n, total: done.append((n, total))
     )
     again = opened(given, tmp_path)
-    assert given.calls["decode"] == 5
+    assert given.calls == {"decode": 5, "content": 2 * 5}
     assert done == [(n, 5) for n in range(1, 6)]
     assert isinstance(again.images, np.memmap)
     for number in range(5):
@@ -226,10 +228,11 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 
-def test_too_little_space_is_seen_before_the_first_image(tmp_path: Path) -> None:
+def test_too_little_space_is_seen_before_the_first_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = source()
-    with pytest.raises(DataError, match="are free"):
-        opened(given, tmp_path, replace(PLAIN, image_size=10**7))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3839))
+    with pytest.raises(DataError, match="3,840 bytes are needed, 3,839 are free"):
+        opened(given, tmp_path)
     assert given.calls["decode"] == 0
 
 
