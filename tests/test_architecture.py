@@ -163,9 +163,8 @@ def _third_party(folder: Path) -> set[str]:
         - set(sys.stdlib_module_names)
         - {"consilium", "scripts", "tests", *(path.stem for path in folder.glob("*.py"))}
     )
-    return {
-        {"PIL": "pillow", "sklearn": "scikit-learn", "pydantic_core": "pydantic"}.get(name, name) for name in foreign
-    }
+    renamed = {"PIL": "pillow", "sklearn": "scikit-learn", "pydantic_core": "pydantic"}
+    return {renamed.get(name, name).replace("_", "-") for name in foreign}
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
