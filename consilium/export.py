@@ -94,7 +94,7 @@ def _adapter_config(trained: Trained, layers: dict[str, tuple[int, float]]) -> d
     return {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": timm_backbone.recipe(trained.experiment.config.backbone)[0],
+        "base_model_name_or_path": trained.experiment.backbone.name,
         "r": rank,
         "lora_alpha": scale * rank,
         "lora_dropout": 0.0,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from consilium import checkpoint, config, experiment
+from consilium import checkpoint, config, experiment, registry
 from consilium.errors import DataError
 from consilium.predict import load_trained, predict
 from consilium.sites.store import transform_pixels
@@ -93,3 +93,21 @@ def test_nothing_to_predict_is_an_error(run: Path, tmp_path: Path) -> None:
         predict(run, [])
     with pytest.raises(DataError, match="no images"):
         predict(run, [tmp_path])
+
+
+@pytest.mark.parametrize("strategy", sorted(registry.members("strategies")))
+def test_a_run_of_any_strategy_opens_again(strategy: str, tmp_path: Path) -> None:
+    plain = {
+        "backbone": {"name": "embedded", "image_size": 32},
+        "strategy": {"name": strategy},
+        "train": {"optimizer": "sgd", "local_steps": 3},
+        "sites": {"source": "folder", "path": str(tmp_path), "split": {"column": "fold"}},
+    }
+    settings = config.from_dict(plain)
+    pieces = experiment.assemble(settings, CLASSES)
+    checkpoint.write_json(tmp_path / "config.json", {"classes": CLASSES, "config": settings.to_dict()})
+    checkpoint.save(tmp_path / "adapters" / "north.safetensors", pieces.model.initial(0), {})
+    assert load_trained(tmp_path, "north").experiment.config.to_dict() == {
+        **settings.to_dict(),
+        "engine": {**settings.to_dict()["engine"], "device": "auto"},
+    }

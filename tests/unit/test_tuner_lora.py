@@ -70,11 +70,13 @@ def test_patch_embedding_is_never_a_target_named_proj() -> None:
 
 
 def test_start_of_a_is_uniform_within_one_over_root_of_width() -> None:
-    initial = _model(rank=8).initial(0)
+    model = _model(rank=8)
+    initial, other = model.initial(0), model.initial(1)
     for name, value in initial.items():
         if name.endswith(".a"):
             assert 0.2 < value.abs().max() <= 16**-0.5
             assert abs(value.mean()) < 0.08
+            assert not torch.equal(value, other[name])
         if name.endswith(".b"):
             assert not value.any()
     blocks = [initial[f"blocks.{i}.attn.qkv.lora.shared.a"] for i in (0, 1)]
