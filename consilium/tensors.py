@@ -98,9 +98,12 @@ def num_elements(tensors: Tensors) -> int:
 
 
 def dumps(tensors: Tensors, meta: Mapping[str, object] | None = None) -> bytes:
-    """Serialise as safetensors, names sorted; `meta` is JSON and lands in the file's own header."""
+    """Serialise as safetensors, names sorted; `meta` is JSON and lands in the file's own header.
+
+    Tensors are copied first: safetensors refuses two names that share memory, such as a value both kept and sent.
+    """
     header = {"consilium": json.dumps(meta, sort_keys=True)} if meta is not None else None
-    return save({name: tensors[name].contiguous() for name in sorted(tensors)}, metadata=header)
+    return save(detach(tensors), metadata=header)
 
 
 def loads(data: bytes) -> dict[str, Tensor]:
