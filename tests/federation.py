@@ -15,7 +15,7 @@ from consilium import checkpoint, config, experiment, registry
 from consilium.coordinator import Coordinator, Progress, Transport
 from consilium.engines.simulate import Federation, Simulation, secrets_of
 from consilium.experiment import Experiment
-from consilium.messages import decode_reply, decode_request, size
+from consilium.messages import decode_reply, decode_request
 from consilium.protocols import Examples, Failure, SiteData, Strategy, Tuner
 from consilium.tensors import Tensors
 
@@ -94,16 +94,17 @@ class Outcome:
         """The model this site would use."""
         return checkpoint.load(self.folder / "sites" / site / "served.safetensors")[0]
 
-    def sent(self, direction: str) -> list[tuple[int, str, Tensors]]:
-        """(round, site, tensors) of the training rounds' messages, in order."""
+    def sent(self, *ways: str) -> list[tuple[int, str, Tensors]]:
+        """(round, site, tensors) of the messages that held tensors, in order; ways: up, down, finish."""
         found = []
         for way, site, data in self.wire:
-            message = self._decode(way, data)
-            if way == direction and size(data).payload:
+            message = self.decode(way, data)
+            kind = "finish" if way == "down" and message.kind == "finish" else way
+            if kind in ways and message.tensors:
                 found.append((message.round, site, message.tensors))
         return found
 
-    def _decode(self, way: str, data: bytes) -> Any:
+    def decode(self, way: str, data: bytes) -> Any:
         rounds = range(self.experiment.config.train.rounds + 1)
         decode = decode_request if way == "down" else decode_reply
         allowed = {n: s for r in rounds for n, s in getattr(self.experiment, way)(r).items()}
@@ -173,7 +174,7 @@ class Backwards:
 
 @dataclass
 class Lossy:
-    """A wire that loses the replies of some sites in some rounds of training; the site's own work may be done or not."""
+    """A wire that loses some (site, number of the request): before the site worked, or its reply after."""
 
     inner: Transport
     losses: set[tuple[str, int]]
@@ -195,3 +196,24 @@ class Lossy:
 def bits(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
     """The raw bytes of every tensor."""
     return {name: value.detach().cpu().contiguous().numpy().tobytes() for name, value in tensors.items()}
+
+
+def traces(tensors: Mapping[str, Tensor]) -> dict[bytes, str]:
+    """What would give a tensor away: its bytes and those of every row of 16 bytes or more, unless all alike."""
+    found = {}
+    for name, value in tensors.items():
+        rows = [value.flatten(), *(value.flatten(1) if value.ndim > 1 else ())]
+        for row in rows:
+            raw = row.detach().cpu().contiguous().numpy().tobytes()
+            if len(raw) >= 16 and (row != row[0]).any():
+                found[raw] = name
+    return found
+
+
+def assert_absent(tensors: Mapping[str, Tensor], wire: Wire) -> None:
+    """Fail where any value of these tensors crossed the wire, in a tensor of whatever name or in an envelope."""
+    marks = traces(tensors)
+    assert marks
+    everything = b"".join(data for _, _, data in wire)
+    found = sorted({name for raw, name in marks.items() if raw in everything})
+    assert not found, f"crossed the wire: {found}"
