@@ -194,7 +194,9 @@ class Coordinator:
     def _enough(
         self, replies: Sequence[Reply], failures: Sequence[Failure], asked: int, kind: str, number: int
     ) -> None:
-        reasons = "; ".join(f"{failure.site}: {failure.code}, {failure.message}" for failure in failures)
+        reasons = "; ".join(
+            f"{failure.site}: {failure.code}, {' '.join(failure.message.split())}" for failure in failures
+        )
         broken = [failure.site for failure in failures if failure.code == "non_finite"]
         if broken:
             remedy = (

@@ -6,6 +6,7 @@ Refuses, before anything is trained, pairings of tuner, head and strategy that d
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -89,6 +90,9 @@ def own_copy(backbone: Backbone) -> Backbone:
 
 def pick_device(wanted: str, precision: str) -> str:
     """ "auto" is the GPU where there is one; ConfigError for a device that is absent or cannot do the precision."""
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", wanted) is None:
+        allowed = "auto, cpu, cuda, cuda:0, ..."
+        raise ConfigError("no device of this name", where="engine.device", allowed=allowed, received=wanted)
     found = "cuda" if torch.cuda.is_available() else "cpu"
     device = found if wanted == "auto" else wanted
     if device.startswith("cuda") and found == "cpu":

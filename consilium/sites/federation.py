@@ -142,6 +142,9 @@ def _check_sites(records: pd.DataFrame, held_out: Sequence[str]) -> None:
     unfit = [name for name in names if name in (".", "..") or any(sign in name for sign in "/\\\0")]
     if unfit:
         raise DataError("a site's name must do as the name of a folder", where="site column", received=first_few(unfit))
+    if "global" in names:
+        what = "'global' is the name of the model that all sites share, not of a site"
+        raise DataError(what, where="site column", received="global", remedy="rename this site")
     if set(names) <= set(held_out):
         raise ConfigError("every site is held out", where="sites.held_out", received=first_few(names))
 
