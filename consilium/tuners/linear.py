@@ -12,7 +12,7 @@ from consilium import registry
 from consilium.protocols import Attached, Backbone, Combination, Part, Selector, Specs
 from consilium.tensors import Tensors
 
-HEAD_RATE = 1e-2  # AdamW; a head alone on fixed features bears more than one beside moving features
+HEAD_RATE = 3e-3  # AdamW; a head alone on fixed features bears more than one beside moving features
 
 
 class LinearOptions(registry.Options):

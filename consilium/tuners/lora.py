@@ -27,7 +27,7 @@ from consilium.protocols import Attached, Backbone, Combination, ModuleRole, Par
 from consilium.tensors import Tensors
 from consilium.tuners import base
 
-RATES = {"lora_a": 1e-3, "lora_b": 1e-3, "router": 1e-3}  # AdamW
+RATES = {"lora_a": 2e-3, "lora_b": 2e-3, "router": 2e-3}  # AdamW
 
 
 class LoraOptions(registry.Options):

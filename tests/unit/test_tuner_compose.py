@@ -92,7 +92,7 @@ def test_several_parts_need_modules_of_their_own() -> None:
 
 
 def test_the_smaller_rate_wins_where_two_tuners_differ() -> None:
-    assert _attach(registry.build("tuners", "linear", {})).learning_rates == {"head": 1e-2}
+    assert _attach(registry.build("tuners", "linear", {})).learning_rates == {"head": 3e-3}
     both = _attach(registry.build("tuners", "linear", {}), _lora(), OneBlock())
     assert both.learning_rates["head"] == 5e-4
     assert both.learning_rates["norm"] == 1e-2
