@@ -1,0 +1,221 @@
+"""What every registered strategy must keep to."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from consilium import registry
+from consilium.check import predicted_bytes, predicted_passes
+from consilium.engines.state import SiteState, StateFolder
+from consilium.errors import TrainingError
+from consilium.protocols import Personal, Strategy, Update
+from consilium.tensors import Tensors, digest_all, equal
+from consilium.tuners import base
+from tests import federation
+
+STRATEGIES = sorted(registry.members("strategies"))
+SITES = federation.hospitals(14, 9, 20, 11)
+HALF = {"rounds": 4, "participation": 0.5}
+
+
+@pytest.fixture(params=STRATEGIES)
+def name(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
+
+
+def _build(name: str) -> Strategy:
+    strategy: Strategy = registry.build("strategies", name, {})
+    return strategy
+
+
+def _settings(name: str, **train: object):
+    return federation.configure(strategy={"name": name}, train={**federation.TABLE["train"], **HALF, **train})
+
+
+def _folder(outcome: federation.Outcome, site: str) -> StateFolder:
+    return StateFolder(outcome.folder / "sites" / site, outcome.experiment.handshake.agreement)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, federation.Outcome]:
+    folder = tmp_path_factory.mktemp("strategies")
+    return {name: federation.run(folder / name, _settings(name), SITES) for name in STRATEGIES}
+
+
+@pytest.fixture
+def outcome(outcomes: dict[str, federation.Outcome], name: str) -> federation.Outcome:
+    return outcomes[name]
+
+
+def test_its_source_and_what_leaves_the_site_are_named(name: str) -> None:
+    member = registry.get("strategies", name)
+    assert member.facts.keys() >= {"leaves the site", "stays"}
+    assert member.source or name == "local"
+
+
+def test_it_declares_what_it_sends(outcome: federation.Outcome) -> None:
+    pieces = outcome.experiment
+    for way, declared in (("up", pieces.up), ("down", pieces.down), ("finish", pieces.down)):
+        for number, _, tensors in outcome.sent(way):
+            assert tensors.keys() <= declared(number).keys()
+    travelled = {n for _, _, t in outcome.sent("up") for n in t}
+    assert travelled == {n for number in range(1, 5) for n in pieces.up(number)}
+
+
+def test_every_exchanged_tensor_changes_at_every_site_in_every_round(outcome: federation.Outcome) -> None:
+    known: dict[str, Tensors] = {site: {} for site in SITES}
+    for way, site, data in outcome.wire:
+        message = outcome.decode(way, data)
+        if way == "down":
+            known[site] = {**known[site], **message.tensors}
+        else:
+            assert not [n for n, value in message.tensors.items() if torch.equal(value, known[site][n])]
+
+
+def test_nothing_moves_that_is_not_declared_trained(tmp_path: Path, name: str) -> None:
+    pieces = federation.assemble(_settings(name))
+    frozen = digest_all(base.parameters(pieces.backbone.module))
+    outcome = federation.run(tmp_path, _settings(name, rounds=1, participation=1), SITES)
+    assert digest_all(base.parameters(outcome.experiment.backbone.module)) == frozen
+    assert outcome.served("a").keys() == pieces.model.specs.keys()
+    start = {"a": pieces.model.initial(3)}
+    assert all(not torch.equal(value, start["a"][n]) for n, value in outcome.served("a").items())
+
+
+def test_combine_is_pure_and_any_subset_of_sites_will_do(outcome: federation.Outcome) -> None:
+    pieces, strategy = outcome.experiment, outcome.experiment.strategy
+    start = strategy.init_server(pieces.initial(3), pieces.model.specs, tuple(SITES))
+    updates = [Update(site, tensors, 5) for n, site, tensors in outcome.sent("up") if n == 1]
+    before = digest_all({**start.shared, **start.memory})
+    first, second = strategy.combine(start, updates), strategy.combine(start, copy.deepcopy(updates))
+    assert digest_all({**start.shared, **start.memory}) == before
+    assert equal(first.shared, second.shared)
+    assert equal(first.memory, second.memory)
+    alone = strategy.combine(start, updates[:1])
+    assert alone.shared.keys() == first.shared.keys()
+    assert equal(strategy.combine(start, []).shared, start.shared)
+
+
+def test_the_model_to_use_is_whole(outcome: federation.Outcome) -> None:
+    pieces = outcome.experiment
+    for site in SITES:
+        state = _folder(outcome, site).load(outcome.progress.builds_on[site])
+        models = pieces.strategy.deploy({**state.received, **outcome.shared}, state.personal)
+        assert equal(models["personal"], outcome.served(site))
+        images = torch.zeros(1, 3, federation.SIZE, federation.SIZE)
+        assert all(torch.isfinite(pieces.model.forward(model, images)).all() for model in models.values())
+    assert "personal" in pieces.strategy.deploy(outcome.shared, Personal())
+
+
+def test_two_runs_are_one_bit_by_bit_and_the_order_of_replies_is_irrelevant(
+    tmp_path: Path, outcome: federation.Outcome, name: str
+) -> None:
+    again = federation.run(tmp_path, _settings(name), SITES, wrap=federation.Backwards)
+    assert equal(again.shared, outcome.shared)
+    assert all(equal(again.served(site), outcome.served(site)) for site in SITES)
+    assert again.progress.ledger.payload == outcome.progress.ledger.payload
+
+
+class _Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("event", ["site", "round"])
+def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_happened(
+    tmp_path: Path, outcome: federation.Outcome, name: str, event: str
+) -> None:
+    def stop(told: dict[str, object]) -> None:
+        if (told["event"], told["round"]) == (event, 3):
+            raise _Stop
+
+    with pytest.raises(_Stop):
+        federation.run(tmp_path, _settings(name), SITES, display=stop)
+    resumed = federation.run(tmp_path, _settings(name), SITES)
+    assert equal(resumed.shared, outcome.shared)
+    assert all(equal(resumed.served(site), outcome.served(site)) for site in SITES)
+    assert resumed.progress.ledger.payload == outcome.progress.ledger.payload
+
+
+def test_a_site_whose_reply_was_lost_catches_up(tmp_path: Path, name: str) -> None:
+    """The site's own work may be done, yet the coordinator goes on from the state it knows of."""
+    drawn = [site for _, site in sorted(_draws(name)) if site]
+    lost = {(drawn[0], 1), (drawn[2], 2)}
+    for before_work in (True, False):
+        wrap = lambda inner, b=before_work: federation.Lossy(inner, lost, b)  # noqa: E731
+        outcome = federation.run(tmp_path / str(before_work), _settings(name, quorum=0.5), SITES, wrap=wrap)
+        statuses = [e["sites"][site]["status"] for e in outcome.events if e["event"] == "round" for site in SITES]
+        assert statuses.count("lost") == 2
+        for site in SITES:
+            assert all(torch.equal(outcome.served(site)[n], value) for n, value in outcome.shared.items())
+
+
+def _draws(name: str) -> Iterator[tuple[int, str]]:
+    from consilium.coordinator import drawn_sites
+
+    for number in range(1, 5):
+        yield from ((number, site) for site in drawn_sites(0.5, sorted(SITES), _settings(name).seed, number))
+
+
+def test_below_the_quorum_the_run_stops_with_names_and_reasons(tmp_path: Path, name: str) -> None:
+    first = sorted(_draws(name))[0][1]
+    with pytest.raises(TrainingError, match=rf"1 of 2(.|\n)*{first}: lost, the wire broke"):
+        federation.run(tmp_path, _settings(name), SITES, wrap=lambda inner: federation.Lossy(inner, {(first, 1)}))
+
+
+# ------------------------------------------------------------------------------------------------ what check predicts
+@pytest.mark.parametrize(
+    ("train", "evaluation"),
+    [
+        ({"participation": 1.0}, {"serve": "last"}),
+        ({"participation": 0.5, "rounds": 5, "local_epochs": 1.1}, {"serve": "last"}),
+        ({"participation": 1.0, "local_steps": 4}, {"serve": "best"}),
+    ],
+    ids=["all", "half", "best"],
+)
+def test_predicted_bytes_and_passes_are_the_measured_ones(
+    tmp_path: Path, name: str, train: dict[str, object], evaluation: dict[str, object]
+) -> None:
+    settings = federation.configure(
+        strategy={"name": name}, train={**federation.TABLE["train"], **train}, evaluation=evaluation
+    )
+    outcome = federation.run(tmp_path, settings, SITES)
+    measured = outcome.progress.ledger.summary()
+    predicted = predicted_bytes(outcome.experiment, SITES)
+    assert {way: predicted[way] for way in ("up", "down")} == {way: measured[way] for way in ("up", "down")}
+    passes = predicted_passes(settings, {site: len(data.train) for site, data in SITES.items()})
+    assert {site: count for site, count in passes.items() if count} == outcome.progress.passes
+
+
+# ------------------------------------------------------------------------------------------------ personal state
+def test_personal_tensors_start_apart_from_a_secret_and_live_on(tmp_path: Path, name: str) -> None:
+    seen: dict[tuple[str, int], SiteState] = {}
+    settings = _settings(name, participation=1)
+    pieces = federation.assemble(settings)
+
+    def look(way: str, site: str, _: bytes) -> None:
+        if way == "up":
+            folder = StateFolder(tmp_path / "sites" / site, pieces.handshake.agreement)
+            newest = max((int(p.stem.split("-")[1]) for p in folder.folder.glob("state-*")), default=0)
+            seen[site, newest] = folder.load(newest)
+
+    secrets = dict(zip(SITES, (11, 12, 13, 14), strict=True))
+    federation.run(tmp_path, settings, SITES, secrets=secrets, watch=look)
+    kept = pieces.model.specs.keys() - pieces.up(1).keys()
+    starts = {site: pieces.model.initial(secret) for site, secret in secrets.items()}
+    servers = pieces.model.initial(settings.seed)
+    for variable in kept:
+        drawn = pieces.model.specs[variable].tag.role != "lora_b" and not variable.endswith("bias")
+        values = [start[variable] for start in (*starts.values(), servers)]
+        assert not drawn or all(not torch.equal(a, b) for i, a in enumerate(values) for b in values[:i])
+        for (site, number), state in seen.items():
+            before = seen[site, number - 1].personal.tensors if number > 1 else starts[site]
+            now = state.personal.tensors[variable]
+            assert not torch.equal(now, before[variable])
+            assert (now - before[variable]).abs().max() < 0.2, "it goes on from where it was"
+    assert len(seen) == 16
