@@ -50,8 +50,8 @@ def metric_tree(
     label that is no class.
     """
     rows = read(predictions, classes, bootstrap, seed, sites)
-    per_site = [replicates([site]) for site in rows]
-    pooled = replicates(rows) if rows else {}
+    per_site = [_centred(replicates([site])) for site in rows]
+    pooled = _centred(replicates(rows)) if rows else {}
     return {name: _entry(name, rows, [values[name] for values in per_site], pooled[name]) for name in pooled}
 
 
@@ -171,6 +171,14 @@ def _entry(metric: str, sites: Sequence[Rows], per_site: Sequence[Array], pooled
     if any(site.broken for site in sites):
         defined = []  # a mean without the site where the model broke would hide that it broke
     return {"pooled": total, **_over_sites(metric, sites, per_site, support, defined), "per_site": values}
+
+
+def _centred(drawn: dict[str, Array]) -> dict[str, Array]:
+    """Resampling adds to the gaps of a calibration error; its replicates are shifted back, to have it as median."""
+    error = drawn["expected_calibration_error"]
+    known = error[1:][np.isfinite(error[1:])]
+    shift = np.median(known) - error[0] if len(known) else 0.0
+    return {**drawn, "expected_calibration_error": np.append(error[:1], np.clip(error[1:] - shift, 0, 1))}
 
 
 def _over_sites(

@@ -102,8 +102,15 @@ class Reference(_Plain):
     """Training without a federation, for comparison."""
 
     metrics: Metrics = Metrics()
-    image_passes: int | None = None
+    image_passes: dict[str, Any] = {}
     seconds: float | None = None
+
+
+class HeldOut(_Plain):
+    """Sites that took no part, measured with the global model; or why they could not be."""
+
+    metrics: dict[str, dict[str, Entry]] | None = None
+    reason: str = ""
 
 
 class Harmed(_Plain):
@@ -138,6 +145,7 @@ class Result(_Plain):
     hardware: dict[str, Any] = {}
     seed: int | None = None
     config_hash: str = ""
+    data_digest: str = ""
     agreement_hash: str = ""
     split_hash: str = ""
     backbone: BackboneFacts = BackboneFacts()
@@ -153,7 +161,31 @@ class Result(_Plain):
     warnings: list[str] = []
     references: dict[str, Reference] = {}
     sites_harmed: Harmed | None = None
-    majority: dict[str, Entry] = {}
+    majority: dict[str, dict[str, Entry]] = {}
+    held_out: HeldOut | None = None
+
+
+class _Named(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str
+
+
+class Settings(BaseModel):
+    """What the page reads of the resolved configuration; the rest is printed as it is."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    tuner: list[_Named] = []
+    strategy: _Named | None = None
+    evaluation: dict[str, Any] = {}
+
+
+class Stored(_Plain):
+    """config.json."""
+
+    config: Settings = Settings()
+    command: str = "consilium run, with the configuration below as a TOML file"
 
 
 class SiteEvent(_Plain):
@@ -180,7 +212,7 @@ class Run:
 
     folder: Path
     result: Result
-    config: Mapping[str, Any]
+    stored: Stored
     events: Sequence[Event]
     predictions: pd.DataFrame | None
     split: pd.DataFrame | None
@@ -200,7 +232,7 @@ def load_run(folder: Path) -> Run:
     return Run(
         folder,
         result,
-        _object(config, _text(config)) if config.is_file() else {},
+        _parse(Stored, config, _text(config)) if config.is_file() else Stored(),
         _events(folder / "events.jsonl"),
         _table(folder / "predictions.parquet", ["split", "model", "site", "id", "group", "label"], result.classes),
         _table(folder / "split.parquet", ["site", "group", "split"], []),

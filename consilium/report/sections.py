@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,8 +12,8 @@ from consilium import metrics
 from consilium.report import figures, tables
 from consilium.report.figures import Point
 from consilium.report.load import Entry, Run, Value
-from consilium.report.tables import NAMES, Table
-from consilium.report.text import UNDEFINED, bytes_text, count, duration, settings, strategy_text, tuner_text
+from consilium.report.tables import NAMES, Cell, Table
+from consilium.report.text import UNDEFINED, bytes_text, count, duration, strategy_text, tuner_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,7 +72,7 @@ def tiles(run: Run) -> list[Tile]:
     found = [_measured(f"Balanced accuracy, {_SHORT[part]}", balanced, part) for part, _ in _PARTS]
     found.append(_measured("Macro AUROC, mean", auroc, "mean"))
     if result.sites_harmed is not None:
-        detail = f"{len(result.sites_harmed.negative)} below local-only, interval aside"
+        detail = f"{len(result.sites_harmed.negative)} below local-only by the number alone"
         found.append(Tile("Sites harmed", f"{result.sites_harmed.count} of {len(result.sites)}", detail))
     up, down = (bytes_text(way.total) for way in (result.bytes.up, result.bytes.down))
     found.append(
@@ -110,6 +109,8 @@ def sections(run: Run) -> list[Section]:
 
 def _results(run: Run) -> Section:
     shown: list[Block] = [tables.results(run, "balanced_accuracy"), _forest(run), tables.results(run, "macro_auroc")]
+    unseen = tables.held_out(run)
+    shown += [unseen] if unseen else []
     rest = ("accuracy", "balanced_accuracy_declared", "expected_calibration_error")
     note = (
         "Below each number its 95\u00a0% interval, from a bootstrap over whole groups at each site. A dash is a number "
@@ -118,6 +119,8 @@ def _results(run: Run) -> Section:
     )
     if run.result.sites_harmed is not None:
         note += " Harmed: the paired difference to local-only training is below zero with its whole interval."
+    if run.result.held_out is not None and unseen is None:
+        note += f" Sites that took no part were not measured: {run.result.held_out.reason}."
     return Section("Results", shown, [("Other metrics", [tables.results(run, metric) for metric in rest])], note)
 
 
@@ -145,14 +148,32 @@ def _point(value: Value | None) -> Point:
 
 # ------------------------------------------------------------------------------------------------ learning
 def _learning(run: Run) -> Section:
-    metric = str(settings(run).get("evaluation", {}).get("select", "balanced_accuracy"))
+    metric = str(run.stored.config.evaluation.get("select", "balanced_accuracy"))
     name = NAMES.get(metric, metric)
     curves = {site: _validation(run, site, metric) for site in run.result.sites}
     losses = {site: {"Training loss": _losses(run, site)} for site in run.result.sites}
     legend = ["as it came in", "after local training"]
     main = Figure(f"{name} on each site's validation split", _panels(run, curves, name), legend)
+    blocks: list[Block] = [main, *([_absences(run)] if any(_missed(run).values()) else [])]
     folded = Figure("Mean training loss of each round", _panels(run, losses, "training loss"))
-    return Section("Learning curves", [main], [("Training loss", [folded])])
+    return Section("Learning curves", blocks, [("Training loss", [folded])])
+
+
+def _missed(run: Run) -> dict[str, str]:
+    """Per site the rounds for which it was drawn and gave no update, and why."""
+    return {
+        site: ", ".join(
+            f"{event.round} ({event.sites[site].status})"
+            for event in run.events
+            if site in event.sites and event.sites[site].status not in ("ok", "not_drawn")
+        )
+        for site in run.result.sites
+    }
+
+
+def _absences(run: Run) -> Table:
+    rows = [[Cell(site), Cell(rounds)] for site, rounds in _missed(run).items() if rounds]
+    return Table("Rounds without an update", ["site", "rounds"], rows, num_text=2)
 
 
 Curve = list[tuple[int, float | None]]
@@ -256,13 +277,14 @@ def _reproduce(run: Run) -> Section:
         ("configuration hash", result.config_hash),
         ("agreement hash", result.agreement_hash),
         ("split hash", result.split_hash),
+        ("data digest", result.data_digest),
         ("seed", str(result.seed)),
         ("versions", _pairs({"consilium": result.consilium_version, **result.versions})),
         ("hardware", _pairs(result.hardware)),
         ("peak memory", bytes_text(result.peak_memory_bytes) if result.peak_memory_bytes else UNDEFINED),
-        ("command", str(run.config.get("command", UNDEFINED))),
+        ("command", run.stored.command),
     ]
-    text = json.dumps(settings(run), indent=2, ensure_ascii=False)
+    text = run.stored.config.model_dump_json(indent=2)
     return Section("To run it again", [facts], [("Resolved configuration", [text])])
 
 

@@ -61,8 +61,8 @@ def models(run: Run, split: str = "test") -> dict[str, MetricTree]:
         tree = _served(getattr(reference.metrics, split)) if reference else None
         if tree:
             found[name] = tree
-    if split == "test" and result.majority:
-        found["Majority class"] = result.majority
+    if split in result.majority:
+        found["Majority class"] = result.majority[split]
     return found
 
 
@@ -99,6 +99,25 @@ def _summary_row(part: str, entries: Sequence[Entry]) -> list[Cell]:
     title = {"mean": "mean over sites", "worst": "worst site", "pooled": "all images pooled"}[part]
     cells = [interval(value, value.site or "") for value in values]
     return [Cell(title), Cell(count(values[0].n if values and part != "worst" else None)), *cells]
+
+
+def held_out(run: Run) -> Table | None:
+    """Sites that took no part in training, all their images, with the global model."""
+    trees = (run.result.held_out.metrics if run.result.held_out else None) or {}
+    shown = [metric for metric in NAMES if metric in trees.get("global", {})]
+    if not shown:
+        return None
+    entries = [trees["global"][metric] for metric in shown]
+    rows = [
+        [
+            Cell(site),
+            Cell(count(entries[0].per_site[site].n)),
+            *(interval(entry.per_site.get(site)) for entry in entries),
+        ]
+        for site in entries[0].per_site
+    ]
+    head = ["site", "images", *(NAMES[metric] for metric in shown)]
+    return Table("Sites that took no part, global model", head, rows)
 
 
 def per_class(run: Run) -> Table:

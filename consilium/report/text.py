@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from consilium.report.load import Run
 
@@ -48,18 +47,13 @@ def shape(sizes: Sequence[int | None]) -> str:
     return " \u00d7 ".join("any" if size is None else str(size) for size in sizes) or "scalar"
 
 
-def settings(run: Run) -> Mapping[str, Any]:
-    """The resolved configuration, without what the run folder notes beside it."""
-    inner = run.config.get("config")
-    return inner if isinstance(inner, dict) else run.config
-
-
 def tuner_text(run: Run) -> str:
     """The tuners' names with their rank, if they have one."""
-    listed = settings(run).get("tuner", [])
-    return " + ".join(f"{t['name']} r={t['rank']}" if t.get("rank") else t["name"] for t in listed) or UNDEFINED
+    named = [(tuner.name, (tuner.model_extra or {}).get("rank")) for tuner in run.stored.config.tuner]
+    return " + ".join(f"{name} r={rank}" if rank else name for name, rank in named) or UNDEFINED
 
 
 def strategy_text(run: Run) -> str:
     """The strategy's name."""
-    return str(settings(run).get("strategy", {}).get("name", UNDEFINED))
+    strategy = run.stored.config.strategy
+    return strategy.name if strategy else UNDEFINED

@@ -140,6 +140,15 @@ def test_the_worst_calibration_error_is_the_largest() -> None:
     assert entry["worst"]["low"] > entry["per_site"]["a"]["high"]
 
 
+def test_the_interval_of_a_calibration_error_holds_it_although_resampling_adds_to_it() -> None:
+    frame = table(n=600, sites="abcdef", shift=1.0)
+    raw = replicates(read(frame[frame.site == "a"], CLASSES, 200, 0))["expected_calibration_error"]
+    assert np.median(raw[1:]) > raw[0] + 0.01
+    entry = metrics.metric_tree(frame, CLASSES, bootstrap=200)["expected_calibration_error"]
+    for v in [entry["mean"], entry["pooled"], *entry["per_site"].values()]:
+        assert 0 <= v["low"] < v["value"] < v["high"]
+
+
 def test_a_class_without_images_is_undefined_and_not_zero() -> None:
     frame = table()
     frame = frame[~((frame.site == "a") & (frame.label == 2))]
