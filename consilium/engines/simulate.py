@@ -119,7 +119,8 @@ class Simulation:
         future: Future[bytes] = Future()
         try:
             if self.pool is not None:
-                return self.pool.submit(_answer_in_worker, key, site, data)
+                with _uninterrupted():
+                    return self.pool.submit(_answer_in_worker, key, site, data)
             future.set_result(self.answering(key, site, data))
         except BrokenProcessPool as error:
             future.set_exception(error)
@@ -166,8 +167,17 @@ def num_workers(wanted: int | Literal["auto"], num_sites: int) -> int:
 _here: list[Answering] = []
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """A worker started inside is deaf to Ctrl-C for good: its parent hears it and ends the workers."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(federations: Mapping[str, Federation], lifeline: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt reaches the parent, which ends its workers
     Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
     _here[:] = [Answering(federations)]
 
