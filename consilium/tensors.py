@@ -137,12 +137,21 @@ def serialised_size(shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -
         return 0
     header: dict[str, object] = {}
     end = 0
-    for name, (shape, dtype) in sorted(shapes.items(), key=lambda item: (-item[1][1].itemsize, item[0])):
+    order = list(_SAFE_NAMES)
+    for name, (shape, dtype) in sorted(shapes.items(), key=lambda item: (order.index(item[1][1]), item[0])):
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _SAFE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + -(-text // 8) * 8 + end
 
 
-_SAFE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-               torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
+_SAFE_NAMES = {  # in the order in which safetensors lays tensors out
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
