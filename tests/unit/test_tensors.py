@@ -1,0 +1,123 @@
+"""The algebra of named tensors on chosen values: zero, one, empty, non-finite; examples are worked by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from consilium import tensors
+from consilium.errors import WireError
+
+
+def test_map_goes_name_by_name_and_refuses_other_names() -> None:
+    first, second = {"b": torch.ones(2), "a": torch.zeros(1)}, {"a": torch.ones(1), "b": torch.ones(2)}
+    added = tensors.map_tensors(torch.add, first, second)
+    assert list(added) == ["a", "b"]
+    assert added["b"].tolist() == [2, 2]
+    with pytest.raises(WireError, match=r"not in both: \['c'\]"):
+        tensors.map_tensors(torch.add, first, {**second, "c": torch.ones(1)})
+
+
+def test_detached_copies_share_nothing() -> None:
+    live = {"w": torch.ones(3, requires_grad=True), "view": torch.ones(4, 2).T}
+    copies = tensors.detach(live)
+    assert not copies["w"].requires_grad
+    assert copies["view"].is_contiguous()
+    copies["w"] += 1
+    assert live["w"].tolist() == [1, 1, 1]
+
+
+def test_weighted_mean_by_hand() -> None:
+    terms = [(1.0, {"x": torch.tensor([1.0, 0.0])}), (3.0, {"x": torch.tensor([5.0, 4.0]), "y": torch.tensor(7.0)})]
+    mean = tensors.weighted_mean(terms)
+    assert mean["x"].tolist() == [4.0, 3.0]
+    assert mean["y"].item() == 7.0
+    assert tensors.weighted_mean([]) == {}
+
+
+def test_weighted_mean_sums_in_float64_and_keeps_the_type() -> None:
+    tiny = [(1.0, {"x": torch.tensor(2.0**24)}), (1.0, {"x": torch.tensor(1.0)}), (1.0, {"x": torch.tensor(1.0)})]
+    mean = tensors.weighted_mean(tiny)["x"]
+    assert mean.dtype == torch.float32
+    assert mean.item() == torch.tensor((2.0**24 + 2) / 3).item()
+    half = tensors.weighted_mean([(1.0, {"x": torch.ones(2, dtype=torch.bfloat16)})])["x"]
+    assert half.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan")])
+def test_a_mean_needs_weights(weight: float) -> None:
+    with pytest.raises(WireError, match="more than nothing"):
+        tensors.weighted_mean([(weight, {"x": torch.ones(1)})])
+
+
+def test_squared_distance_is_over_the_second_names_and_has_the_gradient_of_a_square() -> None:
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    distance = tensors.squared_distance({"x": x, "other": torch.ones(9)}, {"x": torch.tensor([0.0, 5.0])})
+    distance.backward()
+    assert distance.item() == 1 + 9
+    assert x.grad is not None
+    assert x.grad.tolist() == [2, -6]
+    assert tensors.squared_distance({"x": x}, {}).item() == 0
+
+
+def test_non_finite_names() -> None:
+    values = {"fine": torch.ones(2), "nan": torch.tensor([1.0, float("nan")]), "inf": torch.tensor(-float("inf"))}
+    assert tensors.non_finite({**values, "empty": torch.zeros(0), "int": torch.ones(1, dtype=torch.int64)}) == [
+        "inf",
+        "nan",
+    ]
+
+
+def test_equal_sees_names_shapes_types_and_single_bits() -> None:
+    one = {"x": torch.zeros(2, 2)}
+    assert tensors.equal(one, {"x": torch.zeros(2, 2)})
+    for other in (
+        {"y": torch.zeros(2, 2)},
+        {"x": torch.zeros(4)},
+        {"x": torch.zeros(2, 2, dtype=torch.float64)},
+        {"x": torch.full((2, 2), -0.0)},
+        {**one, "y": torch.zeros(1)},
+    ):
+        assert not tensors.equal(one, other)
+    assert tensors.equal({"x": torch.tensor(float("nan"))}, {"x": torch.tensor(float("nan"))})
+
+
+def test_digests_see_a_transposed_view_as_its_values() -> None:
+    square = torch.arange(4.0).view(2, 2)
+    assert tensors.digest(square.T) == tensors.digest(torch.tensor([[0.0, 2.0], [1.0, 3.0]]))
+    assert tensors.digest(square.T) != tensors.digest(square)
+    assert tensors.digest_all({"a": square}) != tensors.digest_all({"b": square})
+    assert len(tensors.digest_all({})) == 64
+
+
+def test_tensors_that_share_memory_are_written_apart() -> None:
+    block = torch.arange(6.0)
+    held = {"kept": block, "sent": block, "part": block[:2], "turned": block.view(2, 3).T}
+    assert tensors.equal(tensors.loads(tensors.dumps(held)), held)
+
+
+def test_meta_is_read_without_the_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "file.safetensors"
+    path.write_bytes(tensors.dumps({"x": torch.ones(3)}, {"round": 4, "sites": ["a"]}))
+    assert tensors.read_meta(str(path)) == {"round": 4, "sites": ["a"]}
+    path.write_bytes(tensors.dumps({"x": torch.ones(3)}))
+    assert tensors.read_meta(str(path)) == {}
+
+
+@pytest.mark.parametrize("data", [b"", b"\x00" * 7, b"no tensors here at all"])
+def test_bytes_that_are_no_tensors_are_refused(data: bytes) -> None:
+    with pytest.raises(WireError, match="not a whole safetensors payload"):
+        tensors.loads(data)
+
+
+def test_select_names_what_is_missing() -> None:
+    held = {"a": torch.ones(1), "b": torch.ones(1)}
+    assert list(tensors.select(held, ["b"])) == ["b"]
+    with pytest.raises(WireError, match=r"\['c'\]"):
+        tensors.select(held, ["a", "c"])
+
+
+def test_num_elements() -> None:
+    assert tensors.num_elements({"a": torch.ones(2, 3), "b": torch.zeros(0), "c": torch.tensor(1.0)}) == 7
