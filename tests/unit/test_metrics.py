@@ -108,6 +108,13 @@ def test_every_replicate_draws_as_many_groups_as_there_are_and_whole_ones() -> N
     assert len(np.unique(rows.weights[1:], axis=0)) == 50
 
 
+def test_sites_are_resampled_independently() -> None:
+    frame = table(sites="a", num_groups=10)
+    sites = read(pd.concat([frame, frame.assign(site="b")]), CLASSES, 50, 0)
+    assert sites[0].weights.shape == sites[1].weights.shape
+    assert (sites[0].weights != sites[1].weights).any()
+
+
 def test_images_of_one_group_are_not_counted_as_independent() -> None:
     frame = table(n=400, sites="a", num_groups=400)
     alone = metrics.metric_tree(frame.assign(group=frame["id"]), CLASSES)["accuracy"]["pooled"]
@@ -251,10 +258,20 @@ def test_a_paired_difference_needs_the_same_images_and_a_known_metric() -> None:
         metrics.paired_difference(frame, frame, "acuracy", CLASSES, bootstrap=5)
 
 
+def test_a_paired_difference_finds_the_images_in_any_order() -> None:
+    frame = table()
+    shuffled = frame.sample(frac=1, random_state=5)
+    found = metrics.paired_difference(frame, shuffled, "balanced_accuracy", CLASSES, bootstrap=5)
+    assert (found["pooled"]["low"], found["pooled"]["high"]) == (0, 0)
+
+
 def test_a_difference_from_a_broken_model_is_undefined() -> None:
     frame = table()
-    found = metrics.paired_difference(frame, frame.assign(**{"p.nv": math.nan}), "accuracy", CLASSES, bootstrap=5)
-    assert found["mean"]["value"] is None
+    broken = frame.assign(**{"p.nv": frame["p.nv"].where(frame.site == "a", math.nan)})
+    for pair in [(frame, broken), (broken, frame)]:
+        found = metrics.paired_difference(*pair, "accuracy", CLASSES, bootstrap=5)
+        assert found["mean"]["value"] is None
+        assert found["per_site"]["a"]["value"] == 0
 
 
 def test_harm_is_a_difference_whose_interval_excludes_zero() -> None:

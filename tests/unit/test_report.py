@@ -342,6 +342,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert not {"script", "b"} & set(page.tags)
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert evil in page.words
+    assert ("aria-label", f"Reliability at {evil}") in page.attributes
     assert all(name in page.words for name in classes)
     assert "49" not in re.findall(r"single' (\S+) ", text)
 
