@@ -215,6 +215,8 @@ def by_role(run: Run) -> Table:
             known = [t.bytes for t in own if t.bytes is not None]
             size = bytes_text(sum(known)) if len(known) == len(own) else UNDEFINED
             rows.append([Cell(part), Cell(role), Cell(count(len(own))), Cell(size)])
+        if not tensors:
+            rows.append([Cell(part), Cell("none"), Cell("0"), Cell("0 B")])
     return Table("Tensors by role", ["", "role", "tensors", "bytes"], rows, num_text=2)
 
 
@@ -225,7 +227,8 @@ def tensors(title: str, listed: Sequence[WireTensor]) -> Table:
          Cell(t.dtype), Cell(bytes_text(t.bytes) if t.bytes is not None else UNDEFINED)]
         for t in listed
     ]  # fmt: skip
-    return Table(title, ["name", "role", "shape", "type", "bytes"], rows, num_text=4)
+    nothing = [[Cell("none"), *[Cell("")] * 4]]
+    return Table(title, ["name", "role", "shape", "type", "bytes"], rows or nothing, num_text=4)
 
 
 # ------------------------------------------------------------------------------------------------ several runs

@@ -279,6 +279,11 @@ def test_a_group_on_both_sides_of_a_split_is_called_a_leak(folder: Path, tmp_pat
     assert "1, a leak" in show(leaking)[1].words
 
 
+def test_that_nothing_stayed_is_said(folder: Path, tmp_path: Path) -> None:
+    text, _ = show(changed(folder, tmp_path, kept_at_site=[]))
+    assert re.search(r"stayed</th>\s*<td class=\"text\">none", text)
+
+
 def test_sites_that_failed_are_listed_with_their_rounds(folder: Path, tmp_path: Path) -> None:
     path = changed(folder, tmp_path) / "events.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
