@@ -17,7 +17,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from . import check, config, errors, export, predict, registry, run
+    import consilium.check as check
+    import consilium.config as config
+    import consilium.errors as errors
+    import consilium.export as export
+    import consilium.predict as predict
+    import consilium.registry as registry
+    import consilium.run as run
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "check", "config", "errors", "export", "predict", "registry", "run"]

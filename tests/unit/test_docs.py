@@ -43,3 +43,8 @@ def test_the_commands_in_the_readme_are_understood(words: list[str]) -> None:
         assert command is not None
         group = command
     assert group.make_context(name, list(words)).params
+
+
+def test_every_decision_is_listed() -> None:
+    index = (ROOT / "docs" / "decisions" / "README.md").read_text(encoding="utf-8")
+    assert [path.name for path in (ROOT / "docs" / "decisions").glob("0*.md") if f"({path.name})" not in index] == []
