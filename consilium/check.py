@@ -6,18 +6,14 @@ run will make, so they equal what the run then measures. Nothing is trained.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from consilium import results, run
 from consilium.config import Config
-from consilium.coordinator import drawn_sites
+from consilium.coordinator import drawn_sites, predicted_passes
 from consilium.experiment import Experiment, assemble
-from consilium.local.train import plan
 from consilium.protocols import Specs
 from consilium.sites import audit
 from consilium.sites.federation import Federation
@@ -115,15 +111,6 @@ def predicted_bytes(experiment: Experiment, sites: Iterable[str]) -> dict[str, T
         if config.evaluation.serve == "best":  # the chosen round's tensors go out once more
             totals["down"][site] += _size(last)
     return {way: {"total": sum(rows.values()), "per_site": rows} for way, rows in totals.items()}
-
-
-def predicted_passes(config: Config, images: Mapping[str, int]) -> dict[str, int]:
-    """Images that each site will train on, by its number of training images and the rounds it is drawn in."""
-    train, names = config.train, sorted(images)
-    rounds = range(1, train.rounds + 1)
-    drawn = Counter(site for number in rounds for site in drawn_sites(train.participation, names, config.seed, number))
-    steps = {name: plan(images[name], train, None, torch.Generator()) for name in names}
-    return {name: drawn[name] * sum(len(rows) for step in steps[name] for rows in step) for name in names}
 
 
 def _memory(experiment: Experiment) -> dict[str, int]:

@@ -11,16 +11,21 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
 
+import torch
+
 from consilium import checkpoint, metrics, seeds
+from consilium.config import Config
 from consilium.errors import StateError, TrainingError, WireError
 from consilium.experiment import Experiment
 from consilium.ledger import Ledger
+from consilium.local.train import plan
 from consilium.messages import Reply, Request, RequestKind, decode_reply, encode, size
 from consilium.protocols import Failure, ServerState, Specs, Update
 from consilium.tensors import Tensors, digest
@@ -296,6 +301,15 @@ def drawn_sites(participation: float, sites: Sequence[str], seed: int, number: i
         return tuple(sorted(sites))
     chosen = seeds.numpy_generator(seed, round=number, purpose="participation").permutation(len(sites))[:count]
     return tuple(sorted(sorted(sites)[at] for at in chosen))
+
+
+def predicted_passes(config: Config, images: Mapping[str, int]) -> dict[str, int]:
+    """Images that each site will train on, by its number of training images and the rounds it is drawn in."""
+    train, names = config.train, sorted(images)
+    rounds = range(1, train.rounds + 1)
+    drawn = Counter(site for number in rounds for site in drawn_sites(train.participation, names, config.seed, number))
+    steps = {name: plan(images[name], train, None, torch.Generator()) for name in names}
+    return {name: drawn[name] * sum(len(rows) for step in steps[name] for rows in step) for name in names}
 
 
 def _site_event(kind: str, number: int, site: str, answer: Reply | Failure) -> dict[str, object]:

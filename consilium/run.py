@@ -8,6 +8,7 @@ of image passes; a finished reference of a neighbouring run folder that only dif
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from consilium import results, run_folder
 from consilium.config import Config, EvaluationConfig, StrategyConfig, config_hash
-from consilium.coordinator import Coordinator, Display
+from consilium.coordinator import Coordinator, Display, predicted_passes
 from consilium.engines.simulate import Federation, Recorder, Simulation, num_workers, secrets_of
 from consilium.errors import ConfigError
 from consilium.experiment import Experiment, assemble, load_backbone
@@ -76,19 +77,29 @@ def make_plans(config: Config, prepared: sites.Federation, out: Path) -> dict[st
     plans = {MAIN: _plan(config, prepared, dict(prepared.sites), out)}
     for name in config.evaluation.references:
         data = {"pooled": sites.pool(prepared)} if name == "pooled" else dict(prepared.sites)
-        alone = reference_config(config, name, len(prepared.sites))
+        alone = reference_config(config, name, {site: len(each.train) for site, each in prepared.sites.items()})
         plans[name] = _plan(alone, prepared, data, out / "references" / name)
     return plans
 
 
-def reference_config(config: Config, name: str, num_sites: int) -> Config:
-    """The same training without a federation: strategy local, every site in every round, the same image passes."""
-    steps = config.train.local_steps
-    pooled_steps = steps * num_sites if steps is not None and name == "pooled" else steps
-    train = config.train.model_copy(update={"participation": 1.0, "quorum": 1.0, "local_steps": pooled_steps})
+def reference_config(config: Config, name: str, images: Mapping[str, int]) -> Config:
+    """The same training without a federation, on as many images: a site alone trains in the rounds it is drawn in, the
+    pool in every round on its share of what the run's sites see in all (`images`: of each site)."""
+    changed: dict[str, object] = {"quorum": 1.0}
+    if name == "pooled":
+        in_all, per_epoch = sum(predicted_passes(config, images).values()), sum(images.values())
+        epochs = _epochs(round(in_all / config.train.rounds), per_epoch)
+        changed |= {"participation": 1.0, "local_steps": None, "local_epochs": epochs}
+    train = config.train.model_copy(update=changed)
     evaluation = EvaluationConfig.model_validate({**config.evaluation.model_dump(), "references": ()})
     changes = {"name": f"{name} reference", "strategy": StrategyConfig(name="local"), "train": train}
     return config.model_copy(update={**changes, "evaluation": evaluation})
+
+
+def _epochs(wanted: int, images: int) -> float:
+    """The share of `images` that gives so many, in spite of rounding."""
+    share = wanted / images
+    return share if math.ceil(share * images) == wanted else (wanted - 0.5) / images
 
 
 def check_serving(config: Config, prepared: sites.Federation) -> None:
