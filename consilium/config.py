@@ -22,6 +22,11 @@ from consilium.registry import Options, options_error
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
+def changed(model: BaseModel) -> set[str]:
+    """Keys whose value is not the default; unlike pydantic's set fields it survives writing out and reading again."""
+    return {name for name, field in type(model).model_fields.items() if getattr(model, name) != field.default}
+
+
 class Partition(Options):
     """How a set becomes a federation; a group is never divided."""
 
@@ -63,7 +68,7 @@ class Split(Options):
             raise ValueError("train + val + test must be 1")
         if self.column and self.file:
             raise ValueError("a split comes from a column or from a file, not both")
-        if (self.column or self.file) and self.model_fields_set & {"train", "val", "test", "seed"}:
+        if (self.column or self.file) and changed(self) & {"train", "val", "test", "seed"}:
             raise ValueError("shares and seed have no effect beside a given column or file")
         return self
 
@@ -119,7 +124,9 @@ class HeadConfig(Options):
 
     kind: Literal["linear", "mlp"] = "linear"
     hidden: int = Field(default=256, ge=1)
-    share: Literal["shared", "personal", "frozen"] = "shared"
+    share: Literal["shared", "personal", "frozen"] | None = (
+        None  # None: shared, unless the strategy keeps it at the site
+    )
 
 
 class StrategyConfig(_Member):
@@ -132,7 +139,7 @@ class Schedule(Options):
     """Learning-rate factor over the whole federation, not restarted every round unless `restart`."""
 
     name: Literal["constant", "cosine", "linear", "one_cycle"] = "cosine"
-    warmup: float = Field(default=0.05, ge=0, lt=1)  # share of the steps; for one_cycle the rising share
+    warmup: float | None = Field(default=None, ge=0, lt=1)  # share of the steps that rise; None: 0.05, one_cycle 0.3
     restart: bool = False
 
 
@@ -161,7 +168,7 @@ class TrainConfig(Options):
     def _one_length(self) -> TrainConfig:
         if self.local_epochs is not None and self.local_steps is not None:
             raise ValueError("give local_epochs or local_steps, not both")
-        if self.optimizer != "sgd" and "momentum" in self.model_fields_set:
+        if self.optimizer != "sgd" and "momentum" in changed(self):
             raise ValueError("momentum has an effect with optimizer = 'sgd' only")
         return self
 
@@ -327,14 +334,21 @@ def _set(table: dict[str, Any], override: str) -> None:
     *parents, last = key.strip().split(".")
     target: Any = table
     for parent in parents:
-        target = target[int(parent)] if isinstance(target, list) else target.setdefault(parent, {})
-    if isinstance(target, list):
-        target = target[0] if len(target) == 1 else target
+        target = _inside(target, parent)
+    if isinstance(target, list) and len(target) == 1:
+        target = target[0]
     if not isinstance(target, dict):
         raise ConfigError(
             "this key holds no table", where="--set", received=override, allowed="tuner.0.rank=4 for a list"
         )
     target[last] = _value(text.strip())
+
+
+def _inside(target: Any, key: str) -> Any:
+    """The table below `key`, made if absent; None where there can be none."""
+    if isinstance(target, list):
+        return target[int(key)] if key.isdecimal() and int(key) < len(target) else None
+    return target.setdefault(key, {}) if isinstance(target, dict) else None
 
 
 def _value(text: str) -> Any:

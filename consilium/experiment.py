@@ -119,7 +119,7 @@ def _check_pairing(config: Config, specs: Specs, strategy: Strategy) -> None:
     declared = [way(specs, number) for way in (strategy.up, strategy.down) for number in range(config.train.rounds + 1)]
     travelling = {name for each in declared for name in _impersonal(each, specs, strategy)}
     head_stays = not any(spec.tag.role == "head" for spec in strategy.up(specs, 0).values())
-    if "share" in config.head.model_fields_set and config.head.share == "shared" and head_stays and travelling:
+    if config.head.share == "shared" and head_stays and travelling:
         remedy = "leave head.share out, or choose a strategy that shares the head"
         raise ConfigError("head.share = 'shared' contradicts the strategy", where=where, remedy=remedy)
     if strategy.declares.plain_sgd and (config.train.optimizer != "sgd" or config.train.momentum):

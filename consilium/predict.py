@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pandas as pd
-from pydantic_core import to_jsonable_python
 
 from consilium import checkpoint, config, experiment, registry
 from consilium.errors import DataError, StateError
@@ -20,11 +19,6 @@ from consilium.sites.store import transform_pixels
 from consilium.tensors import Tensors
 from consilium.tuners.compose import TunedModel
 
-_MEMBERS: tuple[tuple[str, registry.Kind, str], ...] = (
-    ("sites", "sources", "source"),
-    ("task", "tasks", "name"),
-    ("strategy", "strategies", "name"),
-)
 CHUNK = 256  # images in memory at a time
 
 
@@ -41,7 +35,7 @@ class Trained:
 def load_trained(run: Path, site: str | None = None, device: str = "auto") -> Trained:
     """Rebuild the model of a finished run; StateError where there is none, or for another backbone."""
     stored = checkpoint.read_json(run / "config.json")
-    settings = _settings(stored["config"])
+    settings = config.from_dict(stored["config"])
     engine = settings.engine.model_copy(update={"device": device})
     train = settings.train.model_copy(update={"precision": "float32"})
     pieces = experiment.assemble(settings.model_copy(update={"engine": engine, "train": train}), stored["classes"])
@@ -66,22 +60,6 @@ def predict(run: Path, images: Sequence[Path], site: str | None = None) -> pd.Da
         raise DataError("there are no images to predict", received=", ".join(map(str, images)) or "nothing")
     parts = [_chunk(trained, paths[start : start + CHUNK]) for start in range(0, len(paths), CHUNK)]
     return pd.concat(parts, ignore_index=True)
-
-
-def _settings(plain: Mapping[str, Any]) -> config.Config:
-    """The configuration of a run as it was written: validation takes every key that is given for a wish."""
-    default = config.Config().to_dict()
-    for table, kind, key in _MEMBERS:
-        fields = registry.get(kind, plain[table][key]).options.model_fields
-        own = {name: f.get_default(call_default_factory=True) for name, f in fields.items() if not f.is_required()}
-        default[table].update(to_jsonable_python(own))
-    return config.from_dict(_without(plain, default))
-
-
-def _without(plain: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
-    nested = {key for key, value in plain.items() if isinstance(value, dict) and isinstance(default.get(key), dict)}
-    rest = {key: value for key, value in plain.items() if key not in default or value != default[key]}
-    return {key: _without(value, default[key]) if key in nested else value for key, value in rest.items()}
 
 
 def _adapter(run: Path, site: str | None) -> Path:

@@ -17,10 +17,11 @@ def factor(schedule: Schedule, progress: float) -> float:
     from 1/25 over the warm-up (0.3 unless given) and falls along a cosine to 1/250,000, as torch's OneCycleLR does.
     """
     if schedule.name == "one_cycle":
-        return _one_cycle(progress, schedule.warmup if "warmup" in schedule.model_fields_set else 0.3)
-    if progress < schedule.warmup:
-        return progress / schedule.warmup
-    rest = (progress - schedule.warmup) / (1 - schedule.warmup)
+        return _one_cycle(progress, 0.3 if schedule.warmup is None else schedule.warmup)
+    rising = 0.05 if schedule.warmup is None else schedule.warmup
+    if progress < rising:
+        return progress / rising
+    rest = (progress - rising) / (1 - rising)
     return {"constant": 1.0, "cosine": (1 + math.cos(math.pi * rest)) / 2, "linear": 1 - rest}[schedule.name]
 
 

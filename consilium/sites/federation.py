@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from consilium import registry
-from consilium.config import SitesConfig
+from consilium.config import SitesConfig, changed
 from consilium.errors import ConfigError, DataError
 from consilium.protocols import Examples, Preprocessing, SiteData, Source
 from consilium.sites import partition, splits
@@ -92,7 +92,7 @@ def table(sites: SitesConfig) -> tuple[Source, pd.DataFrame]:
     """The source and its records with their final sites, sorted by id; split as given by the data, if at all."""
     source = open_source(sites)
     records = partition.divide(source.records(), sites.partition)
-    explicit = sites.split.model_fields_set & {"train", "val", "test", "seed", "file"}
+    explicit = changed(sites.split) & {"train", "val", "test", "seed", "file"}
     if "split" in records and explicit:
         what = "the table brings its own split, so these keys have no effect"
         raise ConfigError(what, where="sites.split", received=", ".join(sorted(explicit)))

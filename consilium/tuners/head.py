@@ -38,7 +38,7 @@ class Head:
             return {}
         found = {}
         for module, (out, width) in self.layers.items():
-            tag = Tag(module=module, role="head", part=self.config.share)
+            tag = Tag(module=module, role="head", part=self.config.share or "shared")
             found[f"{module}.bias"], found[f"{module}.weight"] = Spec((out,), tag), Spec((out, width), tag)
         return found
 
