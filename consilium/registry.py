@@ -70,8 +70,8 @@ def register(
 def members(kind: Kind) -> dict[str, Member]:
     """All members of a kind by name, sorted; imports their modules on first use."""
     if kind not in _discovered:
-        _discovered.add(kind)
         _discover(kind)
+        _discovered.add(kind)
     return {name: member for (k, name), member in sorted(_members.items()) if k == kind}
 
 
@@ -111,4 +111,12 @@ def _discover(kind: Kind) -> None:
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{_PACKAGES[kind]}.{module.name}")
     for point in entry_points(group=f"consilium.{kind}"):
-        point.load()
+        try:
+            point.load()
+        except ConfigError:
+            raise
+        except Exception as error:
+            where = f"entry point {point.name} = {point.value}, group consilium.{kind}"
+            remedy = "mend or uninstall the package that declares it"
+            received = f"{type(error).__name__}: {error}"
+            raise ConfigError("a plug-in cannot be loaded", where=where, received=received, remedy=remedy) from error

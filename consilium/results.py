@@ -20,6 +20,7 @@ import torch
 
 from consilium import __version__, checkpoint, metrics
 from consilium.coordinator import Progress
+from consilium.engines.site import stack
 from consilium.experiment import Experiment
 from consilium.protocols import Examples, Personal, SiteData, Specs
 from consilium.sites.federation import Federation
@@ -33,7 +34,7 @@ SPLITS = ("val", "test")
 def collect(folder: Path, experiment: Experiment, progress: Progress) -> None:
     """Gather what the sites of a simulation left on their disks: predictions and adapters. summary.json comes last."""
     tables = [pd.read_parquet(path) for path in sorted((folder / "sites").glob("*/predictions.parquet"))]
-    checkpoint.write_bytes(folder / "predictions.parquet", pd.concat(tables).to_parquet(index=False))
+    checkpoint.write_bytes(folder / "predictions.parquet", stack(tables).to_parquet(index=False))
     for served in sorted((folder / "sites").glob("*/served.safetensors")):
         tensors, _ = checkpoint.load(served)
         _save_adapter(
@@ -150,9 +151,10 @@ def _test_rows(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _held_out(out: Path, experiment: Experiment, federation: Federation) -> dict[str, Any]:
-    """Sites that took no part, all their images, with the shared model."""
+    """Sites that took no part: their validation and test images, with the shared model. Their training images may show
+    patients who also occur at a site that took part."""
     tables = [pd.read_parquet(path) for path in sorted((out / "held_out" / "sites").glob("*/predictions.parquet"))]
-    table = pd.concat(tables)
+    table = stack(tables)
     rows = table[table["model"] == "global"]
     if not len(rows):
         return {"metrics": None, "reason": "the strategy leaves no global model for a site that took no part"}

@@ -7,7 +7,7 @@ disk; a request names the state it builds on, so a request that comes twice give
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -123,7 +123,7 @@ class Site:
             same = next((known for known in tables if equal(models[known], variables)), None)
             tables[name] = self._both_splits(variables) if same is None else tables[same]
         self.folder.mkdir(parents=True, exist_ok=True)
-        table = pd.concat([rows.assign(model=name) for name, rows in tables.items()], ignore_index=True)
+        table = stack([rows.assign(model=name) for name, rows in tables.items()])
         checkpoint.write_bytes(self.folder / "predictions.parquet", table.to_parquet(index=False))
         checkpoint.save(self.folder / "served.safetensors", models["personal"], {"round": request.round})
         return Reply(self.data.name, request.round, len(self.data.train), numbers={"models": sorted(models)})
@@ -169,7 +169,7 @@ class Site:
         return task.probabilities(found).numpy()
 
     def _both_splits(self, variables: Tensors) -> pd.DataFrame:
-        return pd.concat([self._predictions("val", variables), self._predictions("test", variables)])
+        return stack([self._predictions("val", variables), self._predictions("test", variables)])
 
     def _predictions(self, split: str, variables: Tensors) -> pd.DataFrame:
         examples: Examples = getattr(self.data, split)
@@ -183,6 +183,11 @@ class Site:
         }
         scores = {f"p.{name}": probabilities[:, at] for at, name in enumerate(self.experiment.task.classes)}
         return pd.DataFrame({**columns, **scores}, index=range(len(examples)))
+
+
+def stack(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Tables of predictions below one another; pandas warns of empty ones, so they stay out unless all are empty."""
+    return pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
 
 
 def _plain(numbers: Mapping[str, float]) -> Numbers:

@@ -117,3 +117,18 @@ def test_a_run_of_guests_alone_trains_what_they_built(guest: Path, tmp_path: Pat
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert sum(site[split]["n"] for site in result["sites"].values() for split in site) == 48
     assert {row["shape"][0] for row in result["wire"]["up"] if row["role"] == "lora_a"} == {1}
+
+
+def test_a_plugin_that_does_not_import_is_named(tmp_path: Path) -> None:
+    (tmp_path / "torn.py").write_text("import a_package_that_is_absent\n")
+    info = tmp_path / "torn-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torn\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[consilium.tuners]\ntorn = torn\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    words = [sys.executable, "-m", "consilium", "list", "tuners"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "torn" in done.stderr
+    assert "a_package_that_is_absent" in done.stderr
+    assert "Traceback" not in done.stderr
