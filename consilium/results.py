@@ -43,11 +43,12 @@ def collect(folder: Path, experiment: Experiment, progress: Progress) -> None:
     models = experiment.strategy.deploy(progress.server.shared, Personal())
     if "global" in models and models["global"].keys() == experiment.model.specs.keys():
         _save_adapter(folder / "adapters" / "global.safetensors", models["global"], experiment, "global")
+    passes = {site: progress.passes.get(site, 0) for site in sorted(progress.server.sites)}
     checkpoint.write_json(
         folder / "summary.json",
         {
             "bytes": progress.ledger.summary(),
-            "image_passes": {"total": sum(progress.passes.values()), "per_site": dict(sorted(progress.passes.items()))},
+            "image_passes": {"total": sum(passes.values()), "per_site": passes},
             "seconds": progress.seconds,
             "served_round": progress.server.round,
         },
