@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from consilium import registry
+from consilium.check import predicted_bytes
 from consilium.engines.state import StateFolder
 from consilium.errors import ConfigError
 from consilium.local.predict import pooled_features
@@ -78,6 +79,14 @@ def test_stochastic_block_moves_one_block_and_sends_exactly_what_is_lacking(
     if not per_site:
         six = [next(iter(blocks[number])) for number in range(1, 7)]
         assert len(set(six)) == 6, "no block comes again before all had their turn"
+
+
+@pytest.mark.parametrize("per_site", [False, True])
+def test_bytes_of_a_tuner_that_changes_its_mind_are_predicted(tmp_path: Path, per_site: bool) -> None:
+    outcome = _run(tmp_path, tuners=[odd.StochasticBlock(per_site)])
+    measured = outcome.progress.ledger.summary()
+    predicted = predicted_bytes(outcome.experiment, "abcd")
+    assert {way: predicted[way] for way in ("up", "down")} == {way: measured[way] for way in ("up", "down")}
 
 
 def test_a_block_is_averaged_over_the_sites_that_trained_it(tmp_path: Path) -> None:

@@ -148,7 +148,8 @@ def test_accumulated_steps_count_their_small_batches() -> None:
 
 
 def test_shares_of_an_epoch_are_not_rounded_by_binary_fractions() -> None:
-    assert [epoch_images(share, 10) for share in (1.1, 0.7, 0.3, 0.31, 1 / 3)] == [11, 7, 3, 4, 4]
+    assert 0.07 * 100 > 7
+    assert [epoch_images(share, 100) for share in (0.07, 1.1, 0.7, 0.301, 1 / 3)] == [7, 110, 70, 31, 34]
 
 
 def test_every_epoch_and_round_and_site_and_purpose_has_an_order_of_its_own() -> None:
