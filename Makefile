@@ -9,7 +9,8 @@ DEMO = runs/demo
 demo: $(VENV)/.installed
 	rm -rf $(DEMO)
 	$(PYTHON_IN_VENV) -m consilium run --out $(DEMO)/lora --set name=lora
-	$(PYTHON_IN_VENV) -m consilium run --out $(DEMO)/linear --set name=linear --set 'tuner={name="linear"}' --set 'evaluation.references=[]'
+	$(PYTHON_IN_VENV) -m consilium run --out $(DEMO)/linear --set name=linear --set 'tuner=[{name="linear"}]' \
+		--set train.learning_rate=1e-2 --set 'evaluation.references=[]'
 	$(PYTHON_IN_VENV) -m consilium report $(DEMO)/lora $(DEMO)/linear --out $(DEMO)/report.html
 
 test: $(VENV)/.installed-dev
