@@ -1,7 +1,8 @@
 """Composition: a run before it runs. In: a configuration. Out: what would be trained, sent and needed.
 
 The bytes are those of the serialised tensors, computed from the declared shapes and the same draws of sites that the
-run will make, so they equal what the run then measures. Nothing is trained.
+run will make, so they equal what the run then measures; a tensor that training leaves as it was to the last bit is not
+sent again, which no prediction can know. Nothing is trained.
 """
 
 from __future__ import annotations

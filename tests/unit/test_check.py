@@ -1,0 +1,180 @@
+"""What a run will cost is counted, not guessed; the references train on as many images as the run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from consilium import config, coordinator
+from consilium.check import check, predicted_bytes
+from consilium.errors import ConfigError, DataError
+from consilium.run import reference_config
+from tests import federation, hospitals
+
+HUGE = 10**6
+
+
+def _train(**keys: Any) -> config.Config:
+    return federation.configure(train=keys)
+
+
+# ------------------------------------------------------------------------------------------------ images
+def _slowly(images: int, batch: int, epochs: float | None, steps: int | None) -> int:
+    """Images of one round, one after the other: an epoch sees each once and ends with what is left."""
+    seen, taken, left = 0, 0, images
+    goal = math.ceil((epochs or 1.0) * images) if steps is None else math.inf
+    while seen < goal and (steps is None or taken < steps):
+        size = int(min(batch, left, goal - seen))
+        seen, taken, left = seen + size, taken + 1, left - size
+        left = left or images
+    return seen
+
+
+@given(
+    images=st.integers(1, 60),
+    batch=st.integers(1, 20),
+    accumulate=st.integers(1, 3),
+    length=st.one_of(
+        st.none(),
+        st.tuples(st.just("local_epochs"), st.sampled_from([0.1, 0.5, 1.0, 1.1, 2.7])),
+        st.tuples(st.just("local_steps"), st.integers(1, 9)),
+    ),
+)
+def test_images_are_counted_as_they_are_seen(
+    images: int, batch: int, accumulate: int, length: tuple[str, Any] | None
+) -> None:
+    keys = dict([length]) if length else {}
+    settings = _train(rounds=3, batch_size=batch, accumulate=accumulate, **keys)
+    steps = keys.get("local_steps")
+    expected = 3 * _slowly(images, batch, keys.get("local_epochs"), steps and steps * accumulate)
+    assert coordinator.predicted_passes(settings, {"a": images}) == {"a": expected}
+
+
+def test_a_site_sees_nothing_in_rounds_it_is_not_drawn_for() -> None:
+    settings, images = _train(rounds=7, participation=0.5), {"a": 10, "b": 20, "c": 30}
+    rounds = [coordinator.drawn_sites(0.5, sorted(images), settings.seed, number) for number in range(1, 8)]
+    expected = {site: 10 * "_abc".index(site) * sum(site in drawn for drawn in rounds) for site in images}
+    assert coordinator.predicted_passes(settings, images) == expected
+    assert {len(drawn) for drawn in rounds} == {2}
+
+
+@given(
+    sizes=st.lists(st.integers(1, 50), min_size=1, max_size=5),
+    batch=st.integers(1, 16),
+    participation=st.sampled_from([1.0, 0.5, 0.3]),
+    length=st.sampled_from([{}, {"local_epochs": 0.3}, {"local_epochs": 1.5}, {"local_steps": 3}]),
+)
+def test_references_see_as_many_images(
+    sizes: list[int], batch: int, participation: float, length: dict[str, Any]
+) -> None:
+    images = {f"site{number}": size for number, size in enumerate(sizes)}
+    settings = _train(rounds=4, batch_size=batch, participation=participation, **length)
+    passes = coordinator.predicted_passes(settings, images)
+    assert coordinator.predicted_passes(reference_config(settings, "local", images), images) == passes
+    pooled = reference_config(settings, "pooled", images)
+    in_all = coordinator.predicted_passes(pooled, {"pooled": sum(sizes)})["pooled"]
+    assert in_all % 4 == 0
+    assert abs(in_all - sum(passes.values())) <= 2, "the nearest number that is the same in every round"
+
+
+def test_a_reference_differs_in_nothing_else() -> None:
+    settings = federation.configure(strategy={"name": "fedprox", "mu": 0.1}, evaluation={"references": ["local"]})
+    alone = reference_config(settings, "local", {"a": 9, "b": 12})
+    assert (alone.strategy.name, alone.strategy.options(), alone.evaluation.references) == ("local", {}, ())
+    assert alone.train == settings.train
+    for name in ("seed", "sites", "task", "backbone", "tuner", "head", "engine"):
+        assert getattr(alone, name) == getattr(settings, name)
+    pooled = reference_config(settings, "pooled", {"a": 9, "b": 12})
+    assert pooled.train == settings.train.model_copy(update={"local_epochs": 1.0})
+    other = settings.model_copy(update={"strategy": config.StrategyConfig(name="fedavg")})
+    assert reference_config(other, "pooled", {"a": 9, "b": 12}) == pooled
+
+
+# ------------------------------------------------------------------------------------------------ bytes
+@pytest.mark.parametrize("serve", ["last", "best"])
+def test_bytes_of_full_participation_by_hand(serve: str) -> None:
+    settings = federation.configure(evaluation={"serve": serve})
+    pieces = federation.assemble(settings)
+    found = predicted_bytes(pieces, ["b", "a"])
+    one = found["up"]["per_site"]["a"] // 3
+    scalars = sum(math.prod(size or 0 for size in spec.shape) for spec in pieces.model.specs.values())
+    assert 4 * scalars < one < 4 * scalars + 120 * len(pieces.model.specs)
+    messages = 3 + (2 if serve == "best" else 1)
+    assert found["up"] == {"total": 6 * one, "per_site": {"a": 3 * one, "b": 3 * one}}
+    assert found["down"] == {"total": 2 * messages * one, "per_site": {"a": messages * one, "b": messages * one}}
+
+
+def test_a_site_that_was_away_gets_the_newest_only() -> None:
+    settings = _train(rounds=6, participation=0.5)
+    found = predicted_bytes(federation.assemble(settings), ["a", "b"])
+    drawn = [coordinator.drawn_sites(0.5, ["a", "b"], settings.seed, number) for number in range(1, 7)]
+    one = found["up"]["total"] // 6
+    for site in ("a", "b"):
+        rounds = sum(site in names for names in drawn)
+        assert found["up"]["per_site"][site] == rounds * one
+        assert found["down"]["per_site"][site] == (rounds + 1) * one
+
+
+def test_what_is_not_trained_goes_out_once_and_never_comes_back() -> None:
+    whole = predicted_bytes(federation.assemble(federation.configure()), ["a"])
+    frozen = predicted_bytes(federation.assemble(federation.configure(head={"share": "frozen"})), ["a"])
+    personal = predicted_bytes(federation.assemble(federation.configure(head={"share": "personal"})), ["a"])
+    assert frozen["up"]["total"] == personal["up"]["total"] < whole["up"]["total"]
+    assert personal["down"]["total"] <= frozen["down"]["total"] < whole["down"]["total"]
+    local = predicted_bytes(federation.assemble(federation.configure(strategy={"name": "local"})), ["a", "b"])
+    assert (local["up"]["total"], local["down"]["total"]) == (0, 0)
+
+
+# ------------------------------------------------------------------------------------------------ the whole verb
+@pytest.fixture
+def settings(tmp_path: Path) -> config.Config:
+    sites = hospitals.write(tmp_path, hospitals.two_sites())
+    return federation.configure().model_copy(update={"sites": sites})
+
+
+def test_check_is_plain_and_writes_nothing(
+    settings: config.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    found = check(settings)
+    assert sorted(tmp_path.rglob("*")) == before
+    plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert plain["parameters"]["exchanged"] == plain["parameters"]["trainable"] < plain["parameters"]["backbone"]
+    assert {site: sizes["train"]["n"] for site, sizes in plain["sites"].items()} == {"east": 14, "west": 14}
+    assert plain["image_passes"] == {"east": 42, "west": 42}
+    assert plain["leakage"]["groups_across_splits"] == []
+    assert found.bytes == predicted_bytes(federation.experiment.assemble(settings, ("a", "b")), ["east", "west"])
+
+
+def test_memory_grows_with_the_batch_alone(settings: config.Config) -> None:
+    larger = settings.train.model_copy(update={"batch_size": 12})
+    small, large = (check(one).memory_bytes for one in (settings, settings.model_copy(update={"train": larger})))
+    assert large["activations"] == 2 * small["activations"]
+    assert (large["weights"], large["trained"]) == (small["weights"], small["trained"])
+    assert all(memory["total"] == sum(memory.values()) - memory["total"] for memory in (small, large))
+
+
+@pytest.mark.parametrize(
+    ("table", "changes", "error"),
+    [
+        ("train", {"participation": 0.5}, ConfigError),
+        ("evaluation", {"select": "beauty"}, ConfigError),
+        ("task", {"classes": ("x", "y")}, DataError),
+        ("train", {"learning_rates": {"prompt": 1.0}}, ConfigError),
+    ],
+)
+def test_check_refuses_what_a_run_would(
+    settings: config.Config, table: str, changes: dict[str, Any], error: type[Exception]
+) -> None:
+    best = settings.model_copy(update={"evaluation": settings.evaluation.model_copy(update={"serve": "best"})})
+    changed = getattr(best, table).model_copy(update=changes)
+    with pytest.raises(error):
+        check(best.model_copy(update={table: changed}))
+    check(best)

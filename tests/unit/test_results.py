@@ -1,0 +1,108 @@
+"""The tables of result.json and what tells two results apart."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from consilium import checkpoint, results
+from consilium.errors import StateError
+from consilium.protocols import Examples, SiteData, Spec, Tag
+from tests import federation
+
+
+def _examples(labels: list[int], groups: list[str]) -> Examples:
+    text = np.array([f"i{number}" for number in range(len(labels))], dtype=np.str_)
+    pixels = np.zeros((len(labels), 4, 4, 3), dtype=np.uint8)
+    given = np.array(groups, dtype=np.str_)
+    return Examples(pixels, np.arange(len(labels)), np.array(labels, dtype=np.int64), text, given, text)
+
+
+def test_a_site_is_counted_by_image_group_and_class() -> None:
+    data = SiteData("a", _examples([0, 2, 2], ["p", "p", "q"]), _examples([], []), _examples([1], ["r"]))
+    assert results.site_table(data, ("x", "y", "z")) == {
+        "train": {"n": 3, "groups": 2, "classes": {"x": 1, "y": 0, "z": 2}},
+        "val": {"n": 0, "groups": 0, "classes": {"x": 0, "y": 0, "z": 0}},
+        "test": {"n": 1, "groups": 1, "classes": {"x": 0, "y": 1, "z": 0}},
+    }
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2), (torch.float64, 8)])
+def test_a_tensor_on_the_wire_is_a_row(dtype: torch.dtype, size: int) -> None:
+    specs = {"b": Spec((2, 3), Tag("head", "head"), dtype), "a": Spec((), Tag("m", "lora_a"), dtype)}
+    rows = results.wire(specs)
+    assert [row["name"] for row in rows] == ["a", "b"]
+    assert rows[1] == {"name": "b", "role": "head", "shape": [2, 3], "dtype": str(dtype)[6:], "bytes": 6 * size}
+    assert rows[0]["bytes"] == size
+
+
+def test_parameters_are_counted_apart() -> None:
+    pieces = federation.assemble(federation.configure(strategy={"name": "fedper"}))
+    found, head = results.parameters(pieces), pieces.backbone.num_features * 3 + 3
+    assert found["trainable"] - found["exchanged"] == head
+    assert found["backbone"] == pieces.backbone.num_parameters
+
+
+def test_versions_and_memory_are_those_of_this_process() -> None:
+    assert results.versions()["torch"] == torch.__version__.split("+")[0] or results.versions()["torch"]
+    assert results.versions()["python"].startswith("3.")
+    held = np.ones(40_000_000)
+    assert results.peak_memory() > held.nbytes
+
+
+def test_other_code_has_another_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def digest_at(folder: Path) -> str:
+        results.code_digest.cache_clear()
+        monkeypatch.setattr(results, "__file__", str(folder / "results.py"))
+        return results.code_digest()
+
+    here = Path(results.__file__).parent
+    shutil.copytree(here, tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
+    try:
+        same = digest_at(here)
+        assert digest_at(tmp_path / "copy") == same
+        (tmp_path / "copy" / "notes.md").write_text("no code")
+        assert digest_at(tmp_path / "copy") == same
+        (tmp_path / "copy" / "tensors.py").rename(tmp_path / "copy" / "tensor.py")
+        assert digest_at(tmp_path / "copy") != same
+    finally:
+        results.code_digest.cache_clear()
+
+
+def test_a_report_that_cannot_be_written_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("consilium.report.html.render", full)
+    with pytest.raises(StateError, match=r"(?s)report\.html.*No space left.*--resume"):
+        results.report(tmp_path)
+
+
+@pytest.mark.parametrize("tree", [{}, {"personal": {"balanced_accuracy": {"mean": {"value": 0.5}}}}])
+def test_the_headline_is_what_is_known(tmp_path: Path, tree: dict[str, object]) -> None:
+    checkpoint.write_json(tmp_path / "result.json", {"metrics": {"test": tree}})
+    found = results.outcome(tmp_path)
+    assert found["headline"] == ({"balanced_accuracy_mean": {"value": 0.5}} if tree else {})
+    assert found["result"] == str(tmp_path / "result.json")
+
+
+def test_what_sites_left_is_gathered_and_a_site_that_was_never_drawn_is_named(tmp_path: Path) -> None:
+    settings = federation.configure(train={"rounds": 1, "participation": 0.3}, strategy={"name": "fedper"})
+    outcome = federation.run(tmp_path, settings, federation.hospitals(6, 6, 6))
+    results.collect(tmp_path, outcome.experiment, outcome.progress)
+    summary = checkpoint.read_json(tmp_path / "summary.json")
+    (drawn,) = outcome.progress.passes
+    assert summary["image_passes"] == {"total": 6, "per_site": {"a": 0, "b": 0, "c": 0} | {drawn: 6}}
+    assert summary["served_round"] == 1
+    table = pd.read_parquet(tmp_path / "predictions.parquet")
+    assert set(table["site"]) == {"a", "b", "c"}
+    assert set(table[table["model"] == "before_aggregation"]["site"]) == {drawn}
+    assert {path.stem for path in (tmp_path / "adapters").iterdir()} == {"a", "b", "c"}
+    adapter, meta = checkpoint.load(tmp_path / "adapters" / "b.safetensors")
+    assert adapter.keys() == outcome.experiment.model.specs.keys()
+    assert (meta["model"], meta["classes"]) == ("b", list(federation.CLASSES))
