@@ -158,7 +158,7 @@ class TrainConfig(Options):
     momentum: float = Field(default=0.9, ge=0, lt=1)  # sgd only
     moments: Literal["reset", "keep"] = "reset"
     schedule: Schedule = Schedule()
-    clip_norm: float | None = Field(default=1.0, gt=0)
+    clip_norm: float = Field(default=1.0, ge=0)  # of the whole gradient; 0: no clipping
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     augmentation: Literal["none", "dermoscopy", "radiograph"] = "none"
     participation: Fraction = 1.0  # share of the sites drawn in each round

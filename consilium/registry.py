@@ -32,7 +32,7 @@ _PACKAGES: Mapping[Kind, str] = {
 class Options(BaseModel):
     """Base of every member's options: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True)

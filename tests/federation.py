@@ -32,7 +32,7 @@ TABLE: Mapping[str, Any] = {
     "evaluation": {"bootstrap": 0},
     "engine": {"device": "cpu"},
 }
-SGD = {"optimizer": "sgd", "momentum": 0, "weight_decay": 0, "clip_norm": 1e30, "learning_rate": 0.05}
+SGD = {"optimizer": "sgd", "momentum": 0, "weight_decay": 0, "clip_norm": 0, "learning_rate": 0.05}
 
 
 def configure(**tables: Any) -> config.Config:

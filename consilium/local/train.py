@@ -277,7 +277,7 @@ class Optimizer:
 
     def step(self, share: float) -> None:
         """Clip and move, every rate times `share` of the schedule."""
-        if self.config.clip_norm is not None:
+        if self.config.clip_norm:
             self.scaler.unscale_(self.inner)
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         bases = [group["lr"] for group in self.inner.param_groups]
