@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_SECONDS = 120  # after which a test gives a process up
+PATIENCE_SECONDS = 60  # after which a test gives a process up
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-from tests import hospitals
+from consilium.engines.simulate import Federation, Simulation, secrets_of
+from tests import federation, hospitals
 from tests.e2e.processes import Done, Parent
 from tests.e2e.runs import KINDS, Finished, assert_same, contents, events, words
 
@@ -152,19 +156,47 @@ def test_a_killed_worker_is_named_by_its_sites_and_can_be_resumed(
     _ends_like(consilium, tmp_path, "half", finished("half"))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_interrupted(consilium: Parent, finished: Finished, tmp_path: Path, workers: int) -> None:
-    settings = (*KINDS["fedavg"], f"engine.workers={workers}")
-    running = consilium.start(*words(tmp_path, *settings), "--out", tmp_path / "out", "--json", piped=True)
+class _BrokenPool:
+    def submit(self, *_: object) -> NoReturn:
+        raise BrokenProcessPool("a worker died while all was quiet")
+
+
+def test_sites_of_a_pool_that_broke_before_are_lost(tmp_path: Path) -> None:
+    sites, settings = federation.hospitals(6, 6), federation.configure()
+    here = Federation(settings, federation.CLASSES, sites, tmp_path, secrets_of(0, sites))
+    simulation = Simulation({"run": here}, 1)
+    simulation.pool = _BrokenPool()  # type: ignore[assignment]
+    answers = dict(simulation.transport("run").round({"a": b"", "b": b""}))
+    assert [(site, answer.code) for site, answer in answers.items()] == [("a", "lost"), ("b", "lost")]
+
+
+def _interrupt(consilium: Parent, folder: Path, *settings: str) -> int:
+    """Ctrl-C after the first round, as a terminal sends it: to all processes of the group. The last round closed."""
+    running = consilium.start(*words(folder, *settings), "--out", folder / "out", "--json", piped=True)
     with running.stream() as stream:
         next(event for event in stream if event["event"] == "round")
-        os.killpg(running.pid, signal.SIGINT)  # as a terminal does: all processes of the group
-        list(stream)
+        assert all(_is_deaf(worker) for worker in running.descendants("spawn_main"))
+        os.killpg(running.pid, signal.SIGINT)
+        closed = [event["round"] for event in stream if event["event"] == "round"]
     done = running.wait()
     assert done.code == 130
     assert "Traceback" not in done.stderr
-    assert not (tmp_path / "out" / "result.json").exists()
+    assert not (folder / "out" / "result.json").exists()
+    return max(closed, default=1)
+
+
+def _is_deaf(pid: int) -> bool:
+    (mask,) = re.findall(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(mask, 16) & 1 << signal.SIGINT - 1)
+
+
+def test_interrupted(consilium: Parent, finished: Finished, tmp_path: Path) -> None:
+    _interrupt(consilium, tmp_path, *KINDS["fedavg"])
     _ends_like(consilium, tmp_path, "fedavg", finished("fedavg"))
+
+
+def test_an_interrupt_ends_the_workers_at_once(consilium: Parent, tmp_path: Path) -> None:
+    assert _interrupt(consilium, tmp_path, *KINDS["fedavg"], "engine.workers=2", "train.rounds=300") < 300
 
 
 # ------------------------------------------------------------------------------------------------ failing sites
@@ -181,7 +213,8 @@ def test_one_failed_site_stops_the_run_with_its_name_and_reason(
 
 def test_below_a_full_quorum_the_run_goes_on_and_says_who_failed(consilium: Parent, tmp_path: Path) -> None:
     hook = IN_ROUND.format(site="prairie", round=1, action="raise OSError('no power')")
-    settings = ("train.quorum=0.75", "head.share=frozen")
+    plain = ("train.optimizer=sgd", "train.weight_decay=0.0", "train.local_steps=1")  # leaves lora_a as it was at first
+    settings = ("train.quorum=0.75", *plain)
     done = consilium(*words(tmp_path, *settings), "--out", tmp_path / "out", hook=hook)
     assert (done.code, done.stderr) == (0, "")
     assert "prairie: error" in done.stdout
@@ -190,6 +223,8 @@ def test_below_a_full_quorum_the_run_goes_on_and_says_who_failed(consilium: Pare
     assert {round[site] for round in status for site in ("alpine", "harbour", "summit")} == {"ok"}
     failed = events(tmp_path / "out")[0]["sites"]["prairie"]
     assert failed == {"status": "error", "message": "OSError: no power"}
+    down = [event["bytes"]["down"] for event in events(tmp_path / "out")]
+    assert down[1]["prairie"] == down[0]["prairie"] > down[1]["alpine"], "it was sent all, but kept nothing"
 
 
 def test_a_site_with_non_finite_numbers_stops_the_run_and_spoils_nothing(
