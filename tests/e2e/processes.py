@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_SECONDS = 60  # after which a test gives a process up
+PATIENCE_SECONDS = 120  # after which a test gives a process up
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Running:
     stderr: Path
 
     def wait(self) -> Done:
-        """Its end; a child that never ends is the test's own time limit."""
+        """Its end, which must come."""
         code = self.parent.ask({"wait": self.pid})
         return Done(code, "" if self.stdout.is_fifo() else self.stdout.read_text(), self.stderr.read_text())
 
@@ -67,10 +67,23 @@ class Running:
         return [int(pid) for pid in children if word in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
+def _patiently(descriptor: int) -> None:
+    assert select.select([descriptor], [], [], PATIENCE_SECONDS)[0], "a process neither speaks nor ends"
+
+
+def wait_for_writer(fifo: Path) -> None:
+    """Return when a process has opened `fifo` to write and closed it."""
+    descriptor = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        _patiently(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _lines(descriptor: int) -> Iterator[bytes]:
     left = b""
     while True:
-        assert select.select([descriptor], [], [], PATIENCE_SECONDS)[0], "a process neither speaks nor ends"
+        _patiently(descriptor)
         read = os.read(descriptor, 65536)
         if not read:
             return
@@ -96,6 +109,7 @@ class Parent:
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
+        _patiently(self.process.stdout.fileno())
         return int(self.process.stdout.readline())
 
     def start(self, *words: str | Path, hook: str = "", cwd: Path | None = None, piped: bool = False) -> Running:

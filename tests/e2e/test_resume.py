@@ -9,6 +9,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,7 +17,7 @@ import pytest
 
 from consilium.engines.simulate import Federation, Simulation, secrets_of
 from tests import federation, hospitals
-from tests.e2e.processes import Done, Parent
+from tests.e2e.processes import Done, Parent, Running, wait_for_writer
 from tests.e2e.runs import KINDS, Finished, assert_same, contents, events, words
 
 KILL = """
@@ -48,6 +49,17 @@ def learn(self, request, state, moments):
         {action}
     return original(self, request, state, moments)
 Site._learn = learn
+"""
+HELD = """
+from consilium.coordinator import Coordinator
+original, passed = Coordinator.{method}, []
+def method(self, *arguments):
+    passed.append(arguments)
+    if len(passed) == {number}:
+        open("reached", "w").close()
+        open("go").read()
+    return original(self, *arguments)
+Coordinator.{method} = method
 """
 NOT_FINITE = """
 import torch
@@ -127,33 +139,65 @@ def test_killed_again_and_again(consilium: Parent, tmp_path: Path) -> None:
     assert_same(whole, out)
 
 
+@contextmanager
+def _held(consilium: Parent, folder: Path, kind: str, method: str, number: int, workers: int) -> Iterator[Running]:
+    """A run that waits at that call of a coordinator's method; after the block all of its processes are gone."""
+    for name in ("reached", "go"):
+        os.mkfifo(folder / name)
+    command = (*words(folder, *KINDS[kind], f"engine.workers={workers}"), "--out", folder / "out", "--json")
+    hook = HELD.format(method=method, number=number)
+    running = consilium.start(*command, hook=hook, cwd=folder, piped=True)
+    with running.stream() as stream:
+        wait_for_writer(folder / "reached")
+        yield running
+        list(stream)
+
+
 def test_killed_with_two_workers_in_the_middle_of_a_round(
     consilium: Parent, finished: Finished, tmp_path: Path
 ) -> None:
-    settings = (*KINDS["fedavg"], "engine.workers=2")
-    running = consilium.start(*words(tmp_path, *settings), "--out", tmp_path / "out", "--json", piped=True)
-    with running.stream() as stream:
-        next(event for event in stream if event["event"] == "site" and event["round"] == 2)
+    with _held(consilium, tmp_path, "best", "_read", 6, workers=2) as running:  # the second reply of round 2
         os.kill(running.pid, signal.SIGKILL)
-        list(stream)  # ends when the workers are gone
     assert running.wait().code == -signal.SIGKILL
-    assert not (tmp_path / "out" / "result.json").exists()
-    _ends_like(consilium, tmp_path, "fedavg", finished("fedavg"))
+    assert [event["round"] for event in events(tmp_path / "out")] == [1]
+    _ends_like(consilium, tmp_path, "best", finished("best"))
 
 
 def test_a_killed_worker_is_named_by_its_sites_and_can_be_resumed(
     consilium: Parent, finished: Finished, tmp_path: Path
 ) -> None:
-    settings = (*KINDS["half"], "engine.workers=2")
+    with _held(consilium, tmp_path, "best", "_save", 1, workers=2) as running:
+        os.kill(running.descendants("spawn_main")[0], signal.SIGKILL)
+        (tmp_path / "go").write_text("")
+    _failed(running.wait(), "too few sites replied", "round 2", "lost, its worker process died", "summit", "--resume")
+    _ends_like(consilium, tmp_path, "best", finished("best"))
+
+
+def test_interrupted(consilium: Parent, finished: Finished, tmp_path: Path) -> None:
+    with _held(consilium, tmp_path, "fedavg", "_save", 2, workers=1) as running:
+        os.kill(running.pid, signal.SIGINT)
+    done = running.wait()
+    assert (done.code, done.stderr) == (130, "")
+    assert [event["round"] for event in events(tmp_path / "out")] == [1, 2], "a line without its checkpoint"
+    _ends_like(consilium, tmp_path, "fedavg", finished("fedavg"))
+
+
+def _is_deaf(pid: int) -> bool:
+    (mask,) = re.findall(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(mask, 16) & 1 << signal.SIGINT - 1)
+
+
+def test_an_interrupt_ends_the_workers_at_once(consilium: Parent, tmp_path: Path) -> None:
+    settings = (*KINDS["fedavg"], "engine.workers=2", "train.rounds=300")
     running = consilium.start(*words(tmp_path, *settings), "--out", tmp_path / "out", "--json", piped=True)
     with running.stream() as stream:
         next(event for event in stream if event["event"] == "round")
-        os.kill(running.descendants("spawn_main")[0], signal.SIGKILL)
-        rest = list(stream)
-    lost = [event["site"] for event in rest if event.get("status") == "lost"]
-    _failed(running.wait(), "too few sites replied", "--resume", "worker process died", *lost)
-    assert len(lost) >= 1
-    _ends_like(consilium, tmp_path, "half", finished("half"))
+        assert all(_is_deaf(worker) for worker in running.descendants("spawn_main"))
+        os.killpg(running.pid, signal.SIGINT)  # as a terminal does: all processes of the group
+        closed = [event["round"] for event in stream if event["event"] == "round"]
+    done = running.wait()
+    assert (done.code, max(closed, default=1) < 300) == (130, True)
+    assert "Traceback" not in done.stderr
 
 
 class _BrokenPool:
@@ -168,35 +212,6 @@ def test_sites_of_a_pool_that_broke_before_are_lost(tmp_path: Path) -> None:
     simulation.pool = _BrokenPool()  # type: ignore[assignment]
     answers = dict(simulation.transport("run").round({"a": b"", "b": b""}))
     assert [(site, answer.code) for site, answer in answers.items()] == [("a", "lost"), ("b", "lost")]
-
-
-def _interrupt(consilium: Parent, folder: Path, *settings: str) -> int:
-    """Ctrl-C after the first round, as a terminal sends it: to all processes of the group. The last round closed."""
-    running = consilium.start(*words(folder, *settings), "--out", folder / "out", "--json", piped=True)
-    with running.stream() as stream:
-        next(event for event in stream if event["event"] == "round")
-        assert all(_is_deaf(worker) for worker in running.descendants("spawn_main"))
-        os.killpg(running.pid, signal.SIGINT)
-        closed = [event["round"] for event in stream if event["event"] == "round"]
-    done = running.wait()
-    assert done.code == 130
-    assert "Traceback" not in done.stderr
-    assert not (folder / "out" / "result.json").exists()
-    return max(closed, default=1)
-
-
-def _is_deaf(pid: int) -> bool:
-    (mask,) = re.findall(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
-    return bool(int(mask, 16) & 1 << signal.SIGINT - 1)
-
-
-def test_interrupted(consilium: Parent, finished: Finished, tmp_path: Path) -> None:
-    _interrupt(consilium, tmp_path, *KINDS["fedavg"])
-    _ends_like(consilium, tmp_path, "fedavg", finished("fedavg"))
-
-
-def test_an_interrupt_ends_the_workers_at_once(consilium: Parent, tmp_path: Path) -> None:
-    assert _interrupt(consilium, tmp_path, *KINDS["fedavg"], "engine.workers=2", "train.rounds=300") < 300
 
 
 # ------------------------------------------------------------------------------------------------ failing sites
@@ -405,28 +420,13 @@ def test_a_folder_of_somebody_else_is_left_alone(consilium: Parent, tmp_path: Pa
     _failed(consilium(*words(tmp_path), "--out", tmp_path / "mine" / "thesis.txt" / "out"), "no run folder", "--out")
 
 
-HELD = """
-from consilium.coordinator import Coordinator
-original = Coordinator._save
-def save(self, progress):
-    original(self, progress)
-    if progress.server.round == 1:
-        open("reached", "w").close()
-        open("go").read()
-Coordinator._save = save
-"""
-
-
 def test_a_second_process_in_the_same_folder_is_refused(consilium: Parent, finished: Finished, tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "reached")
-    os.mkfifo(tmp_path / "go")
     command = [*words(tmp_path, *KINDS["half"]), "--out", tmp_path / "out", "--quiet"]
-    first = consilium.start(*command, hook=HELD, cwd=tmp_path)
-    (tmp_path / "reached").read_bytes()  # waits for the first process to close round 1
-    before = contents(tmp_path / "out")
-    for second in (command, [*command, "--resume"]):
-        _failed(consilium(*second), "another process works in this run folder", "remedy")
-    assert contents(tmp_path / "out") == before
-    (tmp_path / "go").write_text("")
-    assert first.wait().code == 0
+    with _held(consilium, tmp_path, "half", "_close_round", 2, workers=1) as running:
+        before = contents(tmp_path / "out")
+        for second in (command, [*command, "--resume"]):
+            _failed(consilium(*second), "another process works in this run folder", "remedy")
+        assert contents(tmp_path / "out") == before
+        (tmp_path / "go").write_text("")
+    assert running.wait().code == 0
     assert_same(finished("half"), tmp_path / "out")
