@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ import pytest
 
 from consilium.engines.simulate import Federation, Simulation, secrets_of
 from tests import federation, hospitals
-from tests.e2e.processes import Done, Parent, Running, wait_for_writer
+from tests.e2e.processes import ROOT, Done, Parent, Running, wait_for_writer
 from tests.e2e.runs import KINDS, Finished, assert_same, contents, events, words
 
 KILL = """
@@ -429,4 +431,17 @@ def test_a_second_process_in_the_same_folder_is_refused(consilium: Parent, finis
         assert contents(tmp_path / "out") == before
         (tmp_path / "go").write_text("")
     assert running.wait().code == 0
+    assert_same(finished("half"), tmp_path / "out")
+
+
+def test_the_command_as_a_user_types_it(finished: Finished, tmp_path: Path) -> None:
+    """No warm parent: `python -m consilium`, killed from outside at an event, and resumed."""
+    command = [sys.executable, "-m", "consilium", *words(tmp_path, *KINDS["half"]), "--out", tmp_path / "out", "--json"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        next(line for line in process.stdout if json.loads(line)["event"] == "round")
+        process.kill()
+    assert process.returncode in (-signal.SIGKILL, 0)  # 0 where it was faster than the kill
+    done = subprocess.run([*command, "--resume"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
     assert_same(finished("half"), tmp_path / "out")
