@@ -116,10 +116,10 @@ def _check_pairing(config: Config, specs: Specs, strategy: Strategy) -> None:
             received=f"missing: {sorted(missing)}",
             remedy=remedy,
         )
-    declared = [way(specs, number) for way in (strategy.up, strategy.down) for number in range(config.train.rounds + 1)]
-    travelling = {name for each in declared for name in _impersonal(each, specs, strategy)}
-    head_stays = not any(spec.tag.role == "head" for spec in strategy.up(specs, 0).values())
-    if config.head.share == "shared" and head_stays and travelling:
+    for number in range(config.train.rounds + 1):
+        for way in (strategy.up, strategy.down):
+            _impersonal(way(specs, number), specs, strategy)
+    if config.head.share == "shared" and not any(spec.tag.role == "head" for spec in strategy.up(specs, 0).values()):
         remedy = "leave head.share out, or choose a strategy that shares the head"
         raise ConfigError("head.share = 'shared' contradicts the strategy", where=where, remedy=remedy)
     if strategy.declares.plain_sgd and (config.train.optimizer != "sgd" or config.train.momentum):

@@ -92,7 +92,9 @@ def reference_config(config: Config, name: str, images: Mapping[str, int]) -> Co
         changed |= {"participation": 1.0, "local_steps": None, "local_epochs": epochs}
     train = config.train.model_copy(update=changed)
     evaluation = EvaluationConfig.model_validate({**config.evaluation.model_dump(), "references": ()})
-    changes = {"name": f"{name} reference", "strategy": StrategyConfig(name="local"), "train": train}
+    changes: dict[str, object] = {"name": f"{name} reference", "strategy": StrategyConfig(name="local"), "train": train}
+    if config.head.share == "shared":  # "local" shares nothing; a head named so trains and starts alike
+        changes["head"] = config.head.model_copy(update={"share": None})
     return config.model_copy(update={**changes, "evaluation": evaluation})
 
 

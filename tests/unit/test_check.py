@@ -96,6 +96,16 @@ def test_a_reference_differs_in_nothing_else() -> None:
     assert reference_config(other, "pooled", {"a": 9, "b": 12}) == pooled
 
 
+@pytest.mark.parametrize("tuner", ["lora", "linear"])
+def test_a_head_that_was_to_be_shared_does_not_stay(tuner: str) -> None:
+    asked = federation.configure(tuner=[{"name": tuner}], head={"share": "shared"})
+    federation.assemble(asked)
+    with pytest.raises(ConfigError, match="contradicts"):
+        federation.assemble(asked.model_copy(update={"strategy": config.StrategyConfig(name="fedper")}))
+    for name in ("local", "pooled"):  # references share nothing, whatever the run does
+        federation.assemble(reference_config(asked, name, {"a": 9, "b": 12}))
+
+
 # ------------------------------------------------------------------------------------------------ bytes
 @pytest.mark.parametrize("serve", ["last", "best"])
 def test_bytes_of_full_participation_by_hand(serve: str) -> None:
