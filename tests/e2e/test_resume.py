@@ -256,6 +256,14 @@ def test_a_site_with_non_finite_numbers_stops_the_run_and_spoils_nothing(
     _ends_like(consilium, tmp_path, "fedavg", finished("fedavg"))
 
 
+def test_an_absurd_learning_rate_is_named_and_fails_again(consilium: Parent, tmp_path: Path) -> None:
+    settings = ("train.learning_rate=1e30", "train.clip_norm=0", "sites.num_sites=2")
+    command = (*words(tmp_path, *settings), "--out", tmp_path / "out", "--quiet")
+    for more in ((), ("--resume",)):
+        _failed(consilium(*command, *more), "non-finite", "alpine", "harbour", "lower train.learning_rate", "again")
+    assert not (tmp_path / "out" / "result.json").exists()
+
+
 # ------------------------------------------------------------------------------------------------ damaged folders
 @pytest.fixture
 def stopped(consilium: Parent, tmp_path: Path) -> Path:
