@@ -31,7 +31,7 @@ FINISH = {
 }
 EVENTS = [
     {"event": "prepare", "what": "decoding images", "done": 3, "total": 3},
-    {"event": "warning", "text": "site north trains on one class only"},
+    {"event": "warning", "text": "2 unreadable images were dropped"},
     START,
     {"event": "site", "round": 1, "site": "north", "status": "training", "loss": None},
     ROUND,
@@ -54,7 +54,7 @@ def _shown(show: object, **console: object) -> str:
 def test_where_there_is_no_terminal_a_run_is_a_few_plain_lines() -> None:
     assert _shown(progress.live).splitlines() == [
         "decoding images: 3",
-        "warning: site north trains on one class only",
+        "warning: 2 unreadable images were dropped",
         "trial: 2 sites, 2 rounds, in runs/trial",
         "round 1, 1.5 s, loss 0.500, validation balanced accuracy 0.750, south: lost",
         "reference pooled: trains",
@@ -73,7 +73,7 @@ def test_the_live_view_has_a_row_per_site_and_ends_with_the_outcome() -> None:
     assert "lost" in [row for row in shown.splitlines() if "south" in row][-1]
     assert "1/2" in [row for row in shown.splitlines() if row.startswith("rounds")][-1]
     assert "2/2" in [row for row in shown.splitlines() if "reference pooled" in row][-1]
-    assert "warning: site north trains on one class only" in shown
+    assert "warning: 2 unreadable images were dropped" in shown
     assert shown.rstrip().endswith("report: runs/trial/report.html")
 
 
