@@ -11,15 +11,16 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from consilium import registry
+from consilium import paths, registry
 from consilium.errors import ConfigError
 from consilium.registry import Options, options_error
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 def changed(model: BaseModel) -> set[str]:
@@ -49,6 +50,8 @@ class Partition(Options):
             raise ValueError(
                 f"partition kind {self.kind!r} takes {sorted(needed[self.kind] | optional) or 'no numbers'}"
             )
+        if self.kind == "natural" and "seed" in changed(self):
+            raise ValueError("partition kind 'natural' draws nothing, so a seed has no effect")
         return self
 
 
@@ -77,6 +80,7 @@ class _Member(BaseModel):
     """A table whose `name` picks a registered member; all further keys are that member's options."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
+    registered: ClassVar[tuple[registry.Kind, str]]  # kind, and the key that holds the member's name
 
     def options(self) -> dict[str, object]:
         """The member's own options, as written."""
@@ -86,6 +90,7 @@ class _Member(BaseModel):
 class SitesConfig(_Member):
     """Where the hospitals' images are and how they are divided."""
 
+    registered = ("sources", "source")
     source: str = "phantom"
     partition: Partition = Partition()
     split: Split = Split()
@@ -96,6 +101,7 @@ class SitesConfig(_Member):
 class TaskConfig(_Member):
     """What is learnt."""
 
+    registered = ("tasks", "name")
     name: str = "classification"
     classes: tuple[str, ...] | None = None
 
@@ -104,7 +110,7 @@ class BackboneConfig(Options):
     """Which pre-trained model; the file's own preprocessing is used unless it is overridden here."""
 
     name: str = "embedded"
-    weights: str | None = None  # a file, "random", "embedded"; None: the model hub
+    weights: Literal["random", "embedded"] | Path | None = None  # None: the model hub; random: seed 0, always
     image_size: int | None = Field(default=None, ge=8)
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
@@ -116,6 +122,7 @@ class BackboneConfig(Options):
 class TunerConfig(_Member):
     """One tuner; several tables make a hybrid."""
 
+    registered = ("tuners", "name")
     name: str = "lora"
 
 
@@ -123,15 +130,22 @@ class HeadConfig(Options):
     """The classifier on top."""
 
     kind: Literal["linear", "mlp"] = "linear"
-    hidden: int = Field(default=256, ge=1)
+    hidden: int = Field(default=256, ge=1)  # mlp only: width of the layer between
     share: Literal["shared", "personal", "frozen"] | None = (
         None  # None: shared, unless the strategy keeps it at the site
     )
+
+    @model_validator(mode="after")
+    def _width(self) -> HeadConfig:
+        if self.kind != "mlp" and "hidden" in changed(self):
+            raise ValueError("hidden has an effect with kind = 'mlp' only")
+        return self
 
 
 class StrategyConfig(_Member):
     """The federated algorithm."""
 
+    registered = ("strategies", "name")
     name: str = "fedavg"
 
 
@@ -152,8 +166,8 @@ class TrainConfig(Options):
     batch_size: int = Field(default=32, ge=1)
     accumulate: int = Field(default=1, ge=1)
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float | None = Field(default=None, gt=0)  # None: the tuner's preset per role
-    learning_rates: dict[str, float] = Field(default_factory=dict)  # by role
+    learning_rate: Positive | None = None  # None: the tuner's preset per role, for adamw; sgd needs one
+    learning_rates: dict[str, Positive] = Field(default_factory=dict)  # by role
     weight_decay: float = Field(default=0.01, ge=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)  # sgd only
     moments: Literal["reset", "keep"] = "reset"
@@ -170,6 +184,8 @@ class TrainConfig(Options):
             raise ValueError("give local_epochs or local_steps, not both")
         if self.optimizer != "sgd" and "momentum" in changed(self):
             raise ValueError("momentum has an effect with optimizer = 'sgd' only")
+        if self.optimizer == "sgd" and self.learning_rate is None:
+            raise ValueError("the tuners' own rates are for adamw: give a learning_rate with optimizer = 'sgd'")
         return self
 
 
@@ -182,12 +198,18 @@ class EvaluationConfig(Options):
     bootstrap: int = Field(default=1000, ge=0)
     every: int = Field(default=1, ge=1)  # rounds between validations
 
+    @model_validator(mode="after")
+    def _selects(self) -> EvaluationConfig:
+        if self.serve != "best" and "select" in changed(self):
+            raise ValueError("select has an effect with serve = 'best' only")
+        return self
+
 
 class EngineConfig(Options):
     """How the simulation is carried out; changes no result except through `threads` and `device`."""
 
     name: Literal["simulate"] = "simulate"
-    workers: int | Literal["auto"] = 1
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     threads: int = Field(default=1, ge=1)
     device: str = "auto"
     cache: Path | None = None  # folder of the decoded-image store; None: the user's cache folder
@@ -218,6 +240,13 @@ class Config(BaseModel):
     def _members_exist(self) -> Config:
         for kind, name, table in self.members():
             registry.parse_options(registry.get(kind, name), table.options())
+        return self
+
+    @model_validator(mode="after")
+    def _several_to_choose_from(self) -> Config:
+        rounds, every = self.train.rounds, self.evaluation.every
+        if self.evaluation.serve == "best" and every > rounds:  # only the last round would be validated
+            raise ValueError(f"serve = 'best' has nothing to choose from with every = {every} of {rounds} rounds")
         return self
 
     def members(self) -> list[tuple[registry.Kind, str, _Member]]:
@@ -293,7 +322,7 @@ def quick_start() -> dict[str, Any]:
 def from_dict(table: Mapping[str, Any], base: Path | None = None) -> Config:
     """Validate a plain table; relative paths are relative to `base`."""
     try:
-        return Config.model_validate(_absolute(table, base or Path.cwd()))
+        return Config.model_validate(paths.absolute(table, Config, base or Path.cwd()))
     except ValidationError as error:
         raise _config_error(error) from error
 
@@ -356,21 +385,3 @@ def _value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-
-
-_PATHS = (("sites", "table"), ("sites", "images"), ("sites", "path"), ("sites", "split", "file"), ("engine", "cache"))
-
-
-def _absolute(table: Mapping[str, Any], base: Path) -> dict[str, Any]:
-    copy: dict[str, Any] = json.loads(json.dumps(table, default=str))
-    for *parents, last in _PATHS:
-        target: Any = copy
-        for parent in parents:
-            target = target.get(parent, {}) if isinstance(target, dict) else {}
-        if isinstance(target, dict) and isinstance(target.get(last), str):
-            target[last] = str((base / Path(target[last]).expanduser()).resolve())
-    backbone = copy.get("backbone")
-    weights = backbone.get("weights") if isinstance(backbone, dict) else None
-    if isinstance(backbone, dict) and isinstance(weights, str) and weights not in ("random", "embedded"):
-        backbone["weights"] = str((base / Path(weights).expanduser()).resolve())
-    return copy

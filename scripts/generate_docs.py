@@ -92,8 +92,8 @@ def _words(schema: dict[str, Any]) -> str:
         return " or ".join(_words(part) for part in schema["anyOf"] if part.get("type") != "null")
     if schema.get("type") == "array":
         return f"list of {_words(schema.get('items') or schema.get('prefixItems', [{}])[0])}"
-    if schema.get("type") == "object":
-        return "table"
+    if schema.get("type") == "object" or schema.get("format") == "path":
+        return str(schema.get("format", "table"))
     return {"string": "text", "integer": "whole number", "boolean": "true or false"}.get(
         str(schema.get("type")), str(schema.get("type", "any"))
     ) + _range(schema)

@@ -3,11 +3,11 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
-from consilium import config
+from consilium import config, registry
 from consilium.errors import ConfigError
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").rglob("*.toml"))
@@ -37,7 +37,11 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
     [
         "",
         '[strategy]\nname = "fedprox"\nmu = 0.5',
-        '[train]\nlocal_steps = 4\noptimizer = "sgd"',
+        '[train]\nlocal_steps = 4\noptimizer = "sgd"\nlearning_rate = 0.1',
+        '[head]\nkind = "mlp"\nhidden = 9',
+        '[sites.partition]\nkind = "iid"\nnum_sites = 3\nseed = 2',
+        '[train]\nrounds = 4\n[evaluation]\nserve = "best"\nselect = "loss"\nevery = 4',
+        "[engine]\nworkers = 3",
         '[sites.split]\ncolumn = "fold"',
         '[sites.partition]\nkind = "dirichlet"\nnum_sites = 3\nalpha = 0.5',
         '[[tuner]]\nname = "lora"\nrank = 2\n[[tuner]]\nname = "lora"\ntargets = ["fc1"]',
@@ -91,6 +95,15 @@ def test_an_unknown_option_of_a_member_is_refused_too() -> None:
         '[sites.split]\ncolumn = "fold"\nseed = 3',
         "tuner = []",
         '[head]\nshare = "sometimes"',
+        "[head]\nhidden = 9",
+        "[sites.partition]\nseed = 2",
+        '[evaluation]\nselect = "loss"',
+        '[train]\nrounds = 4\n[evaluation]\nserve = "best"\nevery = 5',
+        "[engine]\nworkers = -3",
+        "[engine]\nworkers = 0",
+        "[train.learning_rates]\nlora_a = -1.0",
+        '[train]\noptimizer = "sgd"',
+        '[train]\noptimizer = "sgd"\nlearning_rates = { head = 0.1 }',
     ],
 )
 def test_values_that_make_no_sense_are_refused(text: str) -> None:
@@ -104,8 +117,30 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
         '[backbone]\nname = "vit_tiny_patch16_224"\nweights = "../weights.safetensors"\n[engine]\ncache = "c"'
     )
     loaded = config.load(file)
-    assert loaded.backbone.weights == str(tmp_path / "weights.safetensors")
+    assert loaded.backbone.weights == tmp_path / "weights.safetensors"
     assert loaded.engine.cache == tmp_path / "deep" / "c"
+
+
+class _Elsewhere(registry.Options):
+    listing: Path
+    more: tuple[Path, ...] = ()
+    model: Path | Literal["none"] = "none"
+    title: str = "a/b"
+
+
+def test_paths_of_any_member_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in registry.KINDS:
+        registry.members(kind)
+    monkeypatch.setattr(registry, "_members", dict(registry._members))
+    for kind in registry.KINDS:
+        registry.register(kind, "elsewhere", options=_Elsewhere, summary="a test's own")(lambda options: options)
+    keys = {"listing": "a.csv", "more": ["b", "/c"], "model": "none", "title": "d/e"}
+    member = {"name": "elsewhere", **keys}
+    table = {"sites": {"source": "elsewhere", "split": {"file": "s"}, **keys}, "tuner": [member, member]}
+    loaded = config.from_dict({**table, "task": member, "strategy": member}, base=tmp_path)
+    wanted = {**keys, "listing": str(tmp_path / "a.csv"), "more": [str(tmp_path / "b"), "/c"]}
+    assert [each.options() for _, _, each in loaded.members()] == [wanted] * 5
+    assert loaded.sites.split.file == tmp_path / "s"
 
 
 @pytest.mark.parametrize("word", ["random", "embedded"])

@@ -100,7 +100,7 @@ def test_a_run_of_any_strategy_opens_again(strategy: str, tmp_path: Path) -> Non
     plain = {
         "backbone": {"name": "embedded", "image_size": 32},
         "strategy": {"name": strategy},
-        "train": {"optimizer": "sgd", "local_steps": 3},
+        "train": {"optimizer": "sgd", "learning_rate": 0.1, "local_steps": 3},
         "sites": {"source": "folder", "path": str(tmp_path), "split": {"column": "fold"}},
     }
     settings = config.from_dict(plain)
