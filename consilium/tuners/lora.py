@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,10 +35,16 @@ class LoraOptions(registry.Options):
 
     rank: int = Field(default=8, ge=1)
     alpha: float | None = Field(default=None, gt=0)  # None: the rank, so that the scale is 1
-    rank_stabilised: bool = False  # alpha / sqrt(rank) in place of alpha / rank
+    rank_stabilised: bool = False  # scale alpha / sqrt(rank) in place of alpha / rank; needs alpha, whatever the rank
     dropout: float = Field(default=0.0, ge=0, lt=1)  # of the adapter's input, in training only
     targets: Annotated[tuple[Literal["qkv", "proj", "fc1", "fc2"], ...], Field(min_length=1)] = ("qkv",)
     blocks: tuple[int, ...] | None = None  # None: all
+
+    @model_validator(mode="after")
+    def _fixed_alpha(self) -> LoraOptions:
+        if self.rank_stabilised and self.alpha is None:  # the rank for alpha would make the scale grow with the rank
+            raise ValueError("rank_stabilised needs alpha: the scale is alpha / sqrt(rank)")
+        return self
 
     @property
     def scale(self) -> float:

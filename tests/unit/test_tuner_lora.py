@@ -172,6 +172,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
         ({"rank": 0}, "rank"),
         ({"dropout": 1.0}, "dropout"),
         ({"alpah": 1.0}, "unknown key"),
+        ({"rank_stabilised": True}, "needs alpha"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict[str, object], words: str) -> None:
