@@ -98,17 +98,20 @@ def sites_harmed(
     """Sites that the federation made worse than training alone, by the paired difference of `used` and `local`.
 
     `sites`: the difference is to the site's harm and its interval excludes zero. `negative`: the point difference is to
-    its harm, whatever the interval. `count` and `count_negative` are their lengths; `difference` is {site: V}.
+    its harm, whatever the interval. `undetermined`: the difference has no interval, so harm is unknown. `count` and
+    `count_negative` are lengths, `count` None where no site is determined; `difference` is {site: V}.
     """
     per_site = paired_difference(used, local, metric, classes, bootstrap=bootstrap, seed=seed)["per_site"]
     sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
     negative = [site for site, v in per_site.items() if v["value"] is not None and sign * v["value"] < 0]
     bound = "low" if metric in LOWER_IS_BETTER else "high"
     harmed = [site for site in negative if per_site[site][bound] is not None and sign * per_site[site][bound] < 0]
+    undetermined = [site for site, v in per_site.items() if v[bound] is None]
     return {
         "metric": metric,
-        "count": len(harmed),
+        "count": len(harmed) if len(undetermined) < len(per_site) else None,
         "sites": harmed,
+        "undetermined": undetermined,
         "count_negative": len(negative),
         "negative": negative,
         "difference": per_site,

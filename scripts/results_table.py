@@ -85,7 +85,8 @@ def costs(folders: Sequence[Path]) -> Iterable[str]:
         harmed = result.get("sites_harmed", {})
         parameters, sent, passes = result["parameters"], result["bytes"], result["image_passes"]["total"]
         numbers = [parameters["trainable"], parameters["exchanged"], sent["up"]["total"], sent["down"]["total"], passes]
-        last = [f"{result['seconds']:.0f}", ", ".join(harmed.get("sites", [])) or "none"]
+        unknown = "unknown" if harmed.get("count") is None else "none"
+        last = [f"{result['seconds']:.0f}", ", ".join(harmed.get("sites", [])) or unknown]
         yield table_line([folder.name, *(f"{number:,}" for number in numbers), *last])
 
 

@@ -117,8 +117,9 @@ class Harmed(_Plain):
     """Sites that did worse than alone; see `metrics.sites_harmed`."""
 
     metric: str = "balanced_accuracy"
-    count: int = 0
+    count: int | None = 0  # None: no site has an interval
     sites: list[str] = []
+    undetermined: list[str] = []
     negative: list[str] = []
     difference: dict[str, Value] = {}
 

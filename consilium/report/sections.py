@@ -11,7 +11,7 @@ from markupsafe import Markup
 from consilium import metrics
 from consilium.report import figures, tables
 from consilium.report.figures import Point
-from consilium.report.load import Entry, Run, Value
+from consilium.report.load import Entry, Harmed, Run, Value
 from consilium.report.tables import NAMES, Cell, Table
 from consilium.report.text import UNDEFINED, bytes_text, count, duration, strategy_text, tuner_text
 
@@ -72,8 +72,7 @@ def tiles(run: Run) -> list[Tile]:
     found = [_measured(f"Balanced accuracy, {_SHORT[part]}", balanced, part) for part, _ in _PARTS]
     found.append(_measured("Macro AUROC, mean", auroc, "mean"))
     if result.sites_harmed is not None:
-        detail = f"{len(result.sites_harmed.negative)} below local-only by the number alone"
-        found.append(Tile("Sites harmed", f"{result.sites_harmed.count} of {len(result.sites)}", detail))
+        found.append(_harm(result.sites_harmed, len(result.sites)))
     up, down = (bytes_text(way.total) for way in (result.bytes.up, result.bytes.down))
     found.append(
         Tile("Exchanged", bytes_text(result.bytes.up.total + result.bytes.down.total), f"{up} up, {down} down")
@@ -83,6 +82,13 @@ def tiles(run: Run) -> list[Tile]:
     found.append(Tile("Trainable parameters", sizes["trainable"], detail))
     passes = f"{count(result.image_passes.get('total'))} image passes"
     return [*found, Tile("Time", duration(result.seconds), passes)]
+
+
+def _harm(harmed: Harmed, num_sites: int) -> Tile:
+    known = UNDEFINED if harmed.count is None else f"{harmed.count} of {num_sites}"
+    details = [f"{len(harmed.negative)} below local-only by the number alone"]
+    details += [f"{len(harmed.undetermined)} without an interval, unknown"] if harmed.undetermined else []
+    return Tile("Sites harmed", known, "\n".join(details))
 
 
 _PARTS = (("mean", "mean over sites"), ("worst", "worst site"), ("pooled", "all images pooled"))
@@ -119,6 +125,8 @@ def _results(run: Run) -> Section:
     )
     if run.result.sites_harmed is not None:
         note += " Harmed: the paired difference to local-only training is below zero with its whole interval."
+        unknown = ", ".join(run.result.sites_harmed.undetermined)
+        note += f" It is unknown, for want of an interval, at {unknown}." if unknown else ""
     if run.result.held_out is not None and unseen is None:
         note += f" Sites that took no part were not measured: {run.result.held_out.reason}."
     return Section("Results", shown, [("Other metrics", [tables.results(run, metric) for metric in rest])], note)

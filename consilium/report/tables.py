@@ -246,7 +246,7 @@ def _run_row(number: int, run: Run) -> list[Cell]:
     balanced, auroc = tree.get("balanced_accuracy"), tree.get("macro_auroc")
     parts = [getattr(balanced, part) if balanced else None for part in ("mean", "worst", "pooled")]
     measured = [interval(value, value.site or "" if value else "") for value in [*parts, auroc.mean if auroc else None]]
-    harmed = count(result.sites_harmed.count) if result.sites_harmed else UNDEFINED
+    harmed = count(result.sites_harmed.count if result.sites_harmed else None)
     numbers = [harmed, bytes_text(result.bytes.up.total + result.bytes.down.total)]
     numbers += [count(result.parameters.get(key)) for key in ("trainable", "exchanged")]
     numbers += [count(result.image_passes.get("total")), duration(result.seconds)]

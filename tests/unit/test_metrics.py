@@ -290,6 +290,17 @@ def test_harm_is_a_difference_whose_interval_excludes_zero() -> None:
     assert (reverse["sites"], reverse["negative"]) == ([], [])
     calibration = metrics.sites_harmed(used, local, CLASSES, metric="expected_calibration_error", bootstrap=200)
     assert calibration["sites"] == ["a"]
+    assert found["undetermined"] == []
+
+
+def test_harm_without_an_interval_is_unknown_and_not_none() -> None:
+    local = table(sites="abc", n=300, shift=1.5)
+    alone = local.assign(group=local.group.where(local.site != "b", "one patient"))
+    found = metrics.sites_harmed(alone, alone, CLASSES, bootstrap=50)
+    assert (found["count"], found["undetermined"]) == (0, ["b"])
+    for bootstrap, frame in ((0, local), (50, local.assign(group=local.site))):
+        nowhere = metrics.sites_harmed(frame, frame, CLASSES, bootstrap=bootstrap)
+        assert (nowhere["count"], nowhere["undetermined"]) == (None, ["a", "b", "c"])
 
 
 def test_the_majority_baseline_answers_with_each_sites_own_class() -> None:

@@ -14,9 +14,10 @@ import pytest
 
 from consilium import metrics
 from consilium.errors import ConfigError, StateError
-from consilium.report import figures
+from consilium.report import figures, sections
 from consilium.report.html import render
 from consilium.report.load import load_run
+from consilium.report.text import UNDEFINED
 
 CLASSES = ("akiec", "bcc", "mel", "nv")
 SITES = {"aarhus": 160, "bern": 110, "coimbra": 60, "delft": 24}
@@ -269,6 +270,15 @@ def test_harmed_sites_are_marked(folder: Path, tmp_path: Path) -> None:
     assert [word for word in page.words if word in ("harmed", "below local")] == ["harmed", "below local"]
     assert re.search(r"bern</th>.*?badge harmed.*?</tr>", text, flags=re.S)
     assert "1 of 4" in page.words
+
+
+def test_harm_that_nothing_can_show_is_not_called_none(folder: Path, tmp_path: Path) -> None:
+    harmed = {"count": None, "sites": [], "negative": ["bern"], "undetermined": list(SITES), "difference": {}}
+    run = load_run(changed(folder, tmp_path, sites_harmed=harmed))
+    (tile,) = [tile for tile in sections.tiles(run) if tile.label == "Sites harmed"]
+    assert (tile.value, tile.detail.split("\n")[1]) == (UNDEFINED, "4 without an interval, unknown")
+    words = " ".join(show(run.folder)[1].words)
+    assert f"It is unknown, for want of an interval, at {', '.join(SITES)}." in words
 
 
 def test_a_group_on_both_sides_of_a_split_is_called_a_leak(folder: Path, tmp_path: Path) -> None:
