@@ -84,6 +84,10 @@ class Site:
 
     def _round(self, request: Request) -> Reply:
         started = perf_counter()
+        newest = max(self._states.rounds(), default=0)
+        if request.round < newest - 1:  # a coordinator that lost its last checkpoint asks for one round again, not more
+            message = f"round {request.round} was asked for, but round {newest} is done"
+            return Reply(self.data.name, request.round, 0, failure=Failure(self.data.name, "stale", message))
         state = self._state(request)
         validated = bool(request.context.get("validate", True))
         incoming = self._validate(state.received, state.personal) if validated else {}

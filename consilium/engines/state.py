@@ -36,7 +36,7 @@ class StateFolder:
     agreement: str
 
     def save(self, state: SiteState, keep: Collection[int]) -> None:
-        """Write the state of a round and drop all others that are not to be kept."""
+        """Write the state of a round and drop the earlier ones that are not to be kept; later ones stay as they are."""
         parts = {
             "received": state.received,
             "personal": state.personal.tensors,
@@ -45,20 +45,23 @@ class StateFolder:
         }
         flat = {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
         checkpoint.save(self._path(state.round), flat, {"round": state.round, "agreement": self.agreement})
-        for path in self.folder.glob("state-*.safetensors"):
-            if int(path.stem.split("-")[1]) not in {*keep, state.round}:
-                path.unlink()
+        for number in self.rounds():
+            if number < state.round and number not in keep:
+                self._path(number).unlink()
+
+    def rounds(self) -> list[int]:
+        """Rounds of the states that are there, sorted."""
+        return sorted(int(path.stem.split("-")[1]) for path in self.folder.glob("state-*.safetensors"))
 
     def load(self, round: int) -> SiteState:
         """The state after `round`; StateError where it is missing, damaged or of another run."""
         path = self._path(round)
         if not path.is_file():
-            have = sorted(int(p.stem.split("-")[1]) for p in self.folder.glob("state-*.safetensors"))
             remedy = "restore the site's folder from its backup, or start a new run"
             raise StateError(
                 "the site lacks the state that this request builds on",
                 where=str(self.folder),
-                allowed=f"rounds {have}",
+                allowed=f"rounds {self.rounds()}",
                 received=f"round {round}",
                 remedy=remedy,
             )

@@ -141,7 +141,7 @@ def test_a_personal_part_of_another_name_is_refused_too() -> None:
 
 # ------------------------------------------------------------------------------------------------ both ends refuse
 def _pieces(member: Strategy | None = None, **tables: Any) -> Experiment:
-    return federation.assemble(federation.configure(train=SHORT, **tables), member)
+    return federation.assemble(federation.configure(**{"train": SHORT, **tables}), member)
 
 
 def _site(folder: Path, pieces: Experiment, data: SiteData = SITES["a"]) -> Site:
@@ -283,6 +283,33 @@ def test_a_state_that_is_gone_is_named(tmp_path: Path) -> None:
     assert "round 7" in reply.failure.message
     with pytest.raises(StateError):
         StateFolder(tmp_path, pieces.handshake.agreement).load(7)
+
+
+def _round_after_round(folder: Path, pieces: Experiment, rounds: int) -> tuple[Site, list[bytes]]:
+    site = _site(folder, pieces)
+    asked = [_request(pieces, round=number, builds_on=number - 1) for number in range(1, rounds + 1)]
+    assert all(decode_reply(site.handle(data), pieces.up(1)).failure is None for data in asked)
+    return site, asked
+
+
+def test_an_old_request_destroys_no_newer_state(tmp_path: Path) -> None:
+    pieces = _pieces(train={**SHORT, "rounds": 4})
+    site, asked = _round_after_round(tmp_path, pieces, 3)
+    before = (tmp_path / "state-00003.safetensors").read_bytes()
+    for data, code in ((asked[0], "stale"), (asked[2], None)):
+        reply = decode_reply(site.handle(data), pieces.up(1))
+        assert (reply.failure and reply.failure.code) == code
+    assert decode_reply(site.handle(asked[1]), pieces.up(1)).failure is not None, "the state before it is gone"
+    assert StateFolder(tmp_path, pieces.handshake.agreement).rounds() == [2, 3]
+    assert (tmp_path / "state-00003.safetensors").read_bytes() == before
+
+
+def test_the_last_round_but_one_may_be_repeated(tmp_path: Path) -> None:
+    pieces = _pieces()
+    site, asked = _round_after_round(tmp_path, pieces, 2)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert decode_reply(site.handle(asked[0]), pieces.up(1)).failure is None
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_agreement_covers_what_all_must_share() -> None:
