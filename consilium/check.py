@@ -35,6 +35,8 @@ class Check:
     memory_bytes: Mapping[str, int]
     wire: Mapping[str, list[Table]]
     kept_at_site: list[Table]
+    numbers: list[Table]  # what leaves a site beside the tensors
+    individual_updates: bool  # the strategy looks at each site's update; False: a secure sum of them would do
     sites: Mapping[str, Table]
     split_hash: str
     leakage: Mapping[str, Any]
@@ -52,6 +54,7 @@ def check(config: Config) -> Check:
     experiment = assemble(config, prepared.classes)
     specs = experiment.model.specs
     up, down = experiment.up(1), experiment.down(1)
+    sent, received = results.both_ways(experiment)
     return Check(
         name=config.name,
         parameters=results.parameters(experiment),
@@ -59,12 +62,14 @@ def check(config: Config) -> Check:
         bytes=predicted_bytes(experiment, sorted(prepared.sites)),
         image_passes=predicted_passes(config, {name: len(data.train) for name, data in prepared.sites.items()}),
         memory_bytes=_memory(experiment),
-        wire={"up": results.wire(up), "down": results.wire(down)},
-        kept_at_site=results.wire({name: spec for name, spec in specs.items() if name not in up}),
+        wire={"up": results.wire(sent), "down": results.wire(received)},
+        kept_at_site=results.wire({name: spec for name, spec in specs.items() if name not in sent}),
+        numbers=results.numbers(experiment),
+        individual_updates=experiment.strategy.declares.needs_individual_updates,
         sites={name: results.site_table(data, prepared.classes) for name, data in prepared.sites.items()},
         split_hash=prepared.split_hash,
-        leakage=audit.audit_config(config).to_dict(),
-        warnings=prepared.warnings,
+        leakage=audit.audit(prepared.split, prepared.hashes, prepared.corrupt).to_dict(),
+        warnings=tuple(results.warnings(experiment, prepared)),
     )
 
 

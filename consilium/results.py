@@ -72,7 +72,7 @@ def write(out: Path, experiment: Experiment, federation: Federation, plans: Sequ
     table = pd.read_parquet(out / "predictions.parquet")
     summary = checkpoint.read_json(out / "summary.json")
     config, specs, names = experiment.config, experiment.model.specs, sorted(federation.sites)
-    up, down = experiment.up(1), experiment.down(1)
+    up, down = both_ways(experiment)
     result: dict[str, Any] = {
         "schema_version": 1,
         "name": config.name,
@@ -94,10 +94,11 @@ def write(out: Path, experiment: Experiment, federation: Federation, plans: Sequ
         **summary,
         "wire": {"up": wire(up), "down": wire(down)},
         "kept_at_site": wire({name: spec for name, spec in specs.items() if name not in up}),
+        "numbers": numbers(experiment),
         "peak_memory_bytes": peak_memory(),
         "rounds": config.train.rounds,
         "sites": {name: site_table(data, federation.classes) for name, data in federation.sites.items()},
-        "warnings": list(federation.warnings),
+        "warnings": warnings(experiment, federation),
         "metrics": trees(table, experiment, names),
     }
     result |= _compared(out, experiment, federation, table, [name for name in plans if name in ("local", "pooled")])
@@ -156,6 +157,8 @@ def _held_out(out: Path, experiment: Experiment, federation: Federation) -> dict
     patients who also occur at a site that took part."""
     tables = [pd.read_parquet(path) for path in sorted((out / "held_out" / "sites").glob("*/predictions.parquet"))]
     table = stack(tables)
+    if not len(table):
+        return {"metrics": None, "reason": "they have no validation or test images"}
     rows = table[table["model"] == "global"]
     if not len(rows):
         return {"metrics": None, "reason": "the strategy leaves no global model for a site that took no part"}
@@ -206,6 +209,44 @@ def wire(specs: Specs) -> list[dict[str, Any]]:
         }
         for name, spec in sorted(specs.items())
     ]
+
+
+def both_ways(experiment: Experiment) -> tuple[Specs, Specs]:
+    """Everything that may leave a site, and that may reach one, in any round."""
+    rounds = range(1, experiment.config.train.rounds + 1)
+    up, down = ({n: s for number in rounds for n, s in way(number).items()} for way in (experiment.up, experiment.down))
+    return up, down
+
+
+def numbers(experiment: Experiment) -> list[dict[str, str]]:
+    """One row per number that leaves a site beside the tensors: name, when it is sent, what it says."""
+    every, best = experiment.config.evaluation.every, experiment.config.evaluation.serve == "best"
+    task, rounds = experiment.task, "every round"
+    quick = task.validation(np.full((1, len(task.classes)), 1 / len(task.classes)), np.zeros(1, dtype=np.int64))
+    validated = rounds if every == 1 else f"round 1 and every {every} rounds"
+    about = f"of the site's validation images: {', '.join(sorted(quick))}"
+    rows = [
+        ("num_examples", "every reply", "number of training images"),
+        ("loss", rounds, "mean training loss"),
+        ("num_steps", rounds, "optimiser steps"),
+        ("image_passes", rounds, "images trained on"),
+        ("seconds", rounds, "time that the site took"),
+        ("val.incoming", f"{validated}{', and at the end' if best else ''}", f"{about}, with the model as it came in"),
+        ("val.outgoing", validated, f"{about}, with the model as it was trained"),
+        ("models", "at the end", "names of the models that were tested; no result of a test"),
+        ("failure", "where a request fails", "a code and a message"),
+    ]
+    if task.class_counts == "federation":
+        rows.insert(1, ("class_counts", "once, before round 1", "number of training images of each class"))
+    return [dict(zip(("name", "sent", "what"), row, strict=True)) for row in rows]
+
+
+def warnings(experiment: Experiment, federation: Federation) -> list[str]:
+    """Sentences about the data, and about a federation in which nothing is shared."""
+    found, strategy = list(federation.warnings), experiment.config.strategy.name
+    if strategy != "local" and not both_ways(experiment)[0]:
+        found.append(f"nothing is shared: with this tuner and head, {strategy!r} is every site training alone")
+    return found
 
 
 def site_table(data: SiteData, classes: Sequence[str]) -> dict[str, Any]:

@@ -84,6 +84,14 @@ class WireTensor(_Plain):
     bytes: int | None = None
 
 
+class WireNumber(_Plain):
+    """A number that leaves a site beside the tensors."""
+
+    name: str
+    sent: str = ""
+    what: str = ""
+
+
 class Wire(_Plain):
     """Everything that travels, each way."""
 
@@ -154,6 +162,7 @@ class Result(_Plain):
     bytes: Traffic = Traffic()
     wire: Wire = Wire()
     kept_at_site: list[WireTensor] = []
+    numbers: list[WireNumber] = []
     seconds: float | None = None
     image_passes: dict[str, Any] = {}
     peak_memory_bytes: int | None = None

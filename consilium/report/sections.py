@@ -253,6 +253,7 @@ def _reliability(title: str, rows: pd.DataFrame, classes: Sequence[str]) -> Mark
 # ------------------------------------------------------------------------------------------------ traffic
 def _traffic(run: Run) -> Section:
     blocks: list[Block] = [tables.traffic(run), tables.by_role(run)]
+    blocks += [tables.numbers(run)] if run.result.numbers else []
     if run.events:
         series = {way: [sum(e.bytes.get(way, {}).values()) for e in run.events] for way in ("up", "down")}
         rounds = [e.round for e in run.events]

@@ -220,6 +220,12 @@ def by_role(run: Run) -> Table:
     return Table("Tensors by role", ["", "role", "tensors", "bytes"], rows, num_text=2)
 
 
+def numbers(run: Run) -> Table:
+    """What else left a site: counts, losses and metrics."""
+    rows = [[Cell(each.name), Cell(each.sent), Cell(each.what)] for each in run.result.numbers]
+    return Table("Numbers that left each site beside the tensors", ["name", "sent", "what"], rows, num_text=3)
+
+
 def tensors(title: str, listed: Sequence[WireTensor]) -> Table:
     """Every named tensor."""
     rows = [

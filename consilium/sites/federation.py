@@ -36,6 +36,8 @@ class Federation:
     split_hash: str
     data_digest: str  # over ids, labels, groups, sites and the images' bytes
     warnings: tuple[str, ...]
+    hashes: Mapping[str, str]  # id -> SHA-256 of the image's bytes
+    corrupt: tuple[str, ...]  # ids without readable pixels
 
 
 def prepare(
@@ -65,6 +67,8 @@ def prepare(
         split_hash=splits.digest(rows),
         data_digest=_data_digest(rows, store.hashes),
         warnings=tuple(_warnings(rows, trained, known, store)),
+        hashes=store.hashes,
+        corrupt=store.corrupt,
     )
 
 

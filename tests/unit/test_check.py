@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consilium import config, coordinator
+from consilium import config, coordinator, registry
 from consilium.check import check, predicted_bytes
 from consilium.errors import ConfigError, DataError
+from consilium.protocols import Declaration
 from consilium.run import reference_config
+from consilium.sites import audit
+from consilium.sites.manifest import Manifest
+from consilium.strategies.fedavg import FedAvg
 from tests import federation, hospitals
 
 HUGE = 10**6
@@ -161,6 +166,37 @@ def test_check_is_plain_and_writes_nothing(
     assert plain["image_passes"] == {"east": 42, "west": 42}
     assert plain["leakage"]["groups_across_splits"] == []
     assert found.bytes == predicted_bytes(federation.experiment.assemble(settings, ("a", "b")), ["east", "west"])
+
+
+def test_check_reads_each_image_once_and_audits_what_it_read(
+    settings: config.Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    again, broken = sorted((tmp_path / "images").iterdir())[:2]
+    again.write_bytes(sorted((tmp_path / "images").iterdir())[-1].read_bytes())
+    broken.write_bytes(b"no image")
+    sites = settings.sites.model_copy(update={"tolerate_corrupt": 0.5})
+    expected = audit.audit_config(settings := settings.model_copy(update={"sites": sites})).to_dict()
+    seen: list[bytes] = []
+    decode = Manifest.decode
+    monkeypatch.setattr(Manifest, "decode", lambda self, content: seen.append(content) or decode(self, content))
+    found = check(settings)
+    assert found.leakage == expected
+    assert found.leakage["counts"]["duplicates"] == found.leakage["counts"]["unreadable"] == 1
+    assert len(seen) == len(set(seen)) == len(list((tmp_path / "images").iterdir())) - 1
+
+
+def test_check_says_what_the_coordinator_sees(settings: config.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = check(settings)
+    assert not found.individual_updates
+    assert "val.incoming" in [row["name"] for row in found.numbers]
+    assert found.warnings == ()
+    telling = settings.model_copy(update={"strategy": config.StrategyConfig(name="watching")})
+    watching = replace(
+        registry.get("strategies", "fedavg"),
+        build=lambda options: FedAvg(options.weights, declares=Declaration(needs_individual_updates=True)),
+    )
+    monkeypatch.setattr(registry, "_members", {**registry._members, ("strategies", "watching"): watching})
+    assert check(telling).individual_updates
 
 
 def test_memory_grows_with_the_batch_alone(settings: config.Config) -> None:

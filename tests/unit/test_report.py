@@ -289,6 +289,14 @@ def test_a_group_on_both_sides_of_a_split_is_called_a_leak(folder: Path, tmp_pat
     assert "1, a leak" in show(leaking)[1].words
 
 
+def test_numbers_that_left_are_listed_where_the_run_declares_them(folder: Path, tmp_path: Path) -> None:
+    row = {"name": "class_counts", "sent": "once, before round 1", "what": "number of training images of each class"}
+    words = show(changed(folder, tmp_path, numbers=[row]))[1].words
+    assert set(row.values()) <= set(words)
+    assert "Numbers that left each site beside the tensors" in words
+    assert "Numbers that left each site beside the tensors" not in show(folder)[1].words  # an older run
+
+
 def test_that_nothing_stayed_is_said(folder: Path, tmp_path: Path) -> None:
     text, _ = show(changed(folder, tmp_path, kept_at_site=[]))
     assert re.search(r"stayed</th>\s*<td class=\"text\">none", text)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,7 +14,9 @@ import torch
 
 from consilium import checkpoint, results
 from consilium.errors import StateError
-from consilium.protocols import Examples, SiteData, Spec, Tag
+from consilium.messages import Reply
+from consilium.protocols import Examples, SiteData, Spec, Specs, Tag
+from consilium.strategies.fedavg import FedAvg
 from tests import federation
 
 
@@ -46,6 +50,66 @@ def test_parameters_are_counted_apart() -> None:
     found, head = results.parameters(pieces), pieces.backbone.num_features * 3 + 3
     assert found["trainable"] - found["exchanged"] == head
     assert found["backbone"] == pieces.backbone.num_parameters
+
+
+class _InTurn(FedAvg):
+    """The head travels in round 2 only, the rest in all others."""
+
+    def up(self, specs: Specs, round: int) -> Specs:
+        return {name: spec for name, spec in specs.items() if (spec.tag.role == "head") == (round == 2)}
+
+
+def test_what_travels_in_any_round_is_listed() -> None:
+    for rounds, both in ((1, False), (2, True)):
+        pieces = federation.assemble(federation.configure(train={"rounds": rounds}), _InTurn())
+        up, down = results.both_ways(pieces)
+        assert ("head.bias" in up, len(up) == len(pieces.model.specs)) == (both, both)
+        assert down == up
+
+
+@pytest.mark.parametrize("counts", ["site", "federation"])
+def test_every_number_that_leaves_a_site_is_declared(tmp_path: Path, counts: str) -> None:
+    task = {"class_weight": "inverse", "class_counts": counts}
+    settings = federation.configure(task=task, evaluation={"serve": "best", "every": 2})
+    outcome = federation.run(tmp_path, settings, federation.hospitals(6, 6))
+    replies = [outcome.decode("up", data) for way, _, data in outcome.wire if way == "up"]
+    fields = {"site", "round", "tensors", "num_examples", "numbers", "failure"}
+    assert {field.name for field in dataclasses.fields(Reply)} == fields
+    validations = [reply.numbers.get("val", {}) for reply in replies]
+    seen = {"num_examples", "failure"} | {name for reply in replies for name in reply.numbers} - {"val"}
+    seen |= {f"val.{way}" for each in validations for way in each}
+    rows = {row["name"]: row for row in results.numbers(outcome.experiment)}
+    assert rows.keys() == seen
+    assert ("class_counts" in rows) == (counts == "federation")
+    metrics = {name for each in validations for values in each.values() for name in values}
+    assert metrics
+    assert all(name in rows["val.incoming"]["what"] for name in metrics)
+    assert rows["val.outgoing"]["sent"] == "round 1 and every 2 rounds"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "tuner", "alone"), [("fedper", "linear", 1), ("fedper", "lora", 0), ("local", "lora", 0)]
+)
+def test_a_federation_that_shares_nothing_is_warned_of(strategy: str, tuner: str, alone: int) -> None:
+    pieces = federation.assemble(federation.configure(strategy={"name": strategy}, tuner=[{"name": tuner}]))
+    found = results.warnings(pieces, SimpleNamespace(warnings=("about data",)))
+    assert found[0] == "about data"
+    assert len([text for text in found if "nothing is shared" in text]) == alone == len(found) - 1
+
+
+@pytest.mark.parametrize(
+    ("models", "reason"), [((), "no validation or test images"), (("personal",), "no global model")]
+)
+def test_why_held_out_sites_are_not_measured(tmp_path: Path, models: tuple[str, ...], reason: str) -> None:
+    columns = {"split": "test", "model": models, "site": "far", "id": "i", "group": "g", "label": 0}
+    table = pd.DataFrame(columns).assign(**{f"p.{name}": 1 / 3 for name in federation.CLASSES})
+    path = tmp_path / "held_out" / "sites" / "far" / "predictions.parquet"
+    path.parent.mkdir(parents=True)
+    table.to_parquet(path)
+    pieces = federation.assemble(federation.configure())
+    found = results._held_out(tmp_path, pieces, SimpleNamespace(held_out={"far": None}))
+    assert found["metrics"] is None
+    assert reason in found["reason"]
 
 
 def test_versions_and_memory_are_those_of_this_process() -> None:
