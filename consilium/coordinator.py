@@ -73,6 +73,7 @@ class Coordinator:
     transport: Transport
     folder: Path
     display: Display
+    explain: Callable[[Failure], str] = lambda failure: failure.message  # a simulation can read what stayed at a site
 
     def run(self) -> Progress:
         """All rounds, from the newest checkpoint if there is one; then the finish. Raises TrainingError, StateError."""
@@ -87,7 +88,7 @@ class Coordinator:
         initial = self.experiment.initial(self.experiment.config.seed)
         progress = Progress(self.experiment.strategy.init_server(initial, specs, sites))
         if self.experiment.task.class_counts == "federation":
-            replies = self._ask(progress, "describe", 0, sites, {"class_counts": True}).replies
+            replies = self._ask(progress, "describe", 0, sites, {}).replies
             columns = zip(*(reply.numbers["class_counts"] for reply in replies), strict=True)
             progress.class_counts = [sum(column) for column in columns]
         return progress
@@ -98,9 +99,10 @@ class Coordinator:
         drawn = drawn_sites(
             self.experiment.config.train.participation, self.transport.sites(), self.experiment.config.seed, number
         )
+        counts = {"class_counts": progress.class_counts} if self.experiment.task.class_counts == "federation" else {}
         context = {
+            **counts,
             "validate": number % self.experiment.config.evaluation.every == 0 or number == 1,
-            "class_counts": progress.class_counts,
             "keep": sorted(set(progress.best.get("builds_on", {}).values())),
         }
         answers = self._ask(progress, "round", number, drawn, context)
@@ -190,7 +192,8 @@ class Coordinator:
         except WireError as error:
             return Failure(site, "refused", str(error))
         if reply.failure is not None:
-            return replace(reply.failure, site=site)
+            failure = replace(reply.failure, site=site)
+            return replace(failure, message=self.explain(failure))
         if (reply.site, reply.round) != (site, number):
             message = f"asked {site} for round {number}, got an answer of {reply.site} for round {reply.round}"
             return Failure(site, "stale", message)

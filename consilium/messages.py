@@ -132,6 +132,11 @@ def decode_reply(data: bytes, allowed: Specs) -> Reply:
     return reply
 
 
+def is_count(value: object) -> bool:
+    """Whether a plain value is a whole number, not negative."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 _CHECKSUM, _LENGTH = 32, 8  # bytes: SHA-256 of all that follows, then the length of the envelope
 
 

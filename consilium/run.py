@@ -180,10 +180,11 @@ def _federate(simulation: Simulation, plan: Plan, name: str, visit: bool, show: 
             "out": str(folder),
         }
     )
-    coordinator = Coordinator(plan.experiment, transport, folder, here)
+    coordinator = Coordinator(plan.experiment, transport, folder, here, simulation.explain(name))
     progress = coordinator.run()
     if visit and name == MAIN:
-        replace(coordinator, transport=simulation.transport("held_out")).visit(progress)
+        guests, explain = simulation.transport("held_out"), simulation.explain("held_out")
+        replace(coordinator, transport=guests, explain=explain).visit(progress)
     results.collect(folder, plan.experiment, progress)
 
 

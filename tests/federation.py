@@ -142,7 +142,8 @@ def run(
 
     with Simulation({"run": here}, 1, record) as simulation:
         simulation.answering.experiments["run"] = pieces
-        progress = Coordinator(pieces, wrap(simulation.transport("run")), folder, show).run()
+        wired = wrap(simulation.transport("run"))
+        progress = Coordinator(pieces, wired, folder, show, simulation.explain("run")).run()
     return Outcome(progress, pieces, folder, wire, events)
 
 

@@ -24,6 +24,7 @@ import torch
 
 from consilium import seeds
 from consilium.config import Config
+from consilium.engines import failures
 from consilium.engines.site import Site
 from consilium.experiment import Experiment, assemble
 from consilium.protocols import Examples, Failure, SiteData, UInt8Array
@@ -113,6 +114,11 @@ class Simulation:
     def transport(self, key: str) -> Transport:
         """The wire to the sites of one federation."""
         return Transport(self, key, tuple(sorted(self.answering.federations[key].sites)))
+
+    def explain(self, key: str) -> Callable[[Failure], str]:
+        """Why a site of one federation failed, in full: here its folder can be read."""
+        folder = self.answering.federations[key].folder
+        return lambda failure: failures.unseal(folder / "sites" / failure.site, failure.message)
 
     def submit(self, key: str, site: str, data: bytes) -> Future[bytes]:
         """A future of the reply, or of BrokenProcessPool where a worker died."""

@@ -17,12 +17,13 @@ import numpy as np
 import pandas as pd
 
 from consilium import checkpoint
+from consilium.engines import failures
 from consilium.engines.state import SiteState, StateFolder
 from consilium.errors import ConsiliumError, TrainingError, WireError
 from consilium.experiment import Experiment
 from consilium.local.predict import outputs
 from consilium.local.train import Trainer
-from consilium.messages import Reply, Request, decode_request, encode, envelope_of
+from consilium.messages import Reply, Request, decode_request, encode, envelope_of, is_count
 from consilium.protocols import Examples, Failure, Learned, Personal, SiteData
 from consilium.tensors import Tensors, equal, non_finite
 
@@ -44,18 +45,29 @@ class Site:
         try:
             fields = envelope_of(data)
             self._agree(fields)
-            reply = self._answer(decode_request(data, self.experiment.down(int(fields["round"]))))
-            return encode(reply, self.experiment.up(reply.round))
-        except ConsiliumError as error:
-            code = "non_finite" if isinstance(error, TrainingError) else "refused"
-            return encode(self._failed(fields, code, str(error)), {})
+            request = decode_request(data, self.experiment.down(int(fields["round"])))
+            self._accept(request)
+        except WireError as error:  # the site's data are untouched: this speaks of the message alone
+            return encode(self._failed(fields, "refused", str(error)), {})
         except Exception as error:
-            return encode(self._failed(fields, "error", f"{type(error).__name__}: {error}"), {})
+            return self._sealed(fields, error)
+        try:
+            reply = self._answer(request)
+            return encode(reply, self.experiment.up(reply.round))
+        except Exception as error:
+            return self._sealed(fields, error)
 
     def _answer(self, request: Request) -> Reply:
         return {"describe": self._describe, "round": self._round, "evaluate": self._evaluate, "finish": self._finish}[
             request.kind
         ](request)
+
+    def _sealed(self, fields: Mapping[str, Any], error: Exception) -> bytes:
+        """A failure whose text, which may name files or images, stays in the site's folder; its digest travels."""
+        known = isinstance(error, ConsiliumError)
+        code = "non_finite" if isinstance(error, TrainingError) else "refused" if known else "error"
+        text = str(error) if known else f"{type(error).__name__}: {error}"
+        return encode(self._failed(fields, code, failures.seal(self.folder, text)), {})
 
     def _failed(self, fields: Mapping[str, Any], code: str, message: str) -> Reply:
         return Reply(self.data.name, int(fields.get("round", 0)), 0, failure=Failure(self.data.name, code, message))
@@ -76,10 +88,25 @@ class Site:
                     remedy=remedy,
                 )
 
+    def _accept(self, request: Request) -> None:
+        """WireError where the class counts of the federation come though the task wants none, or others than it wants."""
+        wanted = request.kind == "round" and self._counts_travel
+        counts = request.context.get("class_counts")
+        fits = (
+            isinstance(counts, list) and len(counts) == len(self.experiment.task.classes) and all(map(is_count, counts))
+        )
+        if not fits if wanted else "class_counts" in request.context:
+            allowed = f"{len(self.experiment.task.classes)} counts" if wanted else "none: task.class_counts is 'site'"
+            raise WireError(f"these class counts do not fit a '{request.kind}'", allowed=allowed, received=counts)
+
+    @property
+    def _counts_travel(self) -> bool:
+        """Whether the task, which both ends agreed on, makes sites send their class counts."""
+        return self.experiment.task.class_counts == "federation"
+
     # -------------------------------------------------------------------------------------------- requests
     def _describe(self, request: Request) -> Reply:
-        wanted = request.context.get("class_counts", False)
-        numbers = {"class_counts": self._class_counts()} if wanted else {}
+        numbers = {"class_counts": self._class_counts()} if self._counts_travel else {}
         return Reply(self.data.name, request.round, len(self.data.train), numbers=numbers)
 
     def _round(self, request: Request) -> Reply:
@@ -149,7 +176,7 @@ class Site:
         return SiteState(state.round, received, state.personal, state.sent, state.moments)
 
     def _learn(self, request: Request, state: SiteState, moments: dict[str, Any]) -> Learned:
-        counts = request.context.get("class_counts") or self._class_counts()
+        counts = request.context["class_counts"] if self._counts_travel else self._class_counts()
         trainer = Trainer(self.experiment.setting, self.data.train, request.round, self.data.name, counts, moments)
         return self.experiment.strategy.learn(state.received, state.personal, trainer)
 

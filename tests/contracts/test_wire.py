@@ -14,9 +14,10 @@ import torch
 from consilium import registry
 from consilium.config import Config
 from consilium.coordinator import Coordinator
+from consilium.engines import failures
 from consilium.engines.site import Site
 from consilium.engines.state import StateFolder
-from consilium.errors import ConfigError, StateError, TrainingError
+from consilium.errors import ConfigError, DataError, StateError, TrainingError
 from consilium.experiment import Experiment
 from consilium.messages import Handshake, Reply, Request, RequestKind, decode_reply, encode, size
 from consilium.protocols import Declaration, Learned, LocalTraining, Part, Personal, SiteData, Specs, Strategy
@@ -158,8 +159,68 @@ def test_the_sender_refuses_what_was_not_declared(tmp_path: Path) -> None:
     reply = decode_reply(_site(tmp_path, pieces).handle(_request(pieces)), {})
     assert reply.failure is not None
     assert reply.failure.code == "refused"
-    assert "'head.weight' is not declared to travel" in reply.failure.message
+    assert "'head.weight' is not declared to travel" in failures.unseal(tmp_path, reply.failure.message)
     assert not reply.tensors
+
+
+@pytest.mark.parametrize(("error", "code"), [(OSError, "error"), (DataError, "refused"), (TrainingError, "non_finite")])
+def test_the_text_of_a_failure_stays_at_the_site(tmp_path: Path, error: type[Exception], code: str) -> None:
+    @dataclass(frozen=True)
+    class Failing(Planted):
+        def learn(self, received: Tensors, personal: Personal, training: LocalTraining) -> Learned:  # noqa: ARG002
+            raise error("/wards/7/patient-4711.png is broken")
+
+    pieces = _pieces(Failing())
+    data = _site(tmp_path, pieces).handle(_request(pieces))
+    failure = decode_reply(data, {}).failure
+    assert failure is not None
+    assert failure.code == code
+    assert b"patient" not in data
+    assert "/wards/7/patient-4711.png" in failures.unseal(tmp_path, failure.message)
+    assert failures.unseal(tmp_path / "elsewhere", failure.message) == failure.message
+
+
+def test_a_simulation_tells_the_text_that_stayed(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Failing(Planted):
+        def learn(self, received: Tensors, personal: Personal, training: LocalTraining) -> Learned:  # noqa: ARG002
+            raise OSError("the scanner burns")
+
+    with pytest.raises(TrainingError, match="a: error, OSError: the scanner burns"):
+        federation.run(tmp_path, federation.configure(train=SHORT), SITES, strategy=Failing())
+
+
+WEIGHTED = {"class_weight": "inverse", "class_counts": "federation"}
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "counts"),
+    [
+        ({}, "describe", True),
+        ({}, "round", [5, 5, 4]),
+        ({}, "round", []),
+        (WEIGHTED, "round", None),
+        (WEIGHTED, "round", [5, 5]),
+        (WEIGHTED, "round", [5, 5, -4]),
+        (WEIGHTED, "round", "554"),
+        (WEIGHTED, "evaluate", [5, 5, 4]),
+    ],
+)
+def test_class_counts_that_were_not_agreed_on_are_refused(
+    tmp_path: Path, task: Mapping[str, Any], kind: RequestKind, counts: Any
+) -> None:
+    pieces = _pieces(task=task)
+    site = _site(tmp_path, pieces, _Untouchable())  # type: ignore[arg-type]
+    reply = decode_reply(site.handle(_request(pieces, kind, context={"class_counts": counts})), {})
+    assert reply.failure is not None
+    assert (reply.failure.code, "class counts" in reply.failure.message) == ("refused", True)
+
+
+@pytest.mark.parametrize("task", [{}, WEIGHTED])
+def test_a_site_tells_its_class_counts_only_where_the_task_wants_them(tmp_path: Path, task: Mapping[str, Any]) -> None:
+    pieces = _pieces(task=task)
+    reply = decode_reply(_site(tmp_path, pieces).handle(_request(pieces, "describe")), {})
+    assert reply.numbers == ({"class_counts": [4, 3, 3]} if task else {})
 
 
 class _Answers:
@@ -279,8 +340,9 @@ def test_a_state_that_is_gone_is_named(tmp_path: Path) -> None:
     pieces = _pieces()
     reply = decode_reply(_site(tmp_path, pieces).handle(_request(pieces, builds_on=7)), {})
     assert reply.failure is not None
-    assert "lacks the state" in reply.failure.message
-    assert "round 7" in reply.failure.message
+    text = failures.unseal(tmp_path, reply.failure.message)
+    assert "lacks the state" in text
+    assert "round 7" in text
     with pytest.raises(StateError):
         StateFolder(tmp_path, pieces.handshake.agreement).load(7)
 
