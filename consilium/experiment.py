@@ -65,6 +65,7 @@ def join(config: Config, classes: Sequence[str], tuners: Sequence[Tuner], strate
     backbone = own_copy(load_backbone(config.backbone))
     backbone.module.to(device)
     model: Model = compose.attach(backbone, tuners, config.head, task.num_outputs, strategy.declares, config.seed)
+    _check_blocks(strategy, backbone, where=f"strategy.{config.strategy.name}")
     _check_pairing(config, model.specs, strategy)
     _check_selection(config, task)
     handshake = Handshake(agreement_hash(config, backbone.digest, classes), backbone.digest)
@@ -134,6 +135,13 @@ def _check_pairing(config: Config, specs: Specs, strategy: Strategy) -> None:
             allowed=sorted(roles),
             received=sorted(unknown),
         )
+
+
+def _check_blocks(strategy: Strategy, backbone: Backbone, where: str) -> None:
+    last = strategy.declares.last_block
+    if last is not None and last >= backbone.num_blocks:
+        allowed = f"0 to {backbone.num_blocks - 1} ({backbone.name})"
+        raise ConfigError("the backbone has no such block", where=where, allowed=allowed, received=last)
 
 
 def _check_selection(config: Config, task: Task) -> None:

@@ -348,6 +348,7 @@ class Declaration:
     needs_individual_updates: bool = False  # False: only the weighted sum, so secure aggregation is possible
     required_roles: frozenset[str] = frozenset()
     changes_base: bool = False  # `initial` then also holds the frozen weights, under the backbone's own names
+    last_block: int | None = None  # the highest block it speaks of, which the backbone must have
     plain_sgd: bool = False  # it reads gradients off the way that was gone: no other optimiser, no momentum
 
     @property

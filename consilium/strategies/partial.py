@@ -21,17 +21,20 @@ from consilium.registry import Options, register
 from consilium.strategies.fedavg import FedAvg, FedAvgOptions
 
 
+BEHIND_BLOCKS = ("norm", "fc_norm")  # modules of the backbone; what else lies outside of blocks comes before them
+
+
 def nothing(tag: Tag) -> bool:  # noqa: ARG001
     """Share no tensor."""
     return False
 
 
 def below(personal_from_block: int | None) -> Selector:
-    """Share everything but the head and, if a block is given, everything from that block on."""
+    """Share everything but the head and, if a block is given, everything from that block on and behind the blocks."""
 
     def shares(tag: Tag) -> bool:
-        late = personal_from_block is not None and (tag.block is None or tag.block >= personal_from_block)
-        return tag.role != "head" and not late
+        behind = tag.module in BEHIND_BLOCKS if tag.block is None else tag.block >= (personal_from_block or 0)
+        return tag.role != "head" and not (personal_from_block is not None and behind)
 
     return shares
 
@@ -67,5 +70,5 @@ def fedper(options: FedPerOptions) -> FedAvg:
     return FedAvg(
         options.weights,
         shares=below(options.personal_from_block),
-        declares=Declaration(required_roles=frozenset({"head"})),
+        declares=Declaration(required_roles=frozenset({"head"}), last_block=options.personal_from_block),
     )

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from consilium import registry
-from consilium.errors import WireError
+from consilium.errors import ConfigError, WireError
 from consilium.protocols import ServerState, SiteData, Strategy, Update
 from consilium.strategies.fedavg import FedAvg, everything
 from consilium.strategies.fedprox import proximal
@@ -112,6 +112,25 @@ def test_exchanging_two_sites_data_exchanges_their_local_results_and_nothing_els
         torch.testing.assert_close(second.served(new)["head.weight"], first.served(old)["head.weight"], **close)
     gap = (first.served("a")["head.weight"] - first.served("b")["head.weight"]).abs().max()
     assert gap > 0.01, "the sites differ, so an exchange would show"
+
+
+@pytest.mark.parametrize(("start", "travelling"), [(0, set()), (3, {0, 1, 2}), (None, set(range(6)))])
+def test_from_the_personal_block_on_the_top_stays_and_the_bottom_travels(
+    start: int | None, travelling: set[int]
+) -> None:
+    options = {} if start is None else {"personal_from_block": start}
+    settings = federation.configure(tuner=[{"name": "full"}], strategy={"name": "fedper", **options})
+    sent = federation.assemble(settings).up(1)
+    outside = {name for name, spec in sent.items() if spec.tag.block is None}
+    bottom = {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+    assert outside == bottom | ({"norm.weight", "norm.bias"} if start is None else set())
+    assert {spec.tag.block for spec in sent.values()} - {None} == travelling
+
+
+def test_a_block_that_the_backbone_lacks_is_refused() -> None:
+    settings = federation.configure(strategy={"name": "fedper", "personal_from_block": 6})
+    with pytest.raises(ConfigError, match=r"no such block(.|\n)*0 to 5"):
+        federation.assemble(settings)
 
 
 # ------------------------------------------------------------------------------------------------ the mean
