@@ -41,7 +41,7 @@ def collect(folder: Path, experiment: Experiment, progress: Progress) -> None:
             folder / "adapters" / f"{served.parent.name}.safetensors", tensors, experiment, served.parent.name
         )
     models = experiment.strategy.deploy(progress.server.shared, Personal())
-    if "global" in models and models["global"].keys() == experiment.model.specs.keys():
+    if "global" in models and models["global"].keys() >= experiment.model.specs.keys():
         _save_adapter(folder / "adapters" / "global.safetensors", models["global"], experiment, "global")
     passes = {site: progress.passes.get(site, 0) for site in sorted(progress.server.sites)}
     checkpoint.write_json(
@@ -224,17 +224,17 @@ def numbers(experiment: Experiment) -> list[dict[str, str]]:
     task, rounds = experiment.task, "every round"
     quick = task.validation(np.full((1, len(task.classes)), 1 / len(task.classes)), np.zeros(1, dtype=np.int64))
     validated = rounds if every == 1 else f"round 1 and every {every} rounds"
-    about = f"of the site's validation images: {', '.join(sorted(quick))}"
+    about = f"on the site's validation images: {', '.join(sorted(quick))}"
     rows = [
         ("num_examples", "every reply", "number of training images"),
         ("loss", rounds, "mean training loss"),
         ("num_steps", rounds, "optimiser steps"),
         ("image_passes", rounds, "images trained on"),
         ("seconds", rounds, "time that the site took"),
-        ("val.incoming", f"{validated}{', and at the end' if best else ''}", f"{about}, with the model as it came in"),
-        ("val.outgoing", validated, f"{about}, with the model as it was trained"),
+        ("val.incoming", f"{validated}{', and at the end' if best else ''}", f"the model as it came in, {about}"),
+        ("val.outgoing", validated, f"the model as it was trained, {about}"),
         ("models", "at the end", "names of the models that were tested; no result of a test"),
-        ("failure", "where a request fails", "a code and a message"),
+        ("failure", "where a request fails", "a code, and the digest of a text that stays at the site"),
     ]
     if task.class_counts == "federation":
         rows.insert(1, ("class_counts", "once, before round 1", "number of training images of each class"))

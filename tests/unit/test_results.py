@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +16,9 @@ import torch
 from consilium import checkpoint, results
 from consilium.errors import StateError
 from consilium.messages import Reply
-from consilium.protocols import Examples, SiteData, Spec, Specs, Tag
+from consilium.protocols import Examples, Personal, SiteData, Spec, Specs, Tag
 from consilium.strategies.fedavg import FedAvg
+from consilium.tensors import Tensors
 from tests import federation
 
 
@@ -110,6 +112,22 @@ def test_why_held_out_sites_are_not_measured(tmp_path: Path, models: tuple[str, 
     found = results._held_out(tmp_path, pieces, SimpleNamespace(held_out={"far": None}))
     assert found["metrics"] is None
     assert reason in found["reason"]
+
+
+class _Based(FedAvg):
+    """It changes the base too, so that what is used holds more than the variables."""
+
+    def deploy(self, received: Tensors, personal: Personal) -> Mapping[str, Tensors]:
+        base = {"norm.bias": torch.zeros(64)}
+        return {name: {**tensors, **base} for name, tensors in super().deploy(received, personal).items()}
+
+
+def test_the_global_adapter_of_a_changed_base_is_kept(tmp_path: Path) -> None:
+    settings = federation.configure(train={"rounds": 1})
+    outcome = federation.run(tmp_path, settings, federation.hospitals(6, 6), strategy=_Based())
+    results.collect(tmp_path, outcome.experiment, outcome.progress)
+    adapter, _ = checkpoint.load(tmp_path / "adapters" / "global.safetensors")
+    assert adapter.keys() == {"norm.bias", *outcome.experiment.model.specs}
 
 
 def test_versions_and_memory_are_those_of_this_process() -> None:
