@@ -234,7 +234,7 @@ def numbers(experiment: Experiment) -> list[dict[str, str]]:
         ("val.incoming", f"{validated}{', and at the end' if best else ''}", f"the model as it came in, {about}"),
         ("val.outgoing", validated, f"the model as it was trained, {about}"),
         ("models", "at the end", "names of the models that were tested; no result of a test"),
-        ("failure", "where a request fails", "a code, and the digest of a text that stays at the site"),
+        ("failure", "where a request fails", "a code and a message; of a text that may name data, its digest"),
     ]
     if task.class_counts == "federation":
         rows.insert(1, ("class_counts", "once, before round 1", "number of training images of each class"))
