@@ -26,7 +26,7 @@ from consilium.errors import StateError, TrainingError, WireError
 from consilium.experiment import Experiment
 from consilium.ledger import Ledger
 from consilium.local.train import plan
-from consilium.messages import Reply, Request, RequestKind, decode_reply, encode, size
+from consilium.messages import Reply, Request, RequestKind, check_numbers, decode_reply, encode, size
 from consilium.protocols import Failure, ServerState, Specs, Update
 from consilium.tensors import Tensors, digest
 
@@ -51,6 +51,7 @@ class Progress:
     builds_on: dict[str, int] = field(default_factory=dict)  # site -> round of its last state
     ledger: Ledger = field(default_factory=Ledger)
     class_counts: list[int] = field(default_factory=list)
+    num_examples: dict[str, int] = field(default_factory=dict)  # site -> training images, as it first said
     passes: dict[str, int] = field(default_factory=dict)  # site -> images it has trained on
     best: dict[str, Any] = field(default_factory=dict)  # round, value and builds_on of the best validated round
     seconds: float = 0.0
@@ -127,7 +128,7 @@ class Coordinator:
         rows = [row for reply in replies if (row := reply.numbers["val"]["incoming"])]
         if evaluation.serve == "last" or judged < 1 or not rows:
             return
-        mean = _means(rows)[evaluation.select]
+        mean = _means(rows).get(evaluation.select)
         if mean is None:
             remedy = "choose another evaluation.select, or serve = 'last'"
             raise TrainingError(f"no site's validation images define {evaluation.select}", remedy=remedy)
@@ -148,7 +149,7 @@ class Coordinator:
 
     def visit(self, progress: Progress) -> None:
         """Let sites that took no part read their images once with the shared model; their bytes are not the run's."""
-        guests = replace(progress, receipts={}, builds_on={}, ledger=Ledger())
+        guests = replace(progress, receipts={}, builds_on={}, num_examples={}, ledger=Ledger())
         self._ask(guests, "finish", progress.server.round, self.transport.sites(), {})
 
     # -------------------------------------------------------------------------------------------- messages
@@ -168,7 +169,7 @@ class Coordinator:
             progress.ledger.add("down", site, size(requests[site]))
         answers: dict[str, Reply | Failure] = {}
         for site, data in self.transport.round(requests):
-            answers[site] = data if isinstance(data, Failure) else self._read(progress, site, number, data, up)
+            answers[site] = data if isinstance(data, Failure) else self._read(progress, kind, site, number, data, up)
             self.display(_site_event(kind, number, site, answers[site]))
         replies = [answer for _, answer in sorted(answers.items()) if isinstance(answer, Reply)]
         failures = [answer for _, answer in sorted(answers.items()) if isinstance(answer, Failure)]
@@ -182,7 +183,9 @@ class Coordinator:
         versions = {name: digest(tensor) for name, tensor in sent.items()}
         return {name: sent[name] for name, version in versions.items() if held.get(name) != version}, versions
 
-    def _read(self, progress: Progress, site: str, number: int, data: bytes, up: Specs) -> Reply | Failure:
+    def _read(
+        self, progress: Progress, kind: RequestKind, site: str, number: int, data: bytes, up: Specs
+    ) -> Reply | Failure:
         """A reply that can be used, or why it cannot."""
         try:
             progress.ledger.add("up", site, size(data))
@@ -197,6 +200,19 @@ class Coordinator:
         if (reply.site, reply.round) != (site, number):
             message = f"asked {site} for round {number}, got an answer of {reply.site} for round {reply.round}"
             return Failure(site, "stale", message)
+        return self._counted(progress, kind, reply)
+
+    def _counted(self, progress: Progress, kind: RequestKind, reply: Reply) -> Reply | Failure:
+        """A reply whose numbers can be reckoned with: weights of the mean do not change from round to round."""
+        wanted = len(self.experiment.task.classes) if self.experiment.task.class_counts == "federation" else 0
+        try:
+            check_numbers(kind, reply.numbers, wanted)
+        except WireError as error:
+            return Failure(reply.site, "refused", str(error))
+        known = progress.num_examples.setdefault(reply.site, reply.num_examples)
+        if known != reply.num_examples:
+            message = f"it has {reply.num_examples} training images now and had {known} before"
+            return Failure(reply.site, "refused", message)
         return reply
 
     def _enough(
@@ -294,7 +310,7 @@ class Coordinator:
         }
 
 
-_PLAIN = ("receipts", "builds_on", "class_counts", "passes", "best", "seconds")
+_PLAIN = ("receipts", "builds_on", "class_counts", "num_examples", "passes", "best", "seconds")
 
 
 def drawn_sites(participation: float, sites: Sequence[str], seed: int, number: int) -> tuple[str, ...]:
@@ -322,11 +338,7 @@ def _site_event(kind: str, number: int, site: str, answer: Reply | Failure) -> d
 def _status(answer: Reply | Failure) -> dict[str, Any]:
     if isinstance(answer, Failure):
         return {"status": answer.code, "message": answer.message}
-    return {"status": "ok", **_finite(answer.numbers)}
-
-
-def _finite(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in numbers.items()}
+    return {"status": "ok", **metrics.without_nan(answer.numbers)}
 
 
 def _means(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:

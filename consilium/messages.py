@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -128,8 +129,49 @@ def decode_reply(data: bytes, allowed: Specs) -> Reply:
     fields, tensors = _open(data)
     failure = fields.get("failure")
     reply: Reply = _build(Reply, {**fields, "failure": failure and _build(Failure, failure)}, tensors)
+    _check_envelope(reply)
     check(reply.tensors, allowed, where=f"receiving from site {reply.site}, round {reply.round}")
     return reply
+
+
+def _check_envelope(reply: Reply) -> None:
+    texts = [reply.site, *(vars(reply.failure).values() if reply.failure else ())]
+    counts = [reply.round, reply.num_examples]
+    fits = all(isinstance(text, str) for text in texts) and all(map(is_count, counts))
+    if not fits or not isinstance(reply.numbers, Mapping):
+        received = f"site {reply.site!r}, round {reply.round!r}, num_examples {reply.num_examples!r}"
+        raise WireError("the envelope of this reply holds what it must not", received=received)
+
+
+def check_numbers(kind: RequestKind, numbers: Mapping[str, Any], class_counts: int) -> None:
+    """WireError unless the numbers of a reply are what the coordinator reckons with. `class_counts`: how many come."""
+    counts = numbers.get("class_counts")
+    fits = {
+        "class_counts": isinstance(counts, list) and len(counts) == class_counts and all(map(is_count, counts)),
+        "image_passes": is_count(numbers.get("image_passes")),
+        "num_steps": is_count(numbers.get("num_steps")),
+        "loss": isinstance(numbers.get("loss"), float),  # NaN where nothing was trained
+        "seconds": _is_finite(numbers.get("seconds")),
+        "val": _is_validation(numbers.get("val")),
+    }
+    described = {"class_counts"} if class_counts else {"class_counts"} & numbers.keys()
+    needed = {"describe": described, "round": fits.keys() - {"class_counts"}, "evaluate": {"val"}}.get(kind, set())
+    broken = [key for key in sorted(needed) if not fits[key]]
+    if broken:
+        received = ", ".join(f"{key} {numbers.get(key)!r:.60}" for key in broken)
+        raise WireError(f"numbers in the reply to '{kind}' are missing or of another kind", received=received)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_validation(value: object) -> bool:
+    tables = value.values() if isinstance(value, Mapping) and "incoming" in value else [None]
+    return all(
+        isinstance(table, Mapping) and all(number is None or _is_finite(number) for number in table.values())
+        for table in tables
+    )
 
 
 def is_count(value: object) -> bool:

@@ -24,6 +24,7 @@ from consilium.experiment import Experiment
 from consilium.local.predict import outputs
 from consilium.local.train import Trainer
 from consilium.messages import Reply, Request, decode_request, encode, envelope_of, is_count
+from consilium.metrics import without_nan
 from consilium.protocols import Examples, Failure, Learned, Personal, SiteData
 from consilium.tensors import Tensors, equal, non_finite
 
@@ -89,7 +90,7 @@ class Site:
                 )
 
     def _accept(self, request: Request) -> None:
-        """WireError where the class counts of the federation come though the task wants none, or others than it wants."""
+        """WireError where class counts come that the task does not want, or not those that it wants."""
         wanted = request.kind == "round" and self._counts_travel
         counts = request.context.get("class_counts")
         fits = (
@@ -186,9 +187,8 @@ class Site:
 
     def _validate(self, received: Tensors, personal: Personal) -> Numbers:
         variables = self.experiment.strategy.deploy(received, personal)["personal"]
-        return _plain(
-            self.experiment.task.validation(self._probabilities(variables, self.data.val), self.data.val.labels)
-        )
+        found = self.experiment.task.validation(self._probabilities(variables, self.data.val), self.data.val.labels)
+        return {name: without_nan(float(value)) for name, value in found.items()}
 
     def _probabilities(self, variables: Tensors, examples: Examples) -> Any:
         setting, task = self.experiment.setting, self.experiment.task
@@ -219,8 +219,3 @@ class Site:
 def stack(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Tables of predictions below one another; pandas warns of empty ones, so they stay out unless all are empty."""
     return pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
-
-
-def _plain(numbers: Mapping[str, float]) -> Numbers:
-    """JSON has no NaN: what is undefined is None."""
-    return {name: float(value) if np.isfinite(value) else None for name, value in numbers.items()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,13 +15,23 @@ import torch
 
 from consilium import registry
 from consilium.config import Config
-from consilium.coordinator import Coordinator
+from consilium.coordinator import Coordinator, Transport
 from consilium.engines import failures
 from consilium.engines.site import Site
 from consilium.engines.state import StateFolder
-from consilium.errors import ConfigError, DataError, StateError, TrainingError
+from consilium.errors import ConfigError, DataError, StateError, TrainingError, WireError
 from consilium.experiment import Experiment
-from consilium.messages import Handshake, Reply, Request, RequestKind, decode_reply, encode, size
+from consilium.messages import (
+    Handshake,
+    Reply,
+    Request,
+    RequestKind,
+    check_numbers,
+    decode_reply,
+    encode,
+    envelope_of,
+    size,
+)
 from consilium.protocols import Declaration, Learned, LocalTraining, Part, Personal, SiteData, Specs, Strategy
 from consilium.strategies.fedavg import FedAvg
 from consilium.strategies.partial import below
@@ -259,6 +271,72 @@ def test_the_receiver_refuses_too(tmp_path: Path, reply: Reply | bytes, reason: 
     with pytest.raises(TrainingError, match=f"a: {reason}"):
         _coordinator(tmp_path, data).run()
     assert not list(tmp_path.glob("checkpoints/*"))
+
+
+VAL: Any = {"incoming": {"loss": 1.0}}
+NUMBERS = {"loss": 0.5, "num_steps": 2, "image_passes": 7, "seconds": 0.1, "val": VAL}
+
+
+@dataclass
+class _Rubbish:
+    """A wire on which site b's reply in round 2 has other fields."""
+
+    inner: Transport
+    changed: Mapping[str, Any]
+    number: int = 0
+
+    def sites(self) -> tuple[str, ...]:
+        return self.inner.sites()
+
+    def round(self, requests: Mapping[str, bytes]) -> Any:
+        self.number += 1
+        for site, data in self.inner.round(requests):
+            assert isinstance(data, bytes)
+            yield site, self._spoilt(data) if (site, self.number) == ("b", 2) else data
+
+    def _spoilt(self, data: bytes) -> bytes:
+        length = int.from_bytes(data[32:40], "little")
+        text = json.dumps({**envelope_of(data), **self.changed}).encode()
+        return _rehashed(bytes(32) + len(text).to_bytes(8, "little") + text + data[40 + length :])
+
+
+RUBBISH: dict[str, Any] = {
+    "text for a count": {"num_examples": "many"},
+    "negative": {"num_examples": -7},
+    "truth for a count": {"num_examples": True},
+    "half an image": {"num_examples": 7.5},
+    "another count than before": {"num_examples": 10**9},
+    "no numbers": {"numbers": {}},
+    "numbers in a list": {"numbers": [1]},
+    "text for passes": {"numbers": {**NUMBERS, "image_passes": "all"}},
+    "no validation": {"numbers": {**NUMBERS, "val": {}}},
+    "text for a metric": {"numbers": {**NUMBERS, "val": {"incoming": {"loss": "low"}}}},
+    "metrics in a list": {"numbers": {**NUMBERS, "val": {"incoming": [1.0]}}},
+    "infinite seconds": {"numbers": {**NUMBERS, "seconds": math.inf}},
+    "a number for a message": {"failure": {"site": "b", "code": 5, "message": None}},
+    "text for a round": {"round": 2, "site": ["b"]},
+}
+
+
+@pytest.mark.parametrize("changed", RUBBISH.values(), ids=RUBBISH)
+def test_one_rubbish_reply_does_not_end_a_run_whose_quorum_is_reached(
+    tmp_path: Path, changed: Mapping[str, Any]
+) -> None:
+    settings = federation.configure(train={**SHORT, "quorum": 0.5})
+    outcome = federation.run(tmp_path, settings, SITES, wrap=lambda inner: _Rubbish(inner, changed))
+    told = [event["sites"] for event in outcome.events if event["event"] == "round"]
+    assert [sites["b"]["status"] for sites in told] == ["ok", "refused"]
+    assert [sites["a"]["status"] for sites in told] == ["ok", "ok"]
+    assert outcome.progress.passes == {"a": 20, "b": 7}
+
+
+@pytest.mark.parametrize("counts", [None, "554", [5, 5], [5, 5, -4], [5, 5, 4.5]])
+def test_class_counts_that_are_none_are_refused(counts: Any) -> None:
+    with pytest.raises(WireError, match="class_counts"):
+        check_numbers("describe", {} if counts is None else {"class_counts": counts}, 3)
+    with pytest.raises(WireError, match="class_counts"):
+        check_numbers("describe", {"class_counts": [5, 5, 4]}, 0)
+    check_numbers("describe", {"class_counts": [5, 5, 4]}, 3)
 
 
 def test_numbers_that_are_not_finite_stop_the_run_with_the_sites_name(tmp_path: Path) -> None:
