@@ -250,8 +250,7 @@ def test_roles_have_rates_of_their_own() -> None:
 
 
 def test_without_a_rate_the_tuners_presets_hold() -> None:
-    train = {key: value for key, value in federation.SGD.items() if key != "learning_rate"}
-    setting = replace(_pieces().setting, config=config.TrainConfig.model_validate({**train, "local_steps": 1}))
+    setting = replace(_pieces().setting, config=config.TrainConfig(local_steps=1))
     fitted = Trainer(setting, EXAMPLES, 1, "a", [5, 5, 4]).fit({**_start()})
     presets, specs = _pieces().model.learning_rates, _pieces().model.specs
     factor_now = factor(setting.config.schedule, 0.5 / setting.config.rounds)
@@ -284,8 +283,7 @@ def test_an_objective_over_other_variables() -> None:
     assert seen["grad"] == {"share"}
     assert seen["length"] == pytest.approx(3 * 2.0)
     assert torch.equal(seen["noise"], _mixing(federation.SGD, learning_rate=2.0)[1]["noise"])
-    without = {key: value for key, value in federation.SGD.items() if key != "learning_rate"}
-    setting = replace(_pieces().setting, config=config.TrainConfig.model_validate({**without, "local_steps": 1}))
+    setting = replace(_pieces().setting, config=config.TrainConfig(local_steps=1))
     fitted = Trainer(setting, EXAMPLES, 1, "a", [5, 5, 4]).fit(
         {"x": torch.ones(1)}, objective=lambda v, *_: v["x"].sum()
     )
