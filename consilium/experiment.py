@@ -68,6 +68,7 @@ def join(config: Config, classes: Sequence[str], tuners: Sequence[Tuner], strate
     _check_blocks(strategy, backbone, where=f"strategy.{config.strategy.name}")
     _check_pairing(config, model.specs, strategy)
     _check_selection(config, task)
+    _check_counts(config, task, model.specs, strategy)
     handshake = Handshake(agreement_hash(config, backbone.digest, classes), backbone.digest)
     setting = Setting(model, task, config.train, backbone.preprocessing, config.seed, device)
     return Experiment(config, backbone, model, task, strategy, handshake, setting)
@@ -123,10 +124,7 @@ def _check_pairing(config: Config, specs: Specs, strategy: Strategy) -> None:
     if config.head.share == "shared" and not any(spec.tag.role == "head" for spec in strategy.up(specs, 0).values()):
         remedy = "leave head.share out, or choose a strategy that shares the head"
         raise ConfigError("head.share = 'shared' contradicts the strategy", where=where, remedy=remedy)
-    if strategy.declares.plain_sgd and (config.train.optimizer != "sgd" or config.train.momentum):
-        received = f"{config.train.optimizer}, momentum {config.train.momentum}"
-        allowed = "optimizer = 'sgd', momentum = 0"
-        raise ConfigError("this strategy needs plain SGD", where="train", allowed=allowed, received=received)
+    _check_optimizer(config, strategy)
     unknown = set(config.train.learning_rates) - roles
     if unknown:
         raise ConfigError(
@@ -135,6 +133,21 @@ def _check_pairing(config: Config, specs: Specs, strategy: Strategy) -> None:
             allowed=sorted(roles),
             received=sorted(unknown),
         )
+
+
+def _check_optimizer(config: Config, strategy: Strategy) -> None:
+    plain = {"optimizer": "sgd", "momentum": 0, "weight_decay": 0, "clip_norm": 0}
+    other = {key: getattr(config.train, key) for key, value in plain.items() if getattr(config.train, key) != value}
+    if strategy.declares.plain_sgd and other:
+        allowed, received = (", ".join(f"{key} = {value}" for key, value in each.items()) for each in (plain, other))
+        raise ConfigError("this strategy needs plain SGD", where="train", allowed=allowed, received=received)
+
+
+def _check_counts(config: Config, task: Task, specs: Specs, strategy: Strategy) -> None:
+    leaves = any(strategy.up(specs, number) for number in range(config.train.rounds + 1))
+    if task.class_counts == "federation" and not leaves:
+        remedy = "use class_counts = 'site', or a strategy that shares something"
+        raise ConfigError("class counts would leave sites that share nothing", where="task.class_counts", remedy=remedy)
 
 
 def _check_blocks(strategy: Strategy, backbone: Backbone, where: str) -> None:

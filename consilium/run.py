@@ -43,7 +43,7 @@ def run(
     Raises ConfigError, DataError or BackboneError before training, TrainingError during it and StateError where `out`
     does not fit; earlier results stay intact and `resume` continues after the last closed round, bit by bit.
     """
-    show = display or (lambda _: None)
+    show, out = display or (lambda _: None), out.resolve()  # references look for neighbours of the folder
     with run_folder.claimed(out, resume):
         prepared = prepare(config, show)
         plans = make_plans(config, prepared, out)
@@ -95,6 +95,9 @@ def reference_config(config: Config, name: str, images: Mapping[str, int]) -> Co
     changes: dict[str, object] = {"name": f"{name} reference", "strategy": StrategyConfig(name="local"), "train": train}
     if config.head.share == "shared":  # "local" shares nothing; a head named so trains and starts alike
         changes["head"] = config.head.model_copy(update={"share": None})
+    if config.task.options().get("class_counts") == "federation":  # a reference has none whose counts it could use
+        plain = {**config.task.model_dump(), "class_counts": "site"}
+        changes["task"] = type(config.task).model_validate(plain)
     return config.model_copy(update={**changes, "evaluation": evaluation})
 
 
@@ -106,8 +109,8 @@ def _epochs(wanted: int, images: int) -> float:
 
 def check_serving(config: Config, prepared: sites.Federation) -> None:
     """ConfigError where serve = "best" could not be decided."""
-    if config.evaluation.serve == "best" and config.train.participation < 1:
-        remedy = "use serve = 'last', or participation = 1"
+    if config.evaluation.serve == "best" and min(config.train.participation, config.train.quorum) < 1:
+        remedy = "use serve = 'last', or participation = 1 and quorum = 1"
         raise ConfigError(
             "serve = 'best' needs every site's validation in every round", remedy=remedy, where="evaluation.serve"
         )

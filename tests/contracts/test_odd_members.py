@@ -125,7 +125,9 @@ def test_scaffold_server_control_is_the_mean_of_the_sites_controls(tmp_path: Pat
 
 
 def test_scaffold_refuses_what_is_no_plain_sgd() -> None:
-    for train in ({}, {"optimizer": "sgd"}):
+    federation.assemble(federation.configure(train=federation.SGD), odd.Scaffold())
+    changes = ({"momentum": 0.9}, {"clip_norm": 1.0}, {"weight_decay": 0.01})
+    for train in ({}, *({**federation.SGD, **change} for change in changes)):
         with pytest.raises(ConfigError, match="plain SGD"):
             federation.assemble(federation.configure(train=train), odd.Scaffold())
 
