@@ -29,6 +29,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.write(data)
             _sync(file)
         temporary.replace(path)
+        _sync_folder(path.parent)
     except OSError as error:
         raise not_written(path, error) from error
     finally:
@@ -45,6 +46,16 @@ def not_written(path: Path, error: OSError) -> StateError:
 def _sync(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename outlast a loss of power; not every file system knows how."""
+    with suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -17,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from consilium import paths, registry
 from consilium.errors import ConfigError
+from consilium.protocols import Preprocessing
 from consilium.registry import Options, options_error
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -280,22 +282,18 @@ AGREED = (
 _NO_EFFECT = ("workers", "cache")  # engine keys that change neither data nor results
 
 
-def agreement_hash(config: Config, backbone_digest: str, classes: Sequence[str]) -> str:
+def agreement_hash(config: Config, backbone_digest: str, classes: Sequence[str], preprocessing: Preprocessing) -> str:
     """Hash of what all sites must share; checked on the wire."""
     plain = config.to_dict()
     agreed = {key: plain[key] for key in AGREED}
-    return _hash({**agreed, "backbone": backbone_digest, "classes": list(classes), "image": _image(plain)})
+    return _hash({**agreed, "backbone": backbone_digest, "classes": list(classes), "image": asdict(preprocessing)})
 
 
-def config_hash(config: Config, backbone_digest: str) -> str:
+def config_hash(config: Config, backbone_digest: str, preprocessing: Preprocessing) -> str:
     """Hash of the whole configuration, without the engine keys that cannot change a result (workers, cache)."""
     plain = config.to_dict()
     plain["engine"] = {key: value for key, value in plain["engine"].items() if key not in _NO_EFFECT}
-    return _hash({**plain, "backbone_digest": backbone_digest})
-
-
-def _image(plain: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in plain["backbone"].items() if key not in ("weights", "name")}
+    return _hash({**plain, "backbone_digest": backbone_digest, "image": asdict(preprocessing)})
 
 
 def _hash(value: object) -> str:

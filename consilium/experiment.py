@@ -69,8 +69,10 @@ def join(config: Config, classes: Sequence[str], tuners: Sequence[Tuner], strate
     _check_pairing(config, model.specs, strategy)
     _check_selection(config, task)
     _check_counts(config, task, model.specs, strategy)
-    handshake = Handshake(agreement_hash(config, backbone.digest, classes), backbone.digest)
-    setting = Setting(model, task, config.train, backbone.preprocessing, config.seed, device)
+    handshake = Handshake(agreement_hash(config, backbone.digest, classes, backbone.preprocessing), backbone.digest)
+    own = {name: base.tag(backbone, name, "base") for name in base.parameters(backbone.module)}
+    frozen = {name: replace(tag, slot="base") for name, tag in own.items() if name not in model.specs}
+    setting = Setting(model, task, config.train, backbone.preprocessing, config.seed, device, frozen)
     return Experiment(config, backbone, model, task, strategy, handshake, setting)
 
 

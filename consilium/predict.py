@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,10 @@ def load_trained(run: Path, site: str | None = None, device: str = "auto") -> Tr
     if meta.get("backbone_digest", pieces.backbone.digest) != pieces.backbone.digest:
         what = "the backbone is not the one this run was trained on"
         raise StateError(what, where=str(run), allowed=meta["backbone_digest"], received=pieces.backbone.digest)
+    ours = json.loads(json.dumps(vars(pieces.backbone.preprocessing)))
+    if meta.get("preprocessing", ours) != ours:
+        what = "the backbone's preprocessing is not the one this run was trained with"
+        raise StateError(what, where=str(run), allowed=meta["preprocessing"], received=ours)
     model = cast(TunedModel, pieces.model)
     if missing := sorted(model.specs.keys() - variables.keys()):
         raise StateError("the adapter lacks tensors of the model", where=str(run), received=missing[:3])

@@ -60,6 +60,7 @@ def _save_adapter(path: Path, tensors: Tensors, experiment: Experiment, name: st
         "model": name,
         "backbone": experiment.backbone.name,
         "backbone_digest": experiment.backbone.digest,
+        "preprocessing": vars(experiment.backbone.preprocessing),
         "classes": list(experiment.task.classes),
         "agreement_hash": experiment.handshake.agreement,
         "tuner": [table.model_dump(mode="json") for table in experiment.config.tuner],

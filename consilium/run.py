@@ -125,8 +125,9 @@ def _plan(config: Config, prepared: sites.Federation, data: dict[str, SiteData],
 
 def _identity(plan: Plan, prepared: sites.Federation) -> dict[str, object]:
     """What two runs must share to give the same bits."""
+    backbone = plan.experiment.backbone
     return {
-        "config_hash": config_hash(plan.config, plan.experiment.backbone.digest),
+        "config_hash": config_hash(plan.config, backbone.digest, backbone.preprocessing),
         "data_digest": prepared.data_digest,
         "split_hash": prepared.split_hash,
         "code": results.code_digest(),

@@ -48,6 +48,9 @@ class Setting:
     preprocessing: Preprocessing
     seed: int
     device: str = "cpu"
+    frozen: Mapping[str, Tag] = field(
+        default_factory=dict
+    )  # weights of the backbone that are no variables of the model
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,10 @@ class Trainer:
         after_step: Callable[[Tensors], Tensors] | None = None,
         purpose: str = "train",
     ) -> Fitted:
-        """Train the selected variables; all others keep their bits. TrainingError where the loss is not finite."""
+        """Train the selected variables, of the frozen weights only what `only` selects; all others keep their bits.
+        TrainingError where the loss is not finite."""
         steps = plan(len(self.examples), self.setting.config, epochs, self._generator(purpose, "order"))
-        names = self._selected(variables, only or self.active)
+        names = self._selected(variables, only)
         if not names or not steps:
             return Fitted(dict(variables), math.nan, 0, 0, {})
         rates = self._learning_rates(names) if learning_rate is None else dict.fromkeys(names, learning_rate)
@@ -169,9 +173,15 @@ class Trainer:
     def _task_objective(self, variables: Tensors, batch: Batch, generator: torch.Generator) -> Tensor:  # noqa: ARG002
         return self.loss(variables, batch)
 
-    def _selected(self, variables: Tensors, select: Selector) -> list[str]:
-        known = self.setting.model.specs
-        return [name for name in sorted(variables) if name not in known or select(known[name].tag)]
+    def _selected(self, variables: Tensors, only: Selector | None) -> list[str]:
+        select, known, frozen = only or self.active, self.setting.model.specs, self.setting.frozen
+
+        def chosen(name: str) -> bool:
+            if name in known:
+                return select(known[name].tag)
+            return only is not None and only(frozen[name]) if name in frozen else True
+
+        return [name for name in sorted(variables) if chosen(name)]
 
     def _learning_rates(self, names: Sequence[str]) -> dict[str, float]:
         config, presets = self.setting.config, self.setting.model.learning_rates
@@ -185,8 +195,9 @@ class Trainer:
         return {name: rate(name) for name in names}
 
     def _decays(self, names: Sequence[str]) -> dict[str, float]:
-        """Biases, norms and what is not the model's (mixing weights) are not pulled to zero."""
-        known, decay = self.setting.model.specs, self.setting.config.weight_decay
+        """Biases, norms, tokens, positions and what is not the model's (mixing weights) are not pulled to zero."""
+        decay = self.setting.config.weight_decay
+        known = {name: spec for name, spec in self.setting.model.specs.items() if spec.tag.role != "embedding"}
         return {name: decay if name in known and len(known[name].shape) > 1 else 0.0 for name in names}
 
     def _finite(self, loss: float) -> None:
@@ -301,9 +312,10 @@ class Optimizer:
                     moments[f"{self.purpose}/{key}/{name}"] = value.detach().cpu().clone()
 
     def _restore(self, moments: Mapping[str, Tensor]) -> None:
-        for key, value in moments.items():
-            purpose, state, name = key.split("/", 2)
-            if purpose == self.purpose and name in self.names:
+        own = {key.removeprefix(f"{self.purpose}/"): value for key, value in moments.items()}
+        for key, value in own.items():  # a purpose or a name may hold a slash, a state does not
+            state, _, name = key.partition("/")
+            if f"{self.purpose}/{key}" in moments and name in self.names:
                 parameter = self.parameters[self.names.index(name)]
                 device = parameter.device if state != "step" else "cpu"
                 self.inner.state[parameter][state] = value.to(device, copy=True)

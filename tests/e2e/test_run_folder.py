@@ -13,6 +13,7 @@ import pytest
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
 
 from consilium import checkpoint, config, tensors
+from consilium.protocols import Preprocessing
 from tests import hospitals
 from tests.e2e.processes import ROOT, Parent
 from tests.e2e.runs import KINDS, Finished, contents, events, read, words
@@ -68,8 +69,13 @@ def test_a_resolved_configuration_is_a_configuration(finished: Finished, kind: s
     out, result = _result(finished, kind)
     stored = read(out / "config.json")
     again = config.from_dict(stored["config"])
-    assert config.config_hash(again, result["backbone"]["digest"]) == stored["config_hash"] == result["config_hash"]
-    agreed = config.agreement_hash(again, result["backbone"]["digest"], stored["classes"])
+    images = Preprocessing(**result["backbone"]["preprocessing"])
+    assert (
+        config.config_hash(again, result["backbone"]["digest"], images)
+        == stored["config_hash"]
+        == result["config_hash"]
+    )
+    agreed = config.agreement_hash(again, result["backbone"]["digest"], stored["classes"], images)
     assert agreed == stored["agreement_hash"] == result["agreement_hash"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from os.path import isdir
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,13 @@ def test_a_write_that_fails_leaves_the_earlier_file(
         with pytest.raises(StateError, match=r"(?s)could not be written.*file.*No space left.*--resume"):
             checkpoint.write_bytes(path, b"later")
     assert {child.name: child.read_bytes() for child in tmp_path.iterdir()} == {"file": b"earlier"}
+
+
+def test_the_folder_is_flushed_after_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[tuple[bool, bool]] = []
+    monkeypatch.setattr("os.fsync", lambda number: flushed.append((isdir(number), (tmp_path / "file").exists())))
+    checkpoint.write_bytes(tmp_path / "file", b"whole")
+    assert flushed == [(False, False), (True, True)]
 
 
 def test_an_interrupted_write_leaves_no_rubbish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import pytest
 
 from consilium import config, registry
 from consilium.errors import ConfigError
+from consilium.protocols import Preprocessing
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").rglob("*.toml"))
 
@@ -175,9 +177,12 @@ def test_a_file_that_is_no_toml_is_refused_with_its_name(tmp_path: Path, content
         config.load(file)
 
 
+IMAGES = Preprocessing(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
 def _hashes(**changes: object) -> tuple[str, str]:
     made = config.from_dict(changes)
-    return config.agreement_hash(made, "digest", ["a", "b"]), config.config_hash(made, "digest")
+    return config.agreement_hash(made, "digest", ["a", "b"], IMAGES), config.config_hash(made, "digest", IMAGES)
 
 
 def test_what_changes_no_result_changes_no_hash() -> None:
@@ -199,13 +204,19 @@ def test_where_data_lie_and_the_threads_change_the_configuration_but_not_the_agr
         {"head": {"share": "personal"}},
         {"strategy": {"name": "local"}},
         {"train": {"rounds": 11}},
-        {"backbone": {"image_size": 48}},
     ],
 )
 def test_what_all_sites_must_share_changes_the_agreement(change: dict[str, object]) -> None:
     agreement, whole = _hashes(**change)
     assert agreement != _hashes()[0]
     assert whole != _hashes()[1]
+
+
+@pytest.mark.parametrize("change", [{"image_size": 48}, {"mean": (0.4, 0.5, 0.5)}, {"crop_mode": "border"}])
+def test_images_prepared_otherwise_change_both_hashes_whoever_says_so(change: dict[str, Any]) -> None:
+    made, other = config.from_dict({}), replace(IMAGES, **change)
+    assert config.agreement_hash(made, "digest", ["a", "b"], other) != _hashes()[0]
+    assert config.config_hash(made, "digest", other) != _hashes()[1]
 
 
 def test_a_default_written_out_is_the_same_configuration() -> None:

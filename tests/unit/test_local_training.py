@@ -222,6 +222,22 @@ def test_moments_are_forgotten_unless_kept() -> None:
     assert moments == {}
 
 
+@pytest.mark.parametrize("purpose", ["plain", "head/second"])
+def test_moments_are_kept_whatever_the_purpose_and_the_variables_are_called(purpose: str) -> None:
+    moments: dict[str, Tensor] = {}
+    start = {**_start(), "mix/weight": torch.ones(3)}
+    for number in (1, 2):
+        trainer = _trainer(number, moments, moments="keep", **{**ADAMW, "local_steps": 1})
+
+        def objective(live: Tensors, batch: Batch, _: object, trainer: Trainer = trainer) -> Tensor:
+            model = {name: value for name, value in live.items() if name != "mix/weight"}
+            return trainer.loss(model, batch) + live["mix/weight"].square().sum()
+
+        start = dict(trainer.fit(start, objective=objective, purpose=purpose).variables)
+    steps = {key: float(value) for key, value in moments.items() if "/step/" in key}
+    assert steps == {f"{purpose}/step/{name}": 2.0 for name in start}
+
+
 def test_two_purposes_keep_their_moments_apart() -> None:
     moments: dict[str, Tensor] = {}
     trainer = _trainer(1, moments, moments="keep", **ADAMW)
@@ -233,6 +249,25 @@ def test_two_purposes_keep_their_moments_apart() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ what is trained
+def test_frozen_weights_are_trained_only_where_they_are_asked_for() -> None:
+    name = "blocks.0.attn.qkv.weight"
+    weight = dict(_pieces().backbone.module.named_parameters())[name].detach().clone()
+    start = {**_start(), name: weight}
+    fitted = _trainer(**ADAMW).fit(start)
+    assert torch.equal(fitted.variables[name], weight)
+    assert name not in fitted.step_lengths
+    asked = _trainer(**ADAMW).fit(start, only=lambda tag: tag.slot == "base").variables
+    assert [n for n, value in asked.items() if not torch.equal(value, start[n])] == [name]
+
+
+def test_tokens_and_positions_are_not_pulled_to_zero() -> None:
+    pieces = federation.assemble(federation.configure(tuner=[{"name": "full"}]))
+    setting = replace(pieces.setting, config=config.TrainConfig.model_validate(ADAMW))
+    decays = Trainer(setting, EXAMPLES, 1, "a", [5, 5, 4], {})._decays(list(pieces.model.specs))
+    matrices = {name for name, spec in pieces.model.specs.items() if len(spec.shape) > 1}
+    assert {name for name, decay in decays.items() if decay} == matrices - {"cls_token", "pos_embed"}
+
+
 def test_what_is_not_selected_keeps_its_bits() -> None:
     start = _start()
     fitted = _trainer(**ADAMW).fit(start, only=lambda tag: tag.role == "lora_b").variables

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from consilium import checkpoint, config, experiment, registry
-from consilium.errors import DataError
+from consilium.errors import DataError, StateError
 from consilium.predict import load_trained, predict
 from consilium.sites.store import transform_pixels
 from tests import small
@@ -53,6 +54,20 @@ def test_probabilities_are_those_of_the_model_by_hand(run: Path, images: list[Pa
         expected = trained.model.forward(trained.variables, inputs).softmax(1)[0]
     np.testing.assert_allclose(table.loc[0, ["p.a", "p.b", "p.c"]].to_numpy(float), expected.numpy(), rtol=1e-4)
     assert table.loc[0, "predicted"] == CLASSES[int(expected.argmax())]
+
+
+def test_images_prepared_otherwise_than_in_training_are_refused(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    path = copy / "adapters" / "global.safetensors"
+    own = vars(load_trained(run).experiment.backbone.preprocessing)
+    for meant, fits in ((own, True), ({**own, "mean": [0.1, 0.1, 0.1]}, False)):
+        checkpoint.save(path, checkpoint.load(path)[0], {"preprocessing": meant})
+        if fits:
+            load_trained(copy)
+        else:
+            with pytest.raises(StateError, match="preprocessing"):
+                load_trained(copy)
 
 
 def test_a_site_has_its_own_model(run: Path, images: list[Path]) -> None:
