@@ -53,6 +53,7 @@ class Progress:
     class_counts: list[int] = field(default_factory=list)
     num_examples: dict[str, int] = field(default_factory=dict)  # site -> training images, as it first said
     passes: dict[str, int] = field(default_factory=dict)  # site -> images it has trained on
+    site_seconds: dict[str, float] = field(default_factory=dict)  # site -> time it worked in rounds, as it said
     best: dict[str, Any] = field(default_factory=dict)  # round, value and builds_on of the best validated round
     seconds: float = 0.0
 
@@ -114,6 +115,7 @@ class Coordinator:
             progress.builds_on[reply.site] = number
             progress.receipts.setdefault(reply.site, {}).update(answers.versions[reply.site])
             progress.passes[reply.site] = progress.passes.get(reply.site, 0) + reply.numbers["image_passes"]
+            progress.site_seconds[reply.site] = progress.site_seconds.get(reply.site, 0.0) + reply.numbers["seconds"]
         seconds = perf_counter() - started
         progress = replace(progress, server=replace(server, round=number), seconds=progress.seconds + seconds)
         event = self._event(progress, before, answers, seconds)
@@ -141,9 +143,8 @@ class Coordinator:
         if self.experiment.config.evaluation.serve == "best":
             sites = self.transport.sites()
             self._judge(progress, self._ask(progress, "evaluate", progress.server.round, sites, {}).replies)
-            ledger, passes, seconds = progress.ledger, progress.passes, progress.seconds
-            progress = self._load(self._path(progress.best["round"]))
-            progress = replace(progress, ledger=ledger, passes=passes, seconds=seconds)
+            spent = {key: getattr(progress, key) for key in ("ledger", "passes", "site_seconds", "seconds")}
+            progress = replace(self._load(self._path(progress.best["round"])), **spent)
         self._ask(progress, "finish", progress.server.round, self.transport.sites(), {})
         return progress
 
@@ -310,7 +311,7 @@ class Coordinator:
         }
 
 
-_PLAIN = ("receipts", "builds_on", "class_counts", "num_examples", "passes", "best", "seconds")
+_PLAIN = ("receipts", "builds_on", "class_counts", "num_examples", "passes", "site_seconds", "best", "seconds")
 
 
 def drawn_sites(participation: float, sites: Sequence[str], seed: int, number: int) -> tuple[str, ...]:

@@ -44,12 +44,14 @@ def collect(folder: Path, experiment: Experiment, progress: Progress) -> None:
     if "global" in models and models["global"].keys() >= experiment.model.specs.keys():
         _save_adapter(folder / "adapters" / "global.safetensors", models["global"], experiment, "global")
     passes = {site: progress.passes.get(site, 0) for site in sorted(progress.server.sites)}
+    worked = {site: progress.site_seconds.get(site, 0.0) for site in sorted(progress.server.sites)}
     checkpoint.write_json(
         folder / "summary.json",
         {
             "bytes": progress.ledger.summary(),
             "image_passes": {"total": sum(passes.values()), "per_site": passes},
-            "seconds": progress.seconds,
+            "seconds": progress.seconds,  # on the clock, also while references or other programs run beside
+            "site_seconds": {"total": sum(worked.values()), "per_site": worked},
             "served_round": progress.server.round,
         },
     )

@@ -92,7 +92,7 @@ def _essence(path: Path) -> Any:
     return _timeless(read(path)) if path.suffix == ".json" else path.read_bytes()
 
 
-VOLATILE = {"seconds", "peak_memory_bytes", "hardware", "workers", "control", "envelope"}
+VOLATILE = {"seconds", "site_seconds", "peak_memory_bytes", "hardware", "workers", "control", "envelope"}
 
 
 def _timeless(value: Any) -> Any:

@@ -74,6 +74,16 @@ def test_a_site_that_diverges_stops_the_run_and_is_named(tmp_path: Path) -> None
         _run(tmp_path, train={"learning_rate": 1e30, "clip_norm": 1e30, "optimizer": "sgd", "rounds": 2})
 
 
+@pytest.mark.parametrize("serve", ["last", "best"])
+def test_the_time_of_each_site_is_the_sum_of_what_it_said(tmp_path: Path, serve: str) -> None:
+    outcome = _run(tmp_path, train={"rounds": 3, "batch_size": 6, "learning_rate": 0.2}, evaluation={"serve": serve})
+    told = [event for event in outcome.events if event["event"] == "site" and event["kind"] == "round"]
+    for site in SITES:
+        said = [event["seconds"] for event in told if event["site"] == site]
+        assert len(said) == 3
+        assert outcome.progress.site_seconds[site] == pytest.approx(sum(said))
+
+
 def test_a_site_without_training_images_takes_part_and_changes_nothing(tmp_path: Path) -> None:
     with_empty = {**SITES, "d": federation.hospital("d", 0, 50)}
     first, second = _run(tmp_path / "with", with_empty), _run(tmp_path / "without")

@@ -181,6 +181,8 @@ def test_what_sites_left_is_gathered_and_a_site_that_was_never_drawn_is_named(tm
     (drawn,) = outcome.progress.passes
     assert summary["image_passes"] == {"total": 6, "per_site": {"a": 0, "b": 0, "c": 0} | {drawn: 6}}
     assert summary["served_round"] == 1
+    assert summary["site_seconds"]["per_site"] == {"a": 0, "b": 0, "c": 0} | outcome.progress.site_seconds
+    assert summary["site_seconds"]["total"] == outcome.progress.site_seconds[drawn] > 0
     table = pd.read_parquet(tmp_path / "predictions.parquet")
     assert set(table["site"]) == {"a", "b", "c"}
     assert set(table[table["model"] == "before_aggregation"]["site"]) == {drawn}
