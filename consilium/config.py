@@ -23,6 +23,7 @@ from consilium.registry import Options, options_error
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 def changed(model: BaseModel) -> set[str]:
@@ -115,7 +116,7 @@ class BackboneConfig(Options):
     weights: Literal["random", "embedded"] | Path | None = None  # None: the model hub; random: seed 0, always
     image_size: int | None = Field(default=None, ge=8)
     mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
+    std: tuple[Positive, Positive, Positive] | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
     crop_fraction: float | None = Field(default=None, gt=0, le=1)
     crop_mode: Literal["center", "squash", "border"] | None = None
@@ -226,7 +227,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = "quick-start"
+    name: str = Field(default="quick-start", pattern=r"^[^/\\\0]*[^/\\\0.\s][^/\\\0]*$")  # names the run folder too
     seed: int = Field(default=0, ge=0)
     sites: SitesConfig = SitesConfig()
     task: TaskConfig = TaskConfig()

@@ -20,7 +20,6 @@ from consilium.protocols import Declaration, Selector, Tag
 from consilium.registry import Options, register
 from consilium.strategies.fedavg import FedAvg, FedAvgOptions
 
-
 BEHIND_BLOCKS = ("norm", "fc_norm")  # modules of the backbone; what else lies outside of blocks comes before them
 
 

@@ -86,6 +86,10 @@ def test_an_unknown_option_of_a_member_is_refused_too() -> None:
     "text",
     [
         "seed = -1",
+        'name = ""',
+        'name = ".."',
+        'name = "a/b"',
+        "[backbone]\nstd = [0.0, 0.5, 0.5]",
         "[train]\nrounds = 0",
         "[train]\nlocal_epochs = 1\nlocal_steps = 5",
         "[train]\nmomentum = 0.5",
