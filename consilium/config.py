@@ -227,7 +227,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(default="quick-start", pattern=r"^[^/\\\0]*[^/\\\0.\s][^/\\\0]*$")  # names the run folder too
+    name: str = Field(default="quick-start", pattern=r"^[^/\\]*[^/\\.\s][^/\\]*$")  # names the run folder too
     seed: int = Field(default=0, ge=0)
     sites: SitesConfig = SitesConfig()
     task: TaskConfig = TaskConfig()
