@@ -23,7 +23,6 @@ from consilium.registry import Options, options_error
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
-Positive = Annotated[float, Field(gt=0)]
 
 
 def changed(model: BaseModel) -> set[str]:
