@@ -68,24 +68,37 @@ def read(
 def _site_rows(table: pd.DataFrame, site: str, classes: Sequence[str], bootstrap: int, seed: int) -> Rows:
     table = table.sort_values("id", kind="stable")
     names, groups = np.unique(table["group"].astype(str).to_numpy(), return_inverse=True)
+    labels = table["label"].to_numpy(np.int64)
     return Rows(
         site,
         tuple(classes),
         table[[f"p.{name}" for name in classes]].to_numpy(np.float64),
-        table["label"].to_numpy(np.int64),
+        labels,
         table["id"].astype(str).tolist(),
         groups.astype(np.int64),
-        _weights(len(names), bootstrap, seed, site),
+        _weights(_strata(groups, labels, len(names), len(classes)), bootstrap, seed, site),
     )
 
 
-def _weights(num_groups: int, bootstrap: int, seed: int, site: str) -> Array:
-    """How often each group is drawn, [1 + bootstrap, num_groups]: ones, then draws with replacement."""
+def _strata(groups: IntArray, labels: IntArray, num_groups: int, num_classes: int) -> IntArray:
+    """Number of each group's stratum: groups with the same set of classes are alike."""
+    held = np.zeros((num_groups, num_classes), dtype=bool)
+    held[groups, labels] = True
+    return np.unique(held, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
+
+
+def _weights(strata: IntArray, bootstrap: int, seed: int, site: str) -> Array:
+    """How often each group is drawn, [1 + bootstrap, num_groups]: ones, then draws with replacement in each stratum.
+
+    A replicate thus holds every class of the sample. Drawn over all groups, one that misses a rare class would average
+    over fewer recalls: the interval of a classifier that always answers the same would reach far above its 1 / C.
+    """
     generator = seeds.numpy_generator(seed, site=site, purpose="bootstrap")
-    drawn = generator.integers(0, max(1, num_groups), size=(bootstrap, num_groups))
-    flat = (drawn + num_groups * np.arange(bootstrap)[:, None]).ravel()
-    counts = np.bincount(flat, minlength=bootstrap * num_groups).reshape(bootstrap, num_groups)
-    return np.concatenate([np.ones((1, num_groups)), counts.astype(np.float64)])
+    weights = np.ones((1 + bootstrap, len(strata)))
+    for stratum in np.unique(strata):
+        members = np.flatnonzero(strata == stratum)
+        weights[1:, members] = generator.multinomial(len(members), np.full(len(members), 1 / len(members)), bootstrap)
+    return weights
 
 
 def replicates(sites: Sequence[Rows]) -> dict[str, Array]:

@@ -108,6 +108,23 @@ def test_every_replicate_draws_as_many_groups_as_there_are_and_whole_ones() -> N
     assert len(np.unique(rows.weights[1:], axis=0)) == 50
 
 
+def test_every_replicate_holds_every_class_as_often_in_groups_of_one_class() -> None:
+    frame = table(n=60, sites="a", num_groups=60)
+    frame = frame.assign(group=frame["id"], label=[0] * 40 + [1] * 18 + [2] * 2)
+    rows = read(frame, CLASSES, 200, 0)[0]
+    drawn = rows.weights[:, rows.groups]
+    for label, count in ((0, 40), (1, 18), (2, 2)):
+        assert (drawn[:, rows.labels == label].sum(axis=1) == count).all()
+
+
+def test_a_constant_answer_is_worth_one_over_the_number_of_classes_and_nothing_else() -> None:
+    frame = table(n=30, sites="a", num_groups=30)
+    frame = frame.assign(group=frame["id"], label=[0] * 26 + [1] * 3 + [2])
+    frame[[f"p.{name}" for name in CLASSES]] = np.eye(len(CLASSES))[0]
+    value = metrics.metric_tree(frame, CLASSES)["balanced_accuracy"]["pooled"]
+    assert (value["value"], value["low"], value["high"]) == pytest.approx((1 / 3, 1 / 3, 1 / 3))
+
+
 def test_sites_are_resampled_independently() -> None:
     frame = table(sites="a", num_groups=10)
     sites = read(pd.concat([frame, frame.assign(site="b")]), CLASSES, 50, 0)
