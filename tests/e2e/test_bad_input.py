@@ -153,7 +153,11 @@ def test_what_is_odd_but_usable_is_trained_with_a_warning(consilium: Parent, tmp
     done = consilium("run", "run.toml", *settings, cwd=_hospitals(tmp_path, table, files))
     assert (done.code, done.stderr) == (0, "")
     lines = [line for line in done.stdout.splitlines() if line.startswith("warning: ")]
-    for words in ("dropped: i0005", "west trains on one class only: a", "island has one patient only"):
+    for words in (
+        "unreadable images were dropped (`consilium data audit`",
+        "west trains on one class only: a",
+        "island has one patient only",
+    ):
         assert any(words in line for line in lines), done.stdout
     assert (tmp_path / "runs" / "odd hospitals" / "result.json").is_file()
 
