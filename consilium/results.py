@@ -101,7 +101,7 @@ def write(out: Path, experiment: Experiment, federation: Federation, plans: Sequ
         "peak_memory_bytes": peak_memory(),
         "rounds": config.train.rounds,
         "sites": {name: site_table(data, federation.classes) for name, data in federation.sites.items()},
-        "warnings": warnings(experiment, federation),
+        "warnings": [*warnings(experiment, federation), *_never_drawn(summary["image_passes"]["per_site"])],
         "metrics": trees(table, experiment, names),
     }
     result |= _compared(out, experiment, federation, table, [name for name in plans if name in ("local", "pooled")])
@@ -250,6 +250,13 @@ def warnings(experiment: Experiment, federation: Federation) -> list[str]:
     if strategy != "local" and not both_ways(experiment)[0]:
         found.append(f"nothing is shared: with this tuner and head, {strategy!r} is every site training alone")
     return found
+
+
+def _never_drawn(passes: Mapping[str, int]) -> list[str]:
+    """Sites that were drawn in no round; what is personal there is as it started."""
+    idle = sorted(site for site, count in passes.items() if not count)
+    first = ", ".join(idle[:5]) + (" ..." if len(idle) > 5 else "")
+    return [f"{len(idle)} sites took part in no round, so nothing was trained there: {first}"] if idle else []
 
 
 def site_table(data: SiteData, classes: Sequence[str]) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def _plain(out: Path) -> torch.nn.Module:
     ("name", "size", "tuners"),
     [
         (VIT, 32, [EVERYWHERE]),
-        (DEIT, 32, [{"name": "lora", "rank": 2, "rank_stabilised": True}]),
+        (DEIT, 32, [{"name": "lora", "rank": 2, "alpha": 2.0, "rank_stabilised": True}]),
         (EVA, 28, [{"name": "lora"}]),
         (VIT, 32, [{"name": "full"}]),
         (VIT, 32, [{"name": "linear"}]),

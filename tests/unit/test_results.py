@@ -190,3 +190,12 @@ def test_what_sites_left_is_gathered_and_a_site_that_was_never_drawn_is_named(tm
     adapter, meta = checkpoint.load(tmp_path / "adapters" / "b.safetensors")
     assert adapter.keys() == outcome.experiment.model.specs.keys()
     assert (meta["model"], meta["classes"]) == ("b", list(federation.CLASSES))
+
+
+@pytest.mark.parametrize(
+    ("passes", "named"), [({"a": 3, "b": 1}, None), ({"a": 3, "b": 0, "c": 0}, "2 sites"), ({}, None)]
+)
+def test_a_site_that_was_never_drawn_is_warned_of(passes: dict[str, int], named: str | None) -> None:
+    found = results._never_drawn(passes)
+    assert len(found) == (named is not None)
+    assert all(text.startswith(named or "") and text.endswith("b, c") for text in found)
