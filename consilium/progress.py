@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -65,6 +66,18 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar of (done, total) on standard error, so that standard output stays clean."""
     with live(Console(stderr=True, markup=False)) as display:
         yield lambda done, total: display({"event": "prepare", "what": what, "done": done, "total": total})
+
+
+def one_at_a_time(display: Display | None) -> Display:
+    """Runs that report from several threads show one event after the other; None shows nothing."""
+    lock = Lock()
+
+    def show(event: Event) -> None:
+        with lock:
+            if display is not None:
+                display(event)
+
+    return show
 
 
 def line(event: Event) -> str | None:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Lock
 
 from consilium import results, run_folder
 from consilium.config import Config, EvaluationConfig, StrategyConfig, config_hash
@@ -21,6 +20,7 @@ from consilium.coordinator import Coordinator, Display, predicted_passes
 from consilium.engines.simulate import Federation, Recorder, Simulation, num_workers, secrets_of
 from consilium.errors import ConfigError
 from consilium.experiment import Experiment, assemble, load_backbone
+from consilium.progress import one_at_a_time
 from consilium.protocols import SiteData
 from consilium.sites import federation as sites
 
@@ -44,7 +44,7 @@ def run(
     Raises ConfigError, DataError or BackboneError before training, TrainingError during it and StateError where `out`
     does not fit; earlier results stay intact and `resume` continues after the last closed round, bit by bit.
     """
-    show, out = _one_at_a_time(display), out.resolve()  # references look for neighbours of the folder
+    show, out = one_at_a_time(display), out.resolve()  # references look for neighbours of the folder
     if resume and not (out / "config.json").is_file():
         show({"event": "warning", "text": f"there is no run to resume in {out}: starting one"})
     with run_folder.claimed(out, resume):
@@ -58,18 +58,6 @@ def run(
         results.report(out)
         show({"event": "finish", **results.outcome(out)})
     return out
-
-
-def _one_at_a_time(display: Display | None) -> Display:
-    """References report from threads of their own; a display sees one event after the other."""
-    lock = Lock()
-
-    def show(event: Mapping[str, object]) -> None:
-        with lock:
-            if display is not None:
-                display(event)
-
-    return show
 
 
 def prepare(config: Config, show: Display) -> sites.Federation:

@@ -1,4 +1,4 @@
-"""What `run` adds to the pieces it joins."""
+"""Runs that report from several threads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
-from consilium import run
+from consilium.progress import one_at_a_time
 
 
 def test_a_display_sees_one_event_after_the_other() -> None:
@@ -18,7 +18,7 @@ def test_a_display_sees_one_event_after_the_other() -> None:
             together.append(len(inside))
         inside.pop()
 
-    show = run._one_at_a_time(display)
+    show = one_at_a_time(display)
 
     def report(number: int) -> None:
         meet.wait()
@@ -28,4 +28,4 @@ def test_a_display_sees_one_event_after_the_other() -> None:
         list(threads.map(report, range(4)))
     assert set(together) == {1}
     assert len(together) == 8000
-    run._one_at_a_time(None)({"event": "round"})
+    one_at_a_time(None)({"event": "round"})
