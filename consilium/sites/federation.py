@@ -233,7 +233,7 @@ def _warnings(rows: pd.DataFrame, sites: Mapping[str, SiteData], classes: tuple[
     absent = [label for number, label in enumerate(classes) if number not in seen]
     if absent:
         found.append(f"no site has training images of the classes {first_few(absent, 20)}")
-    return found + [text for name, data in sites.items() for text in _site_warnings(name, data, classes)]
+    return found + _by_sentence(sites, classes)
 
 
 def _in_two_splits(rows: pd.DataFrame, hashes: Mapping[str, str]) -> list[str]:
@@ -242,13 +242,25 @@ def _in_two_splits(rows: pd.DataFrame, hashes: Mapping[str, str]) -> list[str]:
     return list(hashed["id"][num_splits > 1])
 
 
-def _site_warnings(name: str, data: SiteData, classes: tuple[str, ...]) -> list[str]:
+def _by_sentence(sites: Mapping[str, SiteData], classes: tuple[str, ...]) -> list[str]:
+    """What is odd about sites; the same sentence about many of them is said once."""
+    about: dict[str, list[str]] = {}
+    for name, data in sites.items():
+        for text in _odd(data, classes):
+            about.setdefault(text, []).append(name)
+    return [
+        f"site {names[0]}: {text}" if len(names) == 1 else f"{len(names)} sites: {text}: {first_few(names)}"
+        for text, names in about.items()
+    ]
+
+
+def _odd(data: SiteData, classes: tuple[str, ...]) -> list[str]:
     found = []
     if len(set(data.train.labels.tolist())) == 1:
-        found.append(f"site {name} trains on one class only: {classes[int(data.train.labels[0])]}")
+        found.append(f"training on one class only ({classes[int(data.train.labels[0])]})")
     if len(np.unique(np.concatenate([data.train.groups, data.val.groups, data.test.groups]))) == 1:
-        found.append(f"site {name} has one patient only: everything is in one split")
+        found.append("one patient only, so everything is in one split")
     lacking = [split for split, part in (("val", data.val), ("test", data.test)) if not len(part)]
     if lacking:
-        found.append(f"site {name} has no images for {' and '.join(lacking)}: its metrics there have n = 0")
+        found.append(f"no images for {' and '.join(lacking)}, so metrics there have n = 0")
     return found

@@ -155,8 +155,8 @@ def test_what_is_odd_but_usable_is_trained_with_a_warning(consilium: Parent, tmp
     lines = [line for line in done.stdout.splitlines() if line.startswith("warning: ")]
     for words in (
         "unreadable images were dropped (`consilium data audit`",
-        "west trains on one class only: a",
-        "island has one patient only",
+        "2 sites: training on one class only (a): island, west",
+        "site island: one patient only",
     ):
         assert any(words in line for line in lines), done.stdout
     assert (tmp_path / "runs" / "odd hospitals" / "result.json").is_file()

@@ -157,9 +157,12 @@ def test_a_site_whose_training_images_are_all_corrupt_stops_the_run(tmp_path: Pa
 WEST = TWO["site"] == "west"
 FEW = ["west0", *(f"east{number}" for number in range(5))]
 WARNED = {
-    "one class": (TWO.assign(label=TWO["label"].mask(WEST, "a")), "site west trains on one class only: a"),
-    "one patient": (TWO.assign(group=TWO["group"].mask(WEST, "p")), "west has one patient only: everything is in one"),
-    "empty splits": (TWO[TWO["group"].isin(FEW)], "west has no images for val and test: its metrics there have n = 0"),
+    "one class": (TWO.assign(label=TWO["label"].mask(WEST, "a")), "site west: training on one class only (a)"),
+    "one patient": (
+        TWO.assign(group=TWO["group"].mask(WEST, "p")),
+        "site west: one patient only, so everything is in one",
+    ),
+    "empty splits": (TWO[TWO["group"].isin(FEW)], "site west: no images for val and test, so metrics there have n = 0"),
     "shared groups": (
         TWO.assign(group=["p", *TWO["group"][1:39], "p"]),
         "1 groups occur at several sites (`consilium data audit`",
@@ -175,6 +178,16 @@ def test_what_is_odd_but_allowed_is_said(tmp_path: Path, case: str) -> None:
     assert any(message in warning for warning in found.warnings), found.warnings
     plain = prepared(hospitals.write(tmp_path / "plain", TWO), tmp_path)
     assert plain.warnings == ()
+
+
+def test_what_many_sites_share_is_said_once(tmp_path: Path) -> None:
+    few = hospitals.records(*((f"s{site}", f"s{site}", label) for site in range(8) for label in "ab"))
+    found = prepared(hospitals.write(tmp_path, pd.concat([TWO, few.assign(id="n" + few["id"])])), tmp_path).warnings
+    where = "s0, s1, s2, s3, s4 ... and 3 more"
+    assert found == (
+        f"8 sites: one patient only, so everything is in one split: {where}",
+        f"8 sites: no images for val and test, so metrics there have n = 0: {where}",
+    )
 
 
 def test_equal_images_in_two_splits_are_said(tmp_path: Path) -> None:
