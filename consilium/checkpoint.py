@@ -39,7 +39,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def not_written(path: Path, error: OSError) -> StateError:
     """What to say where the disk is full or must not be written to."""
-    remedy = "free disk space or mend the permissions, then run again with --resume"
+    remedy = "free disk space, mend the permissions or choose another --out; an interrupted run goes on with --resume"
     return StateError("a file could not be written", where=str(path), received=str(error), remedy=remedy)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from consilium import checkpoint
 from consilium.errors import ConfigError
 from consilium.report import figures
 from consilium.report.load import Run, load_run
@@ -18,14 +19,13 @@ from consilium.report.tables import Table
 def render(runs: Sequence[Path], out: Path | None = None) -> Path:
     """Write the page and return its path; left out, it is report.html in the run folder or, of several, here.
 
-    Raises StateError that names the file of a run folder which cannot be read.
+    Raises StateError that names the file of a run folder which cannot be read, or a page which cannot be written.
     """
     if not runs:
         raise ConfigError("a report needs a run folder", where="runs")
     loaded = [load_run(Path(folder)) for folder in runs]
     target = out or (loaded[0].folder / "report.html" if len(loaded) == 1 else Path("report.html"))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page(loaded), encoding="utf-8")
+    checkpoint.write_bytes(target, page(loaded).encode())
     return target
 
 

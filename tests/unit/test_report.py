@@ -431,6 +431,12 @@ def test_the_page_lies_where_it_is_asked_for(folder: Path, tmp_path: Path, monke
 
 
 # ------------------------------------------------------------------------------------------------ figures
+def test_a_place_that_cannot_be_written_to_is_named(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(StateError, match=r"could not be written[\s\S]*page\.html[\s\S]*choose another --out"):
+        render([folder], tmp_path / "file" / "page.html")
+
+
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.13, 0.14), (-5, 1200.0), (1e-9, 3e-9)])
 def test_ticks_are_few_and_inside(low: float, high: float) -> None:
     found = figures.ticks(low, high)
