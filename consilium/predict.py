@@ -57,14 +57,19 @@ def load_trained(run: Path, site: str | None = None, device: str = "auto") -> Tr
 def predict(run: Path, images: Sequence[Path], site: str | None = None) -> pd.DataFrame:
     """One row per image, in the order given: id, p.<class>, predicted, error.
 
-    A folder stands for the images in it. Unreadable images have an error and no numbers. DataError without any image.
+    A folder stands for the images in it. An unreadable image has an error and no numbers. DataError where none can be
+    read, or there is none.
     """
     trained = load_trained(run, site)
     paths = list(_expand(images))
     if not paths:
         raise DataError("there are no images to predict", received=", ".join(map(str, images)) or "nothing")
     parts = [_chunk(trained, paths[start : start + CHUNK]) for start in range(0, len(paths), CHUNK)]
-    return pd.concat(parts, ignore_index=True)
+    table = pd.concat(parts, ignore_index=True)
+    if table["error"].notna().all():
+        received = f"{table['id'][0]}: {table['error'][0]}"
+        raise DataError(f"not one of {len(table)} images can be read", received=received)
+    return table
 
 
 def _adapter(run: Path, site: str | None) -> Path:
@@ -109,6 +114,8 @@ def _read(trained: Trained, path: Path) -> UInt8Array | str:
     try:
         decoded = files.decode(path.read_bytes(), getattr(options, "bits", 16))
         return transform_pixels(decoded, trained.experiment.backbone.preprocessing)
+    except FileNotFoundError:
+        return "there is no such file"
     except (OSError, DataError) as error:
         return " ".join(str(error).split())
 

@@ -76,6 +76,9 @@ def first_few(items: Iterable[object], count: int = 5) -> str:
     return ", ".join(texts[:count]) + more
 
 
+_UNREADABLE = "this is not a readable PNG, JPEG or TIFF image"
+
+
 def decode(content: bytes, bits: int = 16) -> UInt8Array:
     """RGB pixels uint8 [H, W, 3]; DataError where the bytes are no readable image of a supported kind.
 
@@ -86,8 +89,10 @@ def decode(content: bytes, bits: int = 16) -> UInt8Array:
             _check_supported(image, bits)
             image.load()
             return np.asarray(_to_rgb(ImageOps.exif_transpose(image), bits, _is_inverted(image)), dtype=np.uint8)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise DataError("this is not a readable PNG, JPEG or TIFF image", received=str(error)) from error
+    except UnidentifiedImageError as error:  # its own text names an object in memory
+        raise DataError(_UNREADABLE) from error
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise DataError(_UNREADABLE, received=str(error)) from error
 
 
 def _walk(root: Path) -> Iterable[Path]:

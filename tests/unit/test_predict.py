@@ -84,7 +84,7 @@ def test_unreadable_images_are_listed_and_the_others_predicted(run: Path, images
     assert table.loc[[1, 2], ["p.a", "p.b", "p.c"]].isna().all(axis=None)
     assert table["predicted"].isna().tolist() == [False, True, True, False]
     assert "not a readable" in table.loc[1, "error"]
-    assert "missing.png" in table.loc[2, "error"]
+    assert table.loc[2, "error"] == "there is no such file"
 
 
 def test_a_folder_stands_for_its_images(run: Path, images: list[Path], tmp_path: Path) -> None:
@@ -98,9 +98,14 @@ def test_chunks_change_nothing(run: Path, images: list[Path], monkeypatch: pytes
     np.testing.assert_allclose(predict(run, images)["p.a"], whole["p.a"], rtol=1e-5)
 
 
-def test_only_broken_images_give_a_table_too(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "broken.png").write_bytes(b"no image")
-    assert predict(run, [tmp_path / "broken.png"])["error"].notna().all()
+def test_only_broken_images_are_an_error_in_plain_words(run: Path, tmp_path: Path) -> None:
+    broken, missing = tmp_path / "broken.png", tmp_path / "missing.png"
+    broken.write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"not one of 2 images[\s\S]*broken\.png: this is not a readable") as caught:
+        predict(run, [broken, missing])
+    assert "object at" not in str(caught.value)
+    with pytest.raises(DataError, match=r"not one of 1 images[\s\S]*missing\.png: there is no such file"):
+        predict(run, [missing])
 
 
 def test_nothing_to_predict_is_an_error(run: Path, tmp_path: Path) -> None:
