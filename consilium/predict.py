@@ -15,6 +15,7 @@ from consilium import checkpoint, config, experiment, registry
 from consilium.errors import DataError, StateError
 from consilium.local import predict as inference
 from consilium.protocols import Examples, UInt8Array
+from consilium.run_folder import CONFIG
 from consilium.sites import images as files
 from consilium.sites.store import transform_pixels
 from consilium.tensors import Tensors
@@ -35,7 +36,9 @@ class Trained:
 
 def load_trained(run: Path, site: str | None = None, device: str = "auto") -> Trained:
     """Rebuild the model of a finished run; StateError where there is none, or for another backbone."""
-    stored = checkpoint.read_json(run / "config.json")
+    if not (run / CONFIG).is_file():
+        raise StateError("this is no run folder", where=str(run), remedy="give the folder that `consilium run` wrote")
+    stored = checkpoint.read_json(run / CONFIG)
     settings = config.from_dict(stored["config"])
     engine = settings.engine.model_copy(update={"device": device})
     train = settings.train.model_copy(update={"precision": "float32"})
@@ -76,9 +79,11 @@ def _adapter(run: Path, site: str | None) -> Path:
     path = run / "adapters" / f"{site or 'global'}.safetensors"
     if not path.is_file():
         there = sorted(file.stem for file in (run / "adapters").glob("*.safetensors"))
+        if not there:
+            raise StateError("this run is not finished", where=str(run), remedy="finish it first, with --resume")
         what = "this run has no model of this name" if site else "the strategy of this run leaves no global model"
-        remedy = "name a site" if there and not site else None if there else "finish the run first (--resume)"
-        raise StateError(what, where=str(run), allowed=", ".join(there) or "none yet", received=site, remedy=remedy)
+        remedy = None if site else "name a site"
+        raise StateError(what, where=str(run), allowed=", ".join(there), received=site, remedy=remedy)
     return path
 
 

@@ -115,6 +115,20 @@ def test_nothing_to_predict_is_an_error(run: Path, tmp_path: Path) -> None:
         predict(run, [tmp_path])
 
 
+def test_a_folder_without_a_finished_run_says_what_it_is(run: Path, images: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(StateError, match=r"no run folder[\s\S]*`consilium run`"):
+        predict(tmp_path / "empty", images)
+    begun = tmp_path / "begun"
+    shutil.copytree(run, begun)
+    (begun / "adapters" / "global.safetensors").unlink()
+    with pytest.raises(StateError, match=r"leaves no global model[\s\S]*north[\s\S]*name a site"):
+        predict(begun, images)
+    (begun / "adapters" / "north.safetensors").unlink()
+    for site in (None, "north"):
+        with pytest.raises(StateError, match=r"not finished[\s\S]*--resume"):
+            predict(begun, images, site)
+
+
 @pytest.mark.parametrize("strategy", sorted(registry.members("strategies")))
 def test_a_run_of_any_strategy_opens_again(strategy: str, tmp_path: Path) -> None:
     plain = {
