@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from consilium import paths, registry
 from consilium.errors import ConfigError
@@ -226,7 +226,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(default="quick-start", pattern=r"^[^/\\]*[^/\\.\s][^/\\]*$")  # names the run folder too
+    name: str = "quick-start"  # names the run folder too
     seed: int = Field(default=0, ge=0)
     sites: SitesConfig = SitesConfig()
     task: TaskConfig = TaskConfig()
@@ -237,6 +237,13 @@ class Config(BaseModel):
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     engine: EngineConfig = EngineConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        if not name.strip(". \t\r\n") or "/" in name or "\\" in name:
+            raise ValueError("a name that can be a folder's: no slash, and not only dots and blanks")
+        return name
 
     @model_validator(mode="after")
     def _members_exist(self) -> Config:

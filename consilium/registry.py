@@ -101,9 +101,19 @@ def options_error(where: str, error: ValidationError, model: type[BaseModel]) ->
     """Turn pydantic's first finding into our five-part error."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
-    allowed = ", ".join(model.model_fields) if first["type"] == "extra_forbidden" else first["msg"]
-    what = "unknown key" if first["type"] == "extra_forbidden" else "this value cannot be used"
-    return ConfigError(f"{what}: {key}", where=where, allowed=allowed, received=repr(first["input"]))
+    if first["type"] == "extra_forbidden":
+        what, allowed = f"unknown key: {key}", ", ".join(model.model_fields)
+    else:
+        what = f"this value cannot be used: {key}" if key else "these values do not go together"
+        allowed = first["msg"].removeprefix("Value error, ")
+    return ConfigError(what, where=where, allowed=allowed, received=_shortened(repr(first["input"])))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+
+
+_LONGEST = 200  # characters of a value in a message: it may be a whole configuration
 
 
 def _discover(kind: Kind) -> None:

@@ -120,7 +120,8 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
             "the file of weights cannot be read",
             where=str(path),
             allowed="safetensors, or a pickle that holds tensors only",
-            received=f"{type(error).__name__}: {str(error)[:200]}",
+            received=type(error).__name__,  # torch's own text advises to load it unsafely
+            remedy="save the model's state dict as safetensors",
         ) from error
     return _unwrap(found, path)
 

@@ -70,10 +70,18 @@ def _read_records(options: ManifestOptions) -> pd.DataFrame:
     missing = sorted(set(columns.values()) - set(table.columns))
     if missing:
         allowed = images.first_few(table.columns, 30)
-        raise DataError("the table lacks columns", where=where, allowed=allowed, received=", ".join(missing))
+        received, remedy = ", ".join(missing), _other_separator(table)
+        raise DataError("the table lacks columns", where=where, allowed=allowed, received=received, remedy=remedy)
     _check_values(table, columns, where)
     given = {("id" if key == "image" else key): table[column] for key, column in columns.items()}
     return pd.DataFrame({"site": "", "group": given["id"], **given})
+
+
+def _other_separator(table: pd.DataFrame) -> str | None:
+    """What to do about a table whose columns are all glued into one."""
+    glued = [name for sign, name in {";": "semicolons", "\t": "tabs"}.items() if sign in "".join(table.columns)]
+    wrong = glued and len(table.columns) == 1
+    return f"the columns seem to be separated by {glued[0]}: save the table with commas" if wrong else None
 
 
 def _check_values(table: pd.DataFrame, columns: Mapping[str, str], where: str) -> None:

@@ -104,11 +104,13 @@ def divided_groups(records: pd.DataFrame) -> tuple[str, ...]:
 
 
 def _read_file(path: Path) -> pd.DataFrame:
+    remedy = "write it with `consilium data split`"
+    if not path.is_file():
+        raise DataError("the split file does not exist", where="sites.split.file", received=str(path), remedy=remedy)
     try:
         table = pq.read_table(path)
         stored: pd.DataFrame = table.to_pandas()[_COLUMNS].astype(str)
     except (OSError, KeyError, pa.ArrowException) as error:
-        remedy = "write it with `consilium data split`"
         raise DataError("this is no split file", where=str(path), received=str(error), remedy=remedy) from error
     if (table.schema.metadata or {}).get(b"consilium.split", b"").decode() != digest(stored):
         raise DataError("the split file was changed after it was written", where=str(path), remedy="write it again")

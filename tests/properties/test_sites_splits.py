@@ -167,6 +167,11 @@ def test_a_split_file_must_fit_the_rows(tmp_path: Path, change: str) -> None:
         splits.assign(records, Split(file=path))
 
 
+def test_a_split_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"does not exist[\s\S]*nope\.parquet[\s\S]*consilium data split"):
+        splits.assign(mixed(20), Split(file=tmp_path / "nope.parquet"))
+
+
 def test_the_digest_sees_id_site_and_split_and_not_the_order() -> None:
     found = splits.assign(mixed(20), Split())
     digests = {splits.digest(found), splits.digest(found[::-1]), splits.digest(found.assign(label="z"))}

@@ -219,6 +219,14 @@ def test_what_cannot_be_is_refused(keys: dict[str, object], words: str) -> None:
         _load(**keys)
 
 
+@pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
+def test_a_file_that_is_no_checkpoint_is_never_to_be_loaded_unsafely(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"no weights")
+    with pytest.raises(BackboneError, match=r"cannot be read[\s\S]*safetensors") as caught:
+        _load(name="vit_tiny_patch16_224", weights=tmp_path / name)
+    assert "weights_only" not in str(caught.value)
+
+
 @pytest.mark.parametrize("size", [224, 96])
 def test_the_shared_checkpoint_loads(shared: Path, size: int) -> None:
     path = shared / "data" / "vit_tiny_patch16_224_augreg" / "model.safetensors"

@@ -116,6 +116,24 @@ def test_values_that_make_no_sense_are_refused(text: str) -> None:
     _refused(text)
 
 
+@pytest.mark.parametrize("name", ["", " . ", "..", "a/b", "a\\b"])
+def test_a_name_that_is_no_folder_is_refused_in_words(name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.from_dict({"name": name})
+    assert caught.value.allowed == "a name that can be a folder's: no slash, and not only dots and blanks"
+    assert config.from_dict({"name": ".a b. c"}).name == ".a b. c"
+
+
+def test_a_refused_pairing_does_not_print_the_whole_configuration() -> None:
+    error = _refused(
+        '[train]\nrounds = 4\n[evaluation]\nserve = "best"\nevery = 5\n[sites]\nlong = "' + "x" * 500 + '"'
+    )
+    assert "Value error" not in str(error)
+    assert len(str(error.received)) < 210
+    split = _refused("[sites.split]\ntrain = 0.9")
+    assert (split.what, split.allowed) == ("this value cannot be used: sites.split", "train + val + test must be 1")
+
+
 def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     file = tmp_path / "deep" / "run.toml"
     file.parent.mkdir()

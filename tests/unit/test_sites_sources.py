@@ -76,6 +76,15 @@ def test_a_table_that_cannot_be_used_says_why(tmp_path: Path, case: str) -> None
         manifest(tmp_path)
 
 
+@pytest.mark.parametrize(("sign", "name"), [(";", "semicolons"), ("\t", "tabs")])
+def test_a_table_with_another_separator_says_so(tmp_path: Path, sign: str, name: str) -> None:
+    hospitals.write(tmp_path, PLAIN)
+    table = tmp_path / "table.csv"
+    table.write_text(table.read_text().replace(",", sign))
+    with pytest.raises(DataError, match=rf"lacks columns[\s\S]*separated by {name}"):
+        manifest(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "content"), [("table.parquet", b"no parquet"), ("table.csv", b"\xff\xfe\x00"), ("table.csv", b"")]
 )
