@@ -267,7 +267,12 @@ def _traffic(run: Run) -> Section:
         ("Every tensor", [tables.tensors("Left the sites", wire.up), tables.tensors("Came in", wire.down),
                           tables.tensors("Stayed at the sites", run.result.kept_at_site)])
     ]  # fmt: skip
-    note = "Payload is the serialised tensors; envelopes are the names, numbers and hashes around them."
+    note = (
+        "Payload is the serialised tensors with a header of their names; envelopes are the names, numbers and hashes "
+        "around them. The bars leave out the last message to each site, which comes after the last round. "
+        "predictions.parquet (ids, groups and probabilities, image by image) is gathered in the run folder because "
+        "this is a simulation; in a deployment it stays at the sites."
+    )
     return Section("What left each site", blocks, more, note)
 
 

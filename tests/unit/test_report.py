@@ -297,6 +297,15 @@ def test_numbers_that_left_are_listed_where_the_run_declares_them(folder: Path, 
     assert "Numbers that left each site beside the tensors" not in show(folder)[1].words  # an older run
 
 
+def test_what_the_bytes_and_the_run_folder_hold_is_said(folder: Path) -> None:
+    words = " ".join(show(folder)[1].words)
+    assert "serialised tensors with a header of their names" in words
+    assert "The bars leave out the last message to each site" in words
+    assert re.search(
+        r"predictions\.parquet .* because this is a simulation; in a deployment it stays at the sites", words
+    )
+
+
 def test_that_nothing_stayed_is_said(folder: Path, tmp_path: Path) -> None:
     text, _ = show(changed(folder, tmp_path, kept_at_site=[]))
     assert re.search(r"stayed</th>\s*<td class=\"text\">none", text)
