@@ -92,7 +92,8 @@ def _check(records: pd.DataFrame, where: str) -> pd.DataFrame:
     divided = divided_groups(records)
     if divided:
         remedy = "see `consilium data audit`; leave the column out to have the set split by group"
-        what = f"{len(divided)} groups lie in more than one split"
+        num_images = int(records["group"].isin(divided).sum())
+        what = f"{len(divided)} groups, with {num_images} of {len(records)} images, lie in more than one split"
         raise DataError(what, where=where, received=first_few(divided), remedy=remedy)
     return records
 

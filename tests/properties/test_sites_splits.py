@@ -129,7 +129,10 @@ def test_val_is_carved_out_of_train_where_a_site_has_none() -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([("e", "1", "train"), ("e", "1", "test")], r"1 groups lie in more than one split[\s\S]*received: 1"),
+        (
+            [("e", "1", "train"), ("e", "1", "test"), ("e", "2", "test")],
+            r"1 groups, with 2 of 3 images, lie in more than one split[\s\S]*received: 1",
+        ),
         ([("e", "1", "train"), ("w", "1", "test")], "more than one split"),
         ([("e", "1", "train"), ("e", "2", "fold3")], r"unknown split names[\s\S]*fold3"),
     ],
