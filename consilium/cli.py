@@ -48,14 +48,21 @@ class Kind(StrEnum):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; leaves by SystemExit."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words, debug = _debug(list(sys.argv[1:] if arguments is None else arguments))
     try:
         app(words, prog_name="consilium")
     except ConsiliumError as error:
-        if "--debug" in words:
+        if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, (ConfigError, DataError, BackboneError)) else 1)
+
+
+def _debug(words: list[str]) -> tuple[list[str], bool]:
+    """The words without --debug, which may stand before or after the verb, and whether it was there."""
+    end = words.index("--") if "--" in words else len(words)
+    kept = [word for word in words[:end] if word != "--debug"]
+    return kept + words[end:], len(kept) < end
 
 
 def _version(wanted: bool) -> None:
@@ -73,7 +80,7 @@ def _common(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    del version, debug  # read by `_version` and `main`
+    del version, debug  # read by `_version` and `_debug`
 
 
 @app.command()

@@ -87,10 +87,18 @@ def test_an_error_is_a_sentence_and_an_exit_code(
     assert capsys.readouterr().err == "error: the scanner is on fire\n  remedy: water\n"
 
 
-def test_debug_shows_where_an_error_came_from(called: Any, file: str) -> None:
+def test_debug_before_or_after_the_verb_shows_where_an_error_came_from(called: Any, file: str) -> None:
     called("consilium.run", "run", error=TrainingError("the scanner is on fire"))
-    with pytest.raises(TrainingError):
-        cli.main(["--debug", "run", file, "--quiet"])
+    for words in (["--debug", "run", file, "--quiet"], ["run", file, "--debug", "--quiet"]):
+        with pytest.raises(TrainingError):
+            cli.main(words)
+    assert _call("run", "--quiet", "--", file) == 1
+
+
+def test_after_two_dashes_debug_is_a_name(called: Any) -> None:
+    predict = called("consilium.predict", "predict", pd.DataFrame({"id": ["--debug"]}))
+    assert _call("predict", "run", "--", "--debug") == 0
+    assert predict.call_args.args[1] == [Path("--debug")]
 
 
 def test_an_interrupt_ends_with_its_own_code(called: Any, file: str) -> None:
