@@ -4,10 +4,11 @@ import re
 import tomllib
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import typer
 
-from consilium import cli, config, registry
+from consilium import cli, config, metrics, registry, run_folder
 from scripts import generate_docs
 
 ROOT = Path(__file__).parents[2]
@@ -48,3 +49,13 @@ def test_the_commands_in_the_readme_are_understood(words: list[str]) -> None:
 def test_every_decision_is_listed() -> None:
     index = (ROOT / "docs" / "decisions" / "README.md").read_text(encoding="utf-8")
     assert [path.name for path in (ROOT / "docs" / "decisions").glob("0*.md") if f"({path.name})" not in index] == []
+
+
+def test_the_architecture_names_the_files_of_a_run_folder_and_the_keys_of_harm() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert [name for name in (run_folder.CONFIG, run_folder.SPLIT, run_folder.DONE) if f"`{name}`" not in page] == []
+    columns = {"id": ["1", "2"], "site": "east", "group": ["1", "2"], "label": [0, 1], "p.a": [0.9, 0.1]}
+    table = pd.DataFrame({**columns, "p.b": [0.1, 0.9]})
+    keys = metrics.sites_harmed(table, table, ("a", "b"), bootstrap=2).keys()
+    (named,) = re.findall(r"`sites_harmed\.{(.*?)}`", page)
+    assert set(named.split(",")) == keys
