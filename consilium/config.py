@@ -241,7 +241,7 @@ class Config(BaseModel):
     @field_validator("name")
     @classmethod
     def _names_a_folder(cls, name: str) -> str:
-        if not name.strip(". \t\r\n") or "/" in name or "\\" in name:
+        if all(sign == "." or sign.isspace() for sign in name) or "/" in name or "\\" in name:
             raise ValueError("a name that can be a folder's: no slash, and not only dots and blanks")
         return name
 

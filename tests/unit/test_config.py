@@ -116,7 +116,7 @@ def test_values_that_make_no_sense_are_refused(text: str) -> None:
     _refused(text)
 
 
-@pytest.mark.parametrize("name", ["", " . ", "..", "a/b", "a\\b"])
+@pytest.mark.parametrize("name", ["", " . ", "\u00a0", "..", "a/b", "a\\b"])
 def test_a_name_that_is_no_folder_is_refused_in_words(name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         config.from_dict({"name": name})
