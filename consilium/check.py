@@ -55,12 +55,13 @@ def check(config: Config) -> Check:
     specs = experiment.model.specs
     up, down = experiment.up(1), experiment.down(1)
     sent, received = results.both_ways(experiment)
+    passes = predicted_passes(config, {name: len(data.train) for name, data in prepared.sites.items()})
     return Check(
         name=config.name,
         parameters=results.parameters(experiment),
         bytes_per_round={"up": _full(up, prepared), "down": _full(down, prepared)},
         bytes=predicted_bytes(experiment, sorted(prepared.sites)),
-        image_passes=predicted_passes(config, {name: len(data.train) for name, data in prepared.sites.items()}),
+        image_passes=passes,
         memory_bytes=_memory(experiment),
         wire={"up": results.wire(sent), "down": results.wire(received)},
         kept_at_site=results.wire({name: spec for name, spec in specs.items() if name not in sent}),
@@ -69,7 +70,7 @@ def check(config: Config) -> Check:
         sites={name: results.site_table(data, prepared.classes) for name, data in prepared.sites.items()},
         split_hash=prepared.split_hash,
         leakage=audit.audit(prepared.split, prepared.hashes, prepared.corrupt).to_dict(),
-        warnings=tuple(results.warnings(experiment, prepared)),
+        warnings=(*results.warnings(experiment, prepared), *results.never_drawn(passes["per_site"])),
     )
 
 

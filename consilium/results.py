@@ -101,7 +101,7 @@ def write(out: Path, experiment: Experiment, federation: Federation, plans: Sequ
         "peak_memory_bytes": peak_memory(),
         "rounds": config.train.rounds,
         "sites": {name: site_table(data, federation.classes) for name, data in federation.sites.items()},
-        "warnings": [*warnings(experiment, federation), *_never_drawn(summary["image_passes"]["per_site"])],
+        "warnings": [*warnings(experiment, federation), *never_drawn(summary["image_passes"]["per_site"])],
         "metrics": trees(table, experiment, names),
     }
     result |= _compared(out, experiment, federation, table, [name for name in plans if name in ("local", "pooled")])
@@ -252,7 +252,7 @@ def warnings(experiment: Experiment, federation: Federation) -> list[str]:
     return found
 
 
-def _never_drawn(passes: Mapping[str, int]) -> list[str]:
+def never_drawn(passes: Mapping[str, int]) -> list[str]:
     """Sites that were drawn in no round; what is personal there is as it started."""
     idle = sorted(site for site, count in passes.items() if not count)
     first = ", ".join(idle[:5]) + (" ..." if len(idle) > 5 else "")

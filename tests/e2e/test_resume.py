@@ -137,7 +137,8 @@ def test_killed_again_and_again(consilium: Parent, tmp_path: Path) -> None:
     codes = [consilium(*words(tmp_path, *settings), "--out", out, hook=hook).code]
     while codes[-1] == -signal.SIGKILL and len(codes) < 9:
         codes.append(consilium(*words(tmp_path, *settings), "--out", out, "--resume", hook=hook).code)
-    assert codes == [-signal.SIGKILL, -signal.SIGKILL, -signal.SIGKILL, 0]
+    assert codes[-1] == 0
+    assert codes.count(-signal.SIGKILL) == len(codes) - 1 >= 3
     assert_same(whole, out)
 
 

@@ -173,7 +173,7 @@ def test_the_headline_is_what_is_known(tmp_path: Path, tree: dict[str, object]) 
     assert found["result"] == str(tmp_path / "result.json")
 
 
-def test_what_sites_left_is_gathered_and_a_site_that_was_never_drawn_is_named(tmp_path: Path) -> None:
+def test_what_sites_left_is_gathered_and_a_site_that_wasnever_drawn_is_named(tmp_path: Path) -> None:
     settings = federation.configure(train={"rounds": 1, "participation": 0.3}, strategy={"name": "fedper"})
     outcome = federation.run(tmp_path, settings, federation.hospitals(6, 6, 6))
     results.collect(tmp_path, outcome.experiment, outcome.progress)
@@ -195,7 +195,7 @@ def test_what_sites_left_is_gathered_and_a_site_that_was_never_drawn_is_named(tm
 @pytest.mark.parametrize(
     ("passes", "named"), [({"a": 3, "b": 1}, None), ({"a": 3, "b": 0, "c": 0}, "2 sites"), ({}, None)]
 )
-def test_a_site_that_was_never_drawn_is_warned_of(passes: dict[str, int], named: str | None) -> None:
-    found = results._never_drawn(passes)
+def test_a_site_that_wasnever_drawn_is_warned_of(passes: dict[str, int], named: str | None) -> None:
+    found = results.never_drawn(passes)
     assert len(found) == (named is not None)
     assert all(text.startswith(named or "") and text.endswith("b, c") for text in found)
