@@ -70,7 +70,7 @@ def check(config: Config) -> Check:
         sites={name: results.site_table(data, prepared.classes) for name, data in prepared.sites.items()},
         split_hash=prepared.split_hash,
         leakage=audit.audit(prepared.split, prepared.hashes, prepared.corrupt).to_dict(),
-        warnings=(*results.warnings(experiment, prepared), *results.never_drawn(passes["per_site"])),
+        warnings=(*results.warnings(experiment, prepared), *results.never_drawn(passes)),
     )
 
 
