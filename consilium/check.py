@@ -88,7 +88,7 @@ def _full(specs: Specs, prepared: Federation) -> Table:
 def predicted_bytes(experiment: Experiment, sites: Iterable[str]) -> dict[str, Table]:
     """Play the rounds with versions instead of tensors: who is drawn, what each lacks, what each sends."""
     config, names = experiment.config, sorted(sites)
-    specs, strategy, model = experiment.model.specs, experiment.strategy, experiment.model
+    specs, strategy = experiment.model.specs, experiment.strategy
     version = dict.fromkeys(strategy.down(specs, 1), 0)
     have: dict[str, dict[str, int]] = {site: {} for site in names}
     totals = {"up": dict.fromkeys(names, 0), "down": dict.fromkeys(names, 0)}
@@ -104,8 +104,7 @@ def predicted_bytes(experiment: Experiment, sites: Iterable[str]) -> dict[str, T
         for site in drawn:
             send(site, number)
         for site in drawn:
-            active = model.active(number, site, config.seed)
-            sent = {name: spec for name, spec in strategy.up(specs, number).items() if active(spec.tag)}
+            sent = experiment.sent(number, site)
             totals["up"][site] += _size(sent)
             version |= dict.fromkeys(sent.keys() & version.keys(), number)
     last = {

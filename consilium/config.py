@@ -16,9 +16,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from consilium import paths, registry
+from consilium import config_file, paths, registry
+from consilium.data import Preprocessing
 from consilium.errors import ConfigError
-from consilium.protocols import Preprocessing
 from consilium.registry import Options, options_error
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -312,9 +312,9 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError with key, allowed and received for anything that is not understood.
     """
-    table = _read(path) if path is not None else quick_start()
+    table = config_file.read(path) if path is not None else quick_start()
     for override in overrides:
-        _set(table, override)
+        config_file.override(table, override)
     return from_dict(table, base=path.resolve().parent if path is not None else Path.cwd())
 
 
@@ -346,47 +346,3 @@ def _model_at(location: Sequence[int | str]) -> type[BaseModel]:
             break
         model = kind
     return model
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(
-            "the configuration file does not exist", received=str(path), remedy="give the path of a TOML file"
-        )
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError("the configuration is not valid TOML", where=str(path), received=str(error)) from error
-
-
-def _set(table: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key.strip():
-        raise ConfigError(
-            "an override is written key=value", where="--set", received=override, allowed="train.rounds=3"
-        )
-    *parents, last = key.strip().split(".")
-    target: Any = table
-    for parent in parents:
-        target = _inside(target, parent)
-    if isinstance(target, list) and len(target) == 1:
-        target = target[0]
-    if not isinstance(target, dict):
-        raise ConfigError(
-            "this key holds no table", where="--set", received=override, allowed="tuner.0.rank=4 for a list"
-        )
-    target[last] = _value(text.strip())
-
-
-def _inside(target: Any, key: str) -> Any:
-    """The table below `key`, made if absent; None where there can be none."""
-    if isinstance(target, list):
-        return target[int(key)] if key.isdecimal() and int(key) < len(target) else None
-    return target.setdefault(key, {}) if isinstance(target, dict) else None
-
-
-def _value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text

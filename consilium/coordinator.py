@@ -109,7 +109,8 @@ class Coordinator:
         }
         answers = self._ask(progress, "round", number, drawn, context)
         updates = [Update(reply.site, reply.tensors, reply.num_examples) for reply in answers.replies]
-        server = self.experiment.strategy.combine(progress.server, [u for u in updates if u.num_examples > 0])
+        counted, specs = [u for u in updates if u.num_examples > 0], self.experiment.model.specs
+        server = self.experiment.strategy.combine(progress.server, counted, specs)
         self._judge(progress, answers.replies)
         for reply in answers.replies:  # only these sites have a new state, which holds what the request brought
             progress.builds_on[reply.site] = number

@@ -20,7 +20,7 @@ from consilium.config import BackboneConfig, Config, agreement_hash
 from consilium.errors import ConfigError
 from consilium.local.train import Setting
 from consilium.messages import Handshake
-from consilium.protocols import Backbone, Model, Specs, Strategy, Task, Tuner
+from consilium.protocols import Backbone, Model, Selector, Slot, Specs, Strategy, Tag, Task, Tuner
 from consilium.tensors import Tensors, detach
 from consilium.tuners import base, compose
 
@@ -39,8 +39,19 @@ class Experiment:
 
     def initial(self, seed: int) -> Tensors:
         """Start values for the strategy: all variables and, where it changes the base, the frozen weights."""
-        frozen = base.parameters(self.backbone.module) if self.strategy.declares.changes_base else {}
+        names = self.setting.frozen if self.strategy.declares.changes_base else ()
+        frozen = {name: self.backbone.module.get_parameter(name) for name in names}
         return {**detach(frozen), **self.model.initial(seed)}
+
+    def active(self, round: int, site: str) -> Selector:
+        """What is trained in this round at this site: the tuners' choice, and of it what the strategy leaves."""
+        chosen, trains = self.model.active(round, site, self.config.seed), self.strategy.declares.trains
+        return lambda tag: chosen(tag) and trains(tag, round)
+
+    def sent(self, round: int, site: str) -> Specs:
+        """What this site will send in this round: of all that may travel, what it trains."""
+        active, known = self.active(round, site), self.model.specs
+        return {name: spec for name, spec in self.up(round).items() if name not in known or active(spec.tag)}
 
     def up(self, round: int) -> Specs:
         """What may leave a site in this round; ConfigError where the strategy would send what is personal."""
@@ -70,10 +81,18 @@ def join(config: Config, classes: Sequence[str], tuners: Sequence[Tuner], strate
     _check_selection(config, task)
     _check_counts(config, task, model.specs, strategy)
     handshake = Handshake(agreement_hash(config, backbone.digest, classes, backbone.preprocessing), backbone.digest)
-    own = {name: base.tag(backbone, name, "base") for name in base.parameters(backbone.module)}
-    frozen = {name: replace(tag, slot="base") for name, tag in own.items() if name not in model.specs}
-    setting = Setting(model, task, config.train, backbone.preprocessing, config.seed, device, frozen)
+    trains, frozen = strategy.declares.trains, _frozen(backbone, model.specs)
+    setting = Setting(model, task, config.train, backbone.preprocessing, config.seed, device, frozen, trains)
     return Experiment(config, backbone, model, task, strategy, handshake, setting)
+
+
+def _frozen(backbone: Backbone, specs: Specs) -> dict[str, Tag]:
+    """Tags of what nobody trains: the rest of the backbone, and what products of factors are added to."""
+    slot: Slot = "base"
+    own = {name: base.tag(backbone, name, "base") for name in base.parameters(backbone.module) if name not in specs}
+    below = {name: spec.tag for spec in specs.values() if spec.factor is not None for name in spec.factor.base}
+    tags = {**{name: replace(tag, role="offset", part="base") for name, tag in below.items()}, **own}
+    return {name: replace(tag, slot=slot) for name, tag in tags.items()}
 
 
 @lru_cache(maxsize=2)

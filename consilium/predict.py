@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 
 from consilium import checkpoint, config, experiment, registry
+from consilium.data import Examples, UInt8Array
 from consilium.errors import DataError, StateError
 from consilium.local import predict as inference
-from consilium.protocols import Examples, UInt8Array
 from consilium.run_folder import CONFIG
 from consilium.sites import images as files
 from consilium.sites.store import transform_pixels

@@ -10,18 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from consilium.data import Batch, IntArray, Preprocessing
 from consilium.tensors import Tensors
 
 Slot = Literal["parameter", "control", "statistic", "base"]
-Split = Literal["train", "val", "test"]
-UInt8Array = npt.NDArray[np.uint8]
-IntArray = npt.NDArray[np.int64]
-StringArray = npt.NDArray[np.str_]
 
 
 # ------------------------------------------------------------------------------------------------ what a tensor is
@@ -41,6 +36,17 @@ class Tag:
 
 
 @dataclass(frozen=True)
+class Factor:
+    """One side of a product that is added to frozen tensors `base` of the backbone or of an adapter, by their names.
+
+    A right factor may serve several bases, each with a left factor of its own: base_i + scale * left_i @ right.
+    """
+
+    base: tuple[str, ...]
+    side: Literal["left", "right"]
+
+
+@dataclass(frozen=True)
 class Spec:
     """Shape, type and tag of one named tensor; None in a shape is a free dimension."""
 
@@ -48,10 +54,32 @@ class Spec:
     tag: Tag
     dtype: torch.dtype = torch.float32
     scale: float = 1.0  # alpha / r of a low-rank factor: W x + scale * B A x
+    factor: Factor | None = None  # of a product: only scale * left @ right acts, so a mean of factors is no mean of it
 
 
 Specs = Mapping[str, Spec]
 Selector = Callable[[Tag], bool]
+Trains = Callable[[Tag, int], bool]  # tag, round
+
+
+@dataclass(frozen=True)
+class Product:
+    """scale * left @ right: `left` [sum of rows, r], one tensor per base below the other; `right` [r, columns]."""
+
+    left: tuple[str, ...]
+    right: str
+    base: tuple[str, ...]
+    scale: float
+    part: str
+
+
+def products(specs: Specs) -> tuple[Product, ...]:
+    """The products among these tensors, as their tuners declared them in `Spec.factor`, sorted by the right factor."""
+    sides = {name: (spec, spec.factor) for name, spec in sorted(specs.items()) if spec.factor is not None}
+    lefts = {(spec.tag.part, f.base[0]): name for name, (spec, f) in sides.items() if f.side == "left"}
+    rights = [(name, spec, f.base) for name, (spec, f) in sides.items() if f.side == "right"]
+    found = [(tuple(lefts[spec.tag.part, b] for b in base), name, base, spec) for name, spec, base in rights]
+    return tuple(Product(left, name, base, spec.scale, spec.tag.part) for left, name, base, spec in found)
 
 
 @dataclass(frozen=True)
@@ -66,67 +94,7 @@ class Part:
 Combination = Literal["sum", "router"]  # how several parts act on one module
 
 
-# ------------------------------------------------------------------------------------------------ data at a site
-@dataclass(frozen=True)
-class Examples:
-    """One split at one site. `images`: uint8 [rows of the store, H, W, 3], memory-mapped; `rows` [n] picks from it."""
-
-    images: UInt8Array
-    rows: IntArray  # [n] index into images
-    labels: IntArray  # [n] class index
-    ids: StringArray  # [n] image id
-    groups: StringArray  # [n] patient or lesion
-    origins: StringArray  # [n] name of the site the row came from (differs from the site's own name when pooled)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-@dataclass(frozen=True)
-class SiteData:
-    """A hospital's three splits."""
-
-    name: str
-    train: Examples
-    val: Examples
-    test: Examples
-
-
-@dataclass(frozen=True)
-class Batch:
-    """`images` float32 [B, 3, H, W], normalised; `labels` int64 [B]; `rows` int64 [B], positions in the split."""
-
-    images: Tensor
-    labels: Tensor
-    rows: Tensor
-
-
-class Source(Protocol):
-    """Where images and their table come from."""
-
-    def records(self) -> Any:
-        """A pandas DataFrame with string columns id, label, site, group and, if given by the data, split."""
-
-    def content(self, id: str) -> bytes:
-        """The stored bytes of one image; their hash is the image's identity."""
-
-    def decode(self, content: bytes) -> UInt8Array:
-        """RGB pixels uint8 [H, W, 3]; DataError where the bytes are no readable image."""
-
-
 # ------------------------------------------------------------------------------------------------ the model
-@dataclass(frozen=True)
-class Preprocessing:
-    """How the weights want their images: pixels / 255, minus mean, over std."""
-
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
-    crop_fraction: float = 1.0
-    crop_mode: Literal["center", "squash", "border"] = "center"
-
-
 @dataclass(frozen=True)
 class ModuleRole:
     """Place of a linear or norm module of the backbone: role qkv, proj, fc1, fc2, norm1, norm2, norm, patch_embed."""
@@ -161,6 +129,8 @@ class Attached:
     specs: Specs
     initial: Callable[[int], Tensors]
     learning_rates: Mapping[str, float]  # role -> AdamW learning rate
+    inert: int = 0  # scalars the method trains in name that provably change no output: held, counted, never sent
+    forgets_moments: bool = False  # moments of its tensors start anew in every round, whatever train.moments says
 
 
 class Tuner(Protocol):
@@ -187,6 +157,14 @@ class Model(Protocol):
 
     @property
     def learning_rates(self) -> Mapping[str, float]: ...
+
+    @property
+    def inert(self) -> int:
+        """Scalars that the tuners train in name only, see `Attached.inert`."""
+
+    @property
+    def forgotten(self) -> frozenset[str]:
+        """Variables whose optimiser moments never outlive a round."""
 
     def forward(self, variables: Tensors, images: Tensor) -> Tensor:
         """Head outputs [B, C] for images float [B, 3, H, W]; names missing in `variables` keep their frozen value.
@@ -264,7 +242,7 @@ class LocalTraining(Protocol):
     def class_counts(self) -> Sequence[int]: ...
 
     def active(self, tag: Tag) -> bool:
-        """Whether the tuner trains this tensor in this round."""
+        """Whether the tuner, and the strategy's `trains`, train this tensor in this round."""
 
     def loss(self, variables: Tensors, batch: Batch) -> Tensor:
         """The task's loss of the model with these variables."""
@@ -349,6 +327,7 @@ class Declaration:
     required_roles: frozenset[str] = frozenset()
     changes_base: bool = False  # `initial` then also holds the frozen weights, under the backbone's own names
     last_block: int | None = None  # the highest block it speaks of, which the backbone must have
+    trains: Trains = lambda tag, round: True  # what is trained at all: freezing or alternating a factor  # noqa: ARG005
     plain_sgd: bool = False  # it reads gradients off the way that was gone: no other optimiser, no momentum
 
     @property
@@ -381,8 +360,9 @@ class Strategy(Protocol):
     def learn(self, received: Tensors, personal: Personal, training: LocalTraining) -> Learned:
         """One round at a site; `received` is all the site knows of what was sent to it."""
 
-    def combine(self, server: ServerState, updates: Sequence[Update]) -> ServerState:
-        """One round at the coordinator; updates sorted by site, each tensor averaged over the sites that trained it."""
+    def combine(self, server: ServerState, updates: Sequence[Update], specs: Specs) -> ServerState:
+        """One round at the coordinator; updates sorted by site, each tensor averaged over the sites that trained it.
+        `specs` are all variables of the model; which of them are factors of a product stands there."""
 
     def deploy(self, received: Tensors, personal: Personal) -> Mapping[str, Tensors]:
         """Full variables of the models to use: "personal" always, "global" where the shared tensors alone are a model.

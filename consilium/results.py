@@ -20,9 +20,10 @@ import torch
 
 from consilium import __version__, checkpoint, metrics
 from consilium.coordinator import Progress
+from consilium.data import Examples, SiteData
 from consilium.engines.site import stack
 from consilium.experiment import Experiment
-from consilium.protocols import Examples, Personal, SiteData, Specs
+from consilium.protocols import Personal, Specs
 from consilium.sites.federation import Federation
 from consilium.tensors import Tensors
 
@@ -187,12 +188,12 @@ def outcome(out: Path) -> dict[str, Any]:
 
 
 def parameters(experiment: Experiment) -> dict[str, int]:
-    """Scalars of the backbone, of what is trained, and of what a site sends in round 1."""
-    specs = experiment.model.specs
+    """Scalars of the backbone, and of what a site trains and sends in a round (the first: tuners may choose anew)."""
+    model, active = experiment.model, experiment.active(1, "")
     return {
         "backbone": experiment.backbone.num_parameters,
-        "trainable": _count(specs),
-        "exchanged": _count(experiment.up(1)),
+        "trainable": _count({n: spec for n, spec in model.specs.items() if active(spec.tag)}) + model.inert,
+        "exchanged": _count(experiment.sent(1, "")),
     }
 
 

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from consilium import checkpoint, config, experiment, registry
 from consilium.coordinator import Coordinator, Progress, Transport
+from consilium.data import Examples, SiteData
 from consilium.engines.simulate import Federation, Simulation, secrets_of
 from consilium.experiment import Experiment
 from consilium.messages import decode_reply, decode_request
-from consilium.protocols import Examples, Failure, SiteData, Strategy, Tuner
+from consilium.protocols import Failure, Strategy, Tuner
 from consilium.tensors import Tensors
 
 torch.set_num_threads(1)

@@ -12,7 +12,7 @@ import pandas as pd
 from PIL import Image
 
 from consilium.config import SitesConfig
-from consilium.protocols import Preprocessing, UInt8Array
+from consilium.data import Preprocessing, UInt8Array
 
 PREPROCESSING = Preprocessing(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 COLUMNS = {"image": "image", "label": "label", "site": "site", "group": "patient"}

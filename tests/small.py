@@ -6,7 +6,8 @@ import torch
 
 from consilium.backbones import timm_backbone
 from consilium.backbones.weights import Weights
-from consilium.protocols import Backbone, Preprocessing
+from consilium.data import Preprocessing
+from consilium.protocols import Backbone
 
 SIZE = 16
 _TINY = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 8}

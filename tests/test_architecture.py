@@ -23,8 +23,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "consilium"
 STAGES = ("sites", "backbones", "tasks", "tuners", "local", "strategies", "engines", "report")
-ENTRANCES = ("__init__", "__main__", "cli", "cli_data")
-COMPOSITION = ("experiment", "coordinator", "results", "run", "check", "predict", "export")
+ENTRANCES = ("__init__", "__main__", "cli", "cli_data", "cli_study")
+COMPOSITION = ("experiment", "coordinator", "results", "run", "check", "predict", "export", "study")
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = {"torch", "torchvision", "timm", "pandas", "numpy", "sklearn", "pyarrow", "pydantic", "PIL", "matplotlib"}
 READING_PATH = ("protocols.py", "run.py", "tuners/lora.py", "strategies/fedavg.py")

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from consilium import seeds, tensors
 from consilium.backbones import roles, weights
 from consilium.config import BackboneConfig
+from consilium.data import Preprocessing
 from consilium.errors import BackboneError
-from consilium.protocols import Backbone, ModuleRole, Preprocessing
+from consilium.protocols import Backbone, ModuleRole
 
 _OVERRIDES = ("mean", "std", "interpolation", "crop_fraction", "crop_mode")
 

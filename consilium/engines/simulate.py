@@ -24,10 +24,11 @@ import torch
 
 from consilium import seeds
 from consilium.config import Config
+from consilium.data import Examples, SiteData, UInt8Array
 from consilium.engines import failures
 from consilium.engines.site import Site
 from consilium.experiment import Experiment, assemble
-from consilium.protocols import Examples, Failure, SiteData, UInt8Array
+from consilium.protocols import Failure
 
 Recorder = Callable[[Literal["down", "up"], str, bytes], None]
 Secret = Callable[[str], int]

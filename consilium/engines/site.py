@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from consilium import checkpoint
+from consilium.data import Examples, SiteData
 from consilium.engines import failures
 from consilium.engines.state import SiteState, StateFolder
 from consilium.errors import ConsiliumError, TrainingError, WireError
@@ -25,7 +26,7 @@ from consilium.local.predict import outputs
 from consilium.local.train import Trainer
 from consilium.messages import Reply, Request, decode_request, encode, envelope_of, is_count
 from consilium.metrics import without_nan
-from consilium.protocols import Examples, Failure, Learned, Personal, SiteData
+from consilium.protocols import Failure, Learned, Personal
 from consilium.tensors import Tensors, equal, non_finite
 
 Numbers = dict[str, Any]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Generator, Tensor
 
-from consilium.protocols import Preprocessing
+from consilium.data import Preprocessing
 
 Augmentation = Callable[[Tensor, Generator], Tensor]
 

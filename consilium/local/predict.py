@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from consilium.data import Examples, Preprocessing
 from consilium.local.augment import normalise, to_float
-from consilium.protocols import Examples, Model, Preprocessing
+from consilium.protocols import Model
 from consilium.tensors import Tensors
 
 BATCH_SIZE = 128

@@ -7,7 +7,7 @@ dropout) comes from (run seed, round, site, purpose). Optimiser moments start at
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,23 +16,12 @@ from torch import Tensor
 
 from consilium import seeds
 from consilium.config import TrainConfig
+from consilium.data import Batch, Examples, IntArray, Preprocessing
 from consilium.errors import TrainingError
 from consilium.local.augment import PRESETS, normalise, to_float
 from consilium.local.predict import autocast, pooled_features
 from consilium.local.schedule import factor, federation_progress
-from consilium.protocols import (
-    Batch,
-    Examples,
-    Fitted,
-    IntArray,
-    Model,
-    Objective,
-    Preprocessing,
-    Selector,
-    Specs,
-    Tag,
-    Task,
-)
+from consilium.protocols import Fitted, Model, Objective, Selector, Specs, Tag, Task, Trains
 from consilium.tensors import Tensors, detach
 
 FALLBACK_LEARNING_RATE = 1e-3  # for variables that are not the model's, such as mixing weights
@@ -51,6 +40,7 @@ class Setting:
     frozen: Mapping[str, Tag] = field(
         default_factory=dict
     )  # weights of the backbone that are no variables of the model
+    trains: Trains = lambda tag, round: True  # what the strategy leaves trained  # noqa: ARG005
 
 
 @dataclass(frozen=True)
@@ -75,8 +65,9 @@ class Trainer:
         return len(self.examples)
 
     def active(self, tag: Tag) -> bool:
-        """Whether the tuners train this tensor in this round at this site."""
-        return self.setting.model.active(self.round, self.site, self.setting.seed)(tag)
+        """Whether the tuners train this tensor in this round at this site, and the strategy leaves it trained."""
+        chosen = self.setting.model.active(self.round, self.site, self.setting.seed)
+        return chosen(tag) and self.setting.trains(tag, self.round)
 
     def loss(self, variables: Tensors, batch: Batch) -> Tensor:
         """The task's loss on a batch."""
@@ -139,7 +130,7 @@ class Trainer:
                 _put(after_step({name: live[name].detach() for name in names}), live)
         mean_loss = float(torch.stack(losses).mean())
         self._finite(mean_loss)
-        optimizer.store(self.moments)
+        optimizer.store(self.moments, self.setting.model.forgotten)
         passes = sum(len(rows) for step in steps for rows in step)
         return Fitted(
             detach({name: live[name] for name in names}),
@@ -302,13 +293,13 @@ class Optimizer:
         for name in self.names:
             self.step_lengths[name] += self.rates[name] * share
 
-    def store(self, moments: dict[str, Tensor]) -> None:
-        """Put the optimiser's state into `moments` if the policy is to keep it."""
+    def store(self, moments: dict[str, Tensor], forgotten: Collection[str] = ()) -> None:
+        """Put the optimiser's state into `moments` if the policy is to keep it, but for the `forgotten` names."""
         if self.config.moments == "reset":
             return
         for name, parameter in zip(self.names, self.parameters, strict=True):
             for key, value in self.inner.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
+                if isinstance(value, Tensor) and name not in forgotten:
                     moments[f"{self.purpose}/{key}/{name}"] = value.detach().cpu().clone()
 
     def _restore(self, moments: Mapping[str, Tensor]) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 import pandas as pd
 
 from consilium.config import Config
+from consilium.data import Source
 from consilium.errors import DataError
-from consilium.protocols import Source
 from consilium.sites import splits
 from consilium.sites.federation import table
 

@@ -16,8 +16,8 @@ import pandas as pd
 
 from consilium import registry
 from consilium.config import SitesConfig, changed
+from consilium.data import Examples, Preprocessing, SiteData, Source
 from consilium.errors import ConfigError, DataError
-from consilium.protocols import Examples, Preprocessing, SiteData, Source
 from consilium.sites import partition, splits
 from consilium.sites.images import first_few
 from consilium.sites.store import Progress, Store, open_store, transform_pixels

@@ -19,8 +19,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from consilium.data import UInt8Array
 from consilium.errors import DataError
-from consilium.protocols import UInt8Array
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0

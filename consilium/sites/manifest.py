@@ -14,8 +14,8 @@ from pyarrow import ArrowException
 from pydantic import Field
 
 from consilium import registry
+from consilium.data import UInt8Array
 from consilium.errors import DataError
-from consilium.protocols import UInt8Array
 from consilium.registry import Options
 from consilium.sites import images
 

@@ -18,8 +18,8 @@ import pandas as pd
 
 from consilium import seeds
 from consilium.config import Partition
+from consilium.data import IntArray
 from consilium.errors import ConfigError, DataError
-from consilium.protocols import IntArray
 
 _MAX_DRAWS = 1000
 

@@ -17,8 +17,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from consilium import registry, seeds
+from consilium.data import UInt8Array
 from consilium.errors import DataError
-from consilium.protocols import UInt8Array
 from consilium.sites.phantom_camera import Camera
 from consilium.sites.phantom_draw import Lesion, Patient, draw
 

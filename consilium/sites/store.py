@@ -25,8 +25,8 @@ import numpy as np
 from filelock import FileLock
 from PIL import Image
 
+from consilium.data import Preprocessing, Source, UInt8Array
 from consilium.errors import DataError
-from consilium.protocols import Preprocessing, Source, UInt8Array
 
 Progress = Callable[[int, int], None]  # (images done, images in all)
 FORMAT = 1

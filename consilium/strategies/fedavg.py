@@ -90,7 +90,7 @@ class FedAvg:
         kept = Personal({name: fitted.variables[name] for name in personal.tensors})
         return Learned(update, kept, fitted.loss, fitted.num_steps, fitted.image_passes)
 
-    def combine(self, server: ServerState, updates: Sequence[Update]) -> ServerState:
+    def combine(self, server: ServerState, updates: Sequence[Update], specs: Specs) -> ServerState:  # noqa: ARG002
         """w <- sum n_k w_k / sum n_k, tensor by tensor over the sites that trained it."""
         terms = [(update.num_examples if self.weights == "examples" else 1, update.tensors) for update in updates]
         return replace(server, shared={**server.shared, **weighted_mean(terms)})

@@ -16,7 +16,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from consilium.protocols import Batch, LocalTraining, Objective
+from consilium.data import Batch
+from consilium.protocols import LocalTraining, Objective
 from consilium.registry import register
 from consilium.strategies.fedavg import FedAvg, FedAvgOptions, ObjectiveFor
 from consilium.tensors import Tensors, squared_distance

@@ -13,8 +13,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from consilium import metrics, registry
+from consilium.data import IntArray
 from consilium.errors import ConfigError
-from consilium.protocols import IntArray
 from consilium.tasks.losses import ClassWeight, class_weights, weighted_loss
 
 

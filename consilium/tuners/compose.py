@@ -54,6 +54,16 @@ class TunedModel:
         features: Tensor = functional_call(self.backbone.module, inside, (images,), tie_weights=False)
         return features
 
+    @property
+    def inert(self) -> int:
+        """Scalars that are trained in name only."""
+        return sum(each.inert for each in self.attached)
+
+    @property
+    def forgotten(self) -> frozenset[str]:
+        """Variables whose optimiser moments never outlive a round."""
+        return frozenset(name for each in self.attached if each.forgets_moments for name in each.specs)
+
     def active(self, round: int, site: str, seed: int) -> Selector:
         """What any tuner trains among its own tensors, and the head unless it is frozen."""
         pairs = [(tuner, each.specs) for tuner, each in zip(self.tuners, self.attached, strict=True)]

@@ -15,10 +15,10 @@ import torch
 from torch import Generator, Tensor
 
 from consilium import seeds
+from consilium.data import Batch
 from consilium.protocols import (
     Attached,
     Backbone,
-    Batch,
     Combination,
     Declaration,
     Learned,
@@ -110,7 +110,7 @@ class Scaffold:
         kept = Personal(map_tensors(torch.add, own, change))
         return Learned(update, kept, fitted.loss, fitted.num_steps, fitted.image_passes)
 
-    def combine(self, server: ServerState, updates: Sequence[Update]) -> ServerState:
+    def combine(self, server: ServerState, updates: Sequence[Update], specs: Specs) -> ServerState:  # noqa: ARG002
         mean = weighted_mean([(1, update.tensors) for update in updates])
         share, change = len(updates) / len(server.sites), within("change", mean)
         c = map_tensors(lambda old, new: old + share * new, within("c", server.shared), change)
@@ -159,7 +159,7 @@ class Flora:
         fitted = training.fit(start, fixed=self.base(received, personal))
         return Learned(fitted.variables, personal, fitted.loss, fitted.num_steps, fitted.image_passes)
 
-    def combine(self, server: ServerState, updates: Sequence[Update]) -> ServerState:
+    def combine(self, server: ServerState, updates: Sequence[Update], specs: Specs) -> ServerState:  # noqa: ARG002
         total = sum(update.num_examples for update in updates)
         stacks: dict[str, Tensor] = {}
         for a, scale in server.memory.items():
@@ -229,7 +229,7 @@ class FedAla:
         passes = mixing.image_passes + fitted.image_passes
         return Learned(fitted.variables, kept, fitted.loss, fitted.num_steps, passes)
 
-    def combine(self, server: ServerState, updates: Sequence[Update]) -> ServerState:
+    def combine(self, server: ServerState, updates: Sequence[Update], specs: Specs) -> ServerState:  # noqa: ARG002
         mean = weighted_mean([(update.num_examples, update.tensors) for update in updates])
         return replace(server, shared={**server.shared, **mean})
 
@@ -275,7 +275,7 @@ class FedAmp:
         kept = Personal(fitted.variables)
         return Learned(fitted.variables, kept, fitted.loss, fitted.num_steps, fitted.image_passes)
 
-    def combine(self, server: ServerState, updates: Sequence[Update]) -> ServerState:
+    def combine(self, server: ServerState, updates: Sequence[Update], specs: Specs) -> ServerState:  # noqa: ARG002
         news = {name: value for u in updates for name, value in under(u.site, u.tensors).items()}
         return replace(server, memory={**server.memory, **news})
 
@@ -326,7 +326,7 @@ class OneShotMixture:
         sums = {"count": one_hot.sum(0), "sum": one_hot.T @ x, "square": x.T @ x}
         return Learned(sums, Personal({"sent": torch.ones(1)}), math.nan, 0, training.num_examples)
 
-    def combine(self, server: ServerState, updates: Sequence[Update]) -> ServerState:
+    def combine(self, server: ServerState, updates: Sequence[Update], specs: Specs) -> ServerState:  # noqa: ARG002
         known = [server.memory, *(update.tensors for update in updates)]
         total = {name: torch.stack([t[name] for t in known if t]).sum(0) for name in ("count", "sum", "square")}
         count, means = total["count"], total["sum"] / total["count"].clamp_min(1)[:, None]

@@ -10,8 +10,8 @@ import pytest
 
 from consilium import registry
 from consilium.config import SitesConfig
+from consilium.data import Source
 from consilium.errors import DataError
-from consilium.protocols import Source
 from consilium.sites.federation import prepare
 from tests import hospitals
 

@@ -89,17 +89,17 @@ def test_nothing_moves_that_is_not_declared_trained(tmp_path: Path, name: str) -
 
 
 def test_combine_is_pure_and_any_subset_of_sites_will_do(outcome: federation.Outcome) -> None:
-    pieces, strategy = outcome.experiment, outcome.experiment.strategy
-    start = strategy.init_server(pieces.initial(3), pieces.model.specs, tuple(SITES))
+    pieces, strategy, specs = outcome.experiment, outcome.experiment.strategy, outcome.experiment.model.specs
+    start = strategy.init_server(pieces.initial(3), specs, tuple(SITES))
     updates = [Update(site, tensors, 5) for n, site, tensors in outcome.sent("up") if n == 1]
     before = digest_all({**start.shared, **start.memory})
-    first, second = strategy.combine(start, updates), strategy.combine(start, copy.deepcopy(updates))
+    first, second = strategy.combine(start, updates, specs), strategy.combine(start, copy.deepcopy(updates), specs)
     assert digest_all({**start.shared, **start.memory}) == before
     assert equal(first.shared, second.shared)
     assert equal(first.memory, second.memory)
-    alone = strategy.combine(start, updates[:1])
+    alone = strategy.combine(start, updates[:1], specs)
     assert alone.shared.keys() == first.shared.keys()
-    assert equal(strategy.combine(start, []).shared, start.shared)
+    assert equal(strategy.combine(start, [], specs).shared, start.shared)
 
 
 def test_the_model_to_use_is_whole(outcome: federation.Outcome) -> None:

@@ -16,6 +16,7 @@ import torch
 from consilium import registry
 from consilium.config import Config
 from consilium.coordinator import Coordinator, Transport
+from consilium.data import SiteData
 from consilium.engines import failures
 from consilium.engines.site import Site
 from consilium.engines.state import StateFolder
@@ -32,7 +33,7 @@ from consilium.messages import (
     envelope_of,
     size,
 )
-from consilium.protocols import Declaration, Learned, LocalTraining, Part, Personal, SiteData, Specs, Strategy
+from consilium.protocols import Declaration, Learned, LocalTraining, Part, Personal, Specs, Strategy
 from consilium.strategies.fedavg import FedAvg
 from consilium.strategies.partial import below
 from consilium.tensors import Tensors

@@ -13,7 +13,7 @@ import pytest
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
 
 from consilium import checkpoint, config, tensors
-from consilium.protocols import Preprocessing
+from consilium.data import Preprocessing
 from tests import hospitals
 from tests.e2e.processes import ROOT, Parent
 from tests.e2e.runs import KINDS, Finished, contents, events, read, words

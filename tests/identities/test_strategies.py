@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from consilium import registry
+from consilium.data import SiteData
 from consilium.errors import ConfigError, WireError
-from consilium.protocols import ServerState, SiteData, Strategy, Update
+from consilium.protocols import ServerState, Strategy, Update
 from consilium.strategies.fedavg import FedAvg, everything
 from consilium.strategies.fedprox import proximal
 from consilium.strategies.partial import nothing
@@ -134,9 +135,11 @@ def test_a_block_that_the_backbone_lacks_is_refused() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the mean
+SPECS = federation.assemble(federation.configure()).model.specs
+
+
 def _state(strategy: Strategy, start: Tensors) -> ServerState:
-    specs = federation.assemble(federation.configure()).model.specs
-    return strategy.init_server(start, specs, ("a", "b", "c"))
+    return strategy.init_server(start, SPECS, ("a", "b", "c"))
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +152,7 @@ def test_the_mean_of_equal_updates_is_that_update(start: Tensors, weights: str) 
     strategy = registry.build("strategies", "fedavg", {"weights": weights})
     same = {name: torch.randn(value.shape) for name, value in start.items()}
     updates = [Update(site, same, count) for site, count in (("a", 17), ("b", 3), ("c", 1009))]
-    assert equal(strategy.combine(_state(strategy, start), updates).shared, same)
+    assert equal(strategy.combine(_state(strategy, start), updates, SPECS).shared, same)
 
 
 def test_weights_are_numbers_of_examples_or_uniform(start: Tensors) -> None:
@@ -160,7 +163,7 @@ def test_weights_are_numbers_of_examples_or_uniform(start: Tensors) -> None:
     ]
     for weights, mean in (("examples", 35 / 8), ("uniform", 3.0)):
         strategy = registry.build("strategies", "fedavg", {"weights": weights})
-        combined = strategy.combine(_state(strategy, start), updates)
+        combined = strategy.combine(_state(strategy, start), updates, SPECS)
         assert all((value == torch.tensor(mean)).all() for value in combined.shared.values())
 
 
@@ -168,15 +171,15 @@ def test_a_tensor_is_averaged_over_the_sites_that_trained_it_and_else_kept(start
     strategy = FedAvg()
     names = list(start)
     updates = [Update("a", {names[0]: torch.ones_like(start[names[0]])}, 4), Update("b", {}, 9)]
-    combined = strategy.combine(_state(strategy, start), updates).shared
+    combined = strategy.combine(_state(strategy, start), updates, SPECS).shared
     assert (combined[names[0]] == 1).all()
     assert all(torch.equal(combined[name], start[name]) for name in names[1:])
-    assert equal(strategy.combine(_state(strategy, start), []).shared, start)
+    assert equal(strategy.combine(_state(strategy, start), [], SPECS).shared, start)
 
 
 def test_weights_of_nothing_are_refused(start: Tensors) -> None:
     with pytest.raises(WireError, match="more than nothing"):
-        FedAvg().combine(_state(FedAvg(), start), [Update("a", start, 0)])
+        FedAvg().combine(_state(FedAvg(), start), [Update("a", start, 0)], SPECS)
 
 
 # ------------------------------------------------------------------------------------------------ centralised step

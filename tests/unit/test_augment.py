@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
+from consilium.data import Preprocessing
 from consilium.local import augment
-from consilium.protocols import Preprocessing
 
 
 def _draw(seed: int = 0) -> Generator:

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from consilium import tensors
 from consilium.backbones import roles, timm_backbone, weights
 from consilium.config import BackboneConfig
+from consilium.data import Preprocessing
 from consilium.errors import BackboneError
-from consilium.protocols import Backbone, Preprocessing
+from consilium.protocols import Backbone
 from tests import small
 
 TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"

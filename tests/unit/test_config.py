@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import pytest
 
-from consilium import config, registry
+from consilium import config, config_file, registry
+from consilium.data import Preprocessing
 from consilium.errors import ConfigError
-from consilium.protocols import Preprocessing
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").rglob("*.toml"))
 
@@ -179,7 +179,7 @@ def test_overrides_reach_nested_keys_and_keep_their_types() -> None:
 
 def test_an_override_reaches_the_only_tuner_and_one_of_several_by_its_place() -> None:
     table = {"tuner": [{"name": "lora"}, {"name": "lora"}]}
-    config._set(table, "tuner.1.rank=2")
+    config_file.override(table, "tuner.1.rank=2")
     assert table["tuner"] == [{"name": "lora"}, {"name": "lora", "rank": 2}]
     assert config.load(None, ['tuner=[{name="lora"}]', "tuner.rank=2"]).tuner[0].options() == {"rank": 2}
 

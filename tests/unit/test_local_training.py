@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from consilium import config, seeds
+from consilium.data import Batch
 from consilium.errors import ConfigError, TrainingError
 from consilium.local.augment import normalise, to_float
 from consilium.local.schedule import factor
 from consilium.local.train import FALLBACK_LEARNING_RATE, Trainer, epoch_images, plan
-from consilium.protocols import Batch
 from consilium.tensors import Tensors, equal
 from tests import federation
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from consilium import checkpoint, results
+from consilium.data import Examples, SiteData
 from consilium.errors import StateError
 from consilium.messages import Reply
-from consilium.protocols import Examples, Personal, SiteData, Spec, Specs, Tag
+from consilium.protocols import Personal, Spec, Specs, Tag
 from consilium.strategies.fedavg import FedAvg
 from consilium.tensors import Tensors
 from tests import federation

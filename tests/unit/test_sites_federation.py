@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from consilium.config import SitesConfig
+from consilium.data import Examples
 from consilium.errors import ConfigError, DataError
-from consilium.protocols import Examples
 from consilium.sites.federation import Federation, pool, prepare
 from consilium.sites.store import transform_pixels
 from tests import hospitals

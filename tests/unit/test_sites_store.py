@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 from timm.data.transforms_factory import transforms_imagenet_eval
 
+from consilium.data import Preprocessing, UInt8Array
 from consilium.errors import DataError
-from consilium.protocols import Preprocessing, UInt8Array
 from consilium.sites import images
 from consilium.sites.store import Store, default_folder, open_store, transform_pixels
 from tests import hospitals
