@@ -124,12 +124,14 @@ def _memory(experiment: Experiment) -> dict[str, int]:
     backbone, config = experiment.backbone, experiment.config
     module: Any = backbone.module
     tokens = module.patch_embed.num_patches + getattr(module, "num_prefix_tokens", 1)
-    per_token = backbone.num_features * backbone.num_blocks * _KEPT_PER_TOKEN
+    kept = _KEPT_PER_TOKEN * backbone.num_blocks
+    if config.engine.gradient_checkpointing:  # every block's input, and one block in full while it is computed again
+        kept = backbone.num_blocks + _KEPT_PER_TOKEN
     size = 4 if config.train.precision == "float32" else 2
     parts = {
         "weights": backbone.num_parameters * 4,
         "trained": results.parameters(experiment)["trainable"] * 4 * _COPIES,
-        "activations": config.train.batch_size * tokens * per_token * size,
+        "activations": config.train.batch_size * tokens * backbone.num_features * kept * size,
     }
     return {**parts, "total": sum(parts.values())}
 

@@ -214,6 +214,7 @@ class EngineConfig(Options):
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     threads: int = Field(default=1, ge=1)
     device: str = "auto"
+    gradient_checkpointing: bool = False  # compute blocks again for their gradients: less memory, same bits, more time
     cache: Path | None = None  # folder of the decoded-image store; None: the user's cache folder
 
 
@@ -286,7 +287,7 @@ AGREED = (
     "strategy",
     "train",
 )  # what all sites must share, beside the backbone's digest
-_NO_EFFECT = ("workers", "cache")  # engine keys that change neither data nor results
+_NO_EFFECT = ("workers", "cache", "gradient_checkpointing")  # engine keys that change neither data nor results
 
 
 def agreement_hash(config: Config, backbone_digest: str, classes: Sequence[str], preprocessing: Preprocessing) -> str:

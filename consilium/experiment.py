@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from consilium import registry
-from consilium.backbones import timm_backbone
+from consilium.backbones import recompute, timm_backbone
 from consilium.config import BackboneConfig, Config, agreement_hash
 from consilium.errors import ConfigError
 from consilium.local.train import Setting
@@ -75,6 +75,8 @@ def join(config: Config, classes: Sequence[str], tuners: Sequence[Tuner], strate
     task: Task = registry.build("tasks", config.task.name, config.task.options()).with_classes(classes)
     backbone = own_copy(load_backbone(config.backbone))
     backbone.module.to(device)
+    if config.engine.gradient_checkpointing:
+        recompute.by_block(backbone.module)
     model: Model = compose.attach(backbone, tuners, config.head, task.num_outputs, strategy.declares, config.seed)
     _check_blocks(strategy, backbone, where=f"strategy.{config.strategy.name}")
     _check_pairing(config, model.specs, strategy)

@@ -199,6 +199,13 @@ def test_check_says_what_the_coordinator_sees(settings: config.Config, monkeypat
     assert check(telling).individual_updates
 
 
+def test_recomputed_blocks_keep_fewer_activations(settings: config.Config) -> None:
+    saving = settings.engine.model_copy(update={"gradient_checkpointing": True})
+    plain, less = (check(one).memory_bytes for one in (settings, settings.model_copy(update={"engine": saving})))
+    assert less["activations"] < plain["activations"] / 2
+    assert less["trained"] == plain["trained"]
+
+
 def test_memory_grows_with_the_batch_alone(settings: config.Config) -> None:
     larger = settings.train.model_copy(update={"batch_size": 12})
     small, large = (check(one).memory_bytes for one in (settings, settings.model_copy(update={"train": larger})))

@@ -268,6 +268,26 @@ def test_tokens_and_positions_are_not_pulled_to_zero() -> None:
     assert {name for name, decay in decays.items() if decay} == matrices - {"cls_token", "pos_embed"}
 
 
+def test_moments_of_a_tuner_that_forgets_are_not_kept() -> None:
+    forgetful = [replace(each, forgets_moments=True) for each in _pieces().model.attached]
+    model = replace(_pieces().model, attached=tuple(forgetful))
+    assert model.forgotten == {name for name, spec in model.specs.items() if spec.tag.role != "head"}
+    moments: dict[str, Tensor] = {}
+    trainer = _trainer(1, moments, moments="keep", **ADAMW)
+    replace(trainer, setting=replace(trainer.setting, model=model)).fit(_start())
+    assert {key.rpartition("/")[2] for key in moments} == {"head.bias", "head.weight"}
+
+
+def test_a_strategy_may_leave_some_of_it_untrained() -> None:
+    trainer = _trainer()
+    setting = replace(trainer.setting, trains=lambda tag, round: tag.role == "lora_b" and round == 2)
+    start = _start()
+    none, some = (replace(trainer, setting=setting, round=round).fit(start) for round in (1, 2))
+    assert equal(none.variables, start)
+    moved = {name for name, value in some.variables.items() if not torch.equal(value, start[name])}
+    assert moved == {name for name, spec in setting.model.specs.items() if spec.tag.role == "lora_b"}
+
+
 def test_what_is_not_selected_keeps_its_bits() -> None:
     start = _start()
     fitted = _trainer(**ADAMW).fit(start, only=lambda tag: tag.role == "lora_b").variables
