@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Collection, Iterable
 
 from torch import nn
 
+from consilium import tensors
 from consilium.errors import ConfigError
-from consilium.protocols import Backbone, Combination, Part, Tag
+from consilium.protocols import Attached, Backbone, Combination, ModuleRole, Part, Spec, Tag
 from consilium.tensors import Tensors
 
 
@@ -33,23 +35,49 @@ def replace(module: nn.Module, values: Tensors) -> None:
         setattr(module.get_submodule(holder), own, new)
 
 
+def place(backbone: Backbone, name: str) -> ModuleRole:
+    """Role and block of one of the backbone's own parameters; the role is empty where its module has none."""
+    known = backbone.modules.get(name.rpartition(".")[0])
+    if known is not None:
+        return known
+    pieces = name.split(".")
+    beside = name.endswith((".q_bias", ".v_bias"))  # EVA keeps them beside its fused qkv
+    return ModuleRole("qkv" if beside else "", int(pieces[1]) if pieces[0] == "blocks" else None)
+
+
 def tag(backbone: Backbone, name: str, part: str) -> Tag:
     """Tag of one of the backbone's own parameters; role norm, attention, bias, weight or embedding."""
-    module = name.rpartition(".")[0]
-    pieces = name.split(".")
-    block = int(pieces[1]) if pieces[0] == "blocks" else None
-    return Tag(module=module, role=_role(backbone, module, name), part=part, block=block)
+    where = place(backbone, name)
+    return Tag(module=name.rpartition(".")[0], role=_role(where.role, name), part=part, block=where.block)
 
 
-def _role(backbone: Backbone, module: str, name: str) -> str:
-    place = backbone.modules.get(module)
-    if place is not None and place.role.startswith("norm"):
+def _role(role: str, name: str) -> str:
+    if role.startswith("norm"):
         return "norm"
-    if (place is not None and place.role in ("qkv", "proj")) or name.endswith((".q_bias", ".v_bias")):
+    if role in ("qkv", "proj"):
         return "attention"
     if name.endswith("bias"):
         return "bias"
     return "weight" if name.endswith("weight") else "embedding"  # tokens, positions, layer scales
+
+
+def in_blocks(backbone: Backbone, blocks: Iterable[int], roles: Collection[str] | None) -> dict[str, nn.Parameter]:
+    """The backbone's own parameters in these blocks whose modules have one of these roles; None: whatever the role."""
+    own = parameters(backbone.module)
+    places = {name: place(backbone, name) for name in own}
+    inside = {name: at for name, at in places.items() if at.block in frozenset(blocks)}
+    return {name: own[name] for name, at in inside.items() if roles is None or at.role in roles}
+
+
+def own_tensors(backbone: Backbone, chosen: Tensors, part: Part, rate: float, role: str | None = None) -> Attached:
+    """Parameters of the backbone as variables that start at their pre-trained values, all at one rate; with a `role`
+    in place of their own ones, where one is given."""
+    specs = {}
+    for name, value in chosen.items():
+        own = tag(backbone, name, part.name)
+        specs[name] = Spec(tuple(value.shape), dataclasses.replace(own, role=role or own.role), value.dtype)
+    rates = dict.fromkeys(sorted({spec.tag.role for spec in specs.values()}), rate)
+    return Attached(specs=specs, initial=lambda _: tensors.detach(chosen), learning_rates=rates)
 
 
 def blocks_or_all(backbone: Backbone, blocks: Iterable[int] | None, where: str) -> frozenset[int]:
