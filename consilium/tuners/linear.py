@@ -25,7 +25,7 @@ class LinearOptions(registry.Options):
     options=LinearOptions,
     summary="the head alone, on frozen features",
     source="Alain and Bengio 2016, arXiv 1610.01644",
-    facts={"start": "identity", "formula": "head(f(x))", "count": "0"},
+    facts={"start": "identity", "merge": "exact", "formula": "head(f(x))", "count": "0"},
 )
 class Linear:
     """Trains nothing in the backbone."""

@@ -12,7 +12,7 @@ from consilium.config import HeadConfig
 from consilium.errors import ConfigError
 from consilium.protocols import Backbone, Declaration
 from consilium.tuners import base, compose
-from tests import small
+from tests import small, variants
 
 TUNERS = sorted(registry.members("tuners"))
 CLASSES = 4
@@ -38,13 +38,13 @@ def case(request: pytest.FixtureRequest) -> Case:
     backbone = small.backbone(make)
     frozen = tensors.detach(backbone.module.state_dict())
     plain = backbone.module(small.images())
-    built = registry.build("tuners", tuner, {})
+    built = registry.build("tuners", tuner, variants.TUNERS[tuner][1])
     model = compose.attach(backbone, [built], HeadConfig(), CLASSES, Declaration(), 0)
     return Case(tuner, make, backbone, frozen, plain, model)
 
 
 def test_start_is_drawn_from_the_seed_alone(case: Case) -> None:
-    built = registry.build("tuners", case.tuner, {})
+    built = registry.build("tuners", case.tuner, variants.TUNERS[case.tuner][1])
     again = compose.attach(small.backbone(case.make), [built], HeadConfig(), CLASSES, Declaration(), 9)
     assert tensors.equal(case.model.initial(0), again.initial(0))
     assert not tensors.equal(case.model.initial(0), case.model.initial(1))
@@ -85,10 +85,17 @@ def test_variables_change_the_output_and_nothing_else_moves(case: Case) -> None:
     assert all(torch.equal(value, case.frozen[name]) and value.grad is None for name, value in own.items())
 
 
-def test_merged_equals_unmerged_and_leaves_plain_names(case: Case) -> None:
-    variables = case.moved
+def test_merged_equals_unmerged_and_leaves_plain_names_or_is_refused_and_leaves_all(case: Case) -> None:
+    variables, facts = case.moved, registry.get("tuners", case.tuner).facts
     with torch.no_grad():
         before = case.model.features(variables, small.images())
+        if facts["merge"] != "exact":
+            with pytest.raises(ConfigError, match=case.tuner):
+                compose.merge(case.model, variables)
+            assert torch.equal(case.model.features(variables, small.images()), before)
+            assert facts["merge"] == "refused"
+            assert facts["merge_refused"]
+            return
         merged = compose.merge(case.model, variables)
         after = merged(small.images())
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
@@ -97,8 +104,27 @@ def test_merged_equals_unmerged_and_leaves_plain_names(case: Case) -> None:
 
 def test_merging_leaves_other_users_of_the_weights_alone(case: Case) -> None:
     held = base.parameters(case.backbone.module)
-    compose.merge(case.model, case.moved)
+    if registry.get("tuners", case.tuner).facts["merge"] == "exact":
+        compose.merge(case.model, case.moved)
     assert all(torch.equal(value, case.frozen[name]) for name, value in held.items())
+
+
+def test_a_hybrid_that_cannot_be_merged_is_left_as_it_was() -> None:
+    names = [name for name in TUNERS if registry.get("tuners", name).facts["merge"] != "exact"]
+    for name in names:
+        built = [registry.build("tuners", each, variants.TUNERS[each][1]) for each in ("lora", name)]
+        model = compose.attach(small.backbone(), built, HeadConfig(), CLASSES, Declaration(), 0)
+        variables = small.moved(dict(model.initial(0)))
+        before = model.features(variables, small.images())
+        with pytest.raises(ConfigError, match=name):
+            compose.merge(model, variables)
+        assert torch.equal(model.features(variables, small.images()), before)
+
+
+def test_what_is_said_of_it_is_whole(case: Case) -> None:
+    member = registry.get("tuners", case.tuner)
+    assert member.facts.keys() >= {"start", "merge", "formula", "count"}
+    assert member.source
 
 
 def test_saving_and_loading_is_the_identity(case: Case) -> None:
@@ -132,7 +158,7 @@ def test_an_unknown_name_is_refused(case: Case) -> None:
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_attaching_twice_is_refused_or_harmless(tuner: str) -> None:
     backbone = small.backbone()
-    built = registry.build("tuners", tuner, {})
+    built = registry.build("tuners", tuner, variants.TUNERS[tuner][1])
     if not built.attach(backbone, Declaration().parts, "sum").specs:
         return
     with pytest.raises(ConfigError):

@@ -11,12 +11,12 @@ from consilium.config import HeadConfig
 from consilium.errors import ConfigError
 from consilium.protocols import Declaration
 from consilium.tuners import compose
-from tests import federation, small
+from tests import federation, small, variants
 
 TUNERS = sorted(registry.members("tuners"))
 
 
-def _gradients(tuner: str, make: str, again: bool, options: dict[str, object]) -> tuple[dict[str, torch.Tensor], int]:
+def _gradients(tuner: str, make: str, again: bool, options: variants.Options) -> tuple[dict[str, torch.Tensor], int]:
     """Gradients of every variable, and how often the first block's norm was computed."""
     backbone = small.backbone(make)
     if again:
@@ -34,8 +34,8 @@ def _gradients(tuner: str, make: str, again: bool, options: dict[str, object]) -
 @pytest.mark.parametrize("make", small.MAKES)
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_gradients_keep_their_bits(tuner: str, make: str) -> None:
-    kept, once = _gradients(tuner, make, False, {})
-    again, twice = _gradients(tuner, make, True, {})
+    kept, once = _gradients(tuner, make, False, variants.TUNERS[tuner][1])
+    again, twice = _gradients(tuner, make, True, variants.TUNERS[tuner][1])
     assert once == 1
     assert twice == (1 if tuner == "linear" else 2)  # nothing to differentiate below a head alone
     assert kept.keys() == again.keys()
