@@ -81,16 +81,13 @@ def own_tensors(backbone: Backbone, chosen: Tensors, part: Part, rate: float, ro
 
 
 def blocks_or_all(backbone: Backbone, blocks: Iterable[int] | None, where: str) -> frozenset[int]:
-    """The chosen blocks; ConfigError for one that the backbone does not have."""
+    """The chosen blocks; ConfigError for one that the backbone does not have, and where none is chosen."""
     chosen = frozenset(range(backbone.num_blocks) if blocks is None else blocks)
     beyond = sorted(block for block in chosen if not 0 <= block < backbone.num_blocks)
-    if beyond:
-        raise ConfigError(
-            "the backbone has no such block",
-            where=where,
-            allowed=f"0 to {backbone.num_blocks - 1} ({backbone.name})",
-            received=beyond,
-        )
+    if beyond or not chosen:
+        what = "the backbone has no such block" if beyond else "no block is chosen"
+        allowed = f"0 to {backbone.num_blocks - 1} ({backbone.name})"
+        raise ConfigError(what, where=where, allowed=allowed, received=beyond)
     return chosen
 
 
