@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from consilium import checkpoint
 from consilium.errors import ConfigError
-from consilium.report import figures
+from consilium.report import marks
 from consilium.report.load import Run, load_run
 from consilium.report.sections import Figure, compared, sections, summary, tiles
 from consilium.report.tables import Table
@@ -39,7 +39,7 @@ def page(runs: Sequence[Run]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["key"] = figures.key
+    environment.globals["key"] = marks.key
     environment.tests["table"] = lambda block: isinstance(block, Table)
     environment.tests["figure"] = lambda block: isinstance(block, Figure)
     views = [

@@ -10,8 +10,8 @@ from markupsafe import Markup
 
 from consilium import metrics
 from consilium.report import figures, tables
-from consilium.report.figures import Point
 from consilium.report.load import Entry, Harmed, Run, Value
+from consilium.report.marks import Point, padded
 from consilium.report.tables import NAMES, Cell, Table
 from consilium.report.text import UNDEFINED, bytes_text, count, duration, strategy_text, tuner_text
 
@@ -204,7 +204,7 @@ def _losses(run: Run, site: str) -> Curve:
 
 def _panels(run: Run, curves: Mapping[str, Mapping[str, Curve]], name: str) -> list[tuple[str, Markup]]:
     values = [v for series in curves.values() for curve in series.values() for _, v in curve if v is not None]
-    span, last = figures.padded(values), run.events[-1].round
+    span, last = padded(values), run.events[-1].round
     return [
         (site, figures.learning_curves(f"{name} at {site}: {_told(series)}", series, last, span))
         for site, series in curves.items()

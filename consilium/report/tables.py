@@ -22,12 +22,14 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Cell:
-    """`text` with a smaller `detail`, a `badge` (its first word is its style), and a `heat` of 0 to 1 behind it."""
+    """`text` with a smaller `detail`, a `badge` (its first word is its style), and a `heat` of 0 to 1 behind it; on a
+    page that sorts, `sort` is the number to sort by."""
 
     text: str
     detail: str = ""
     badge: str = ""
     heat: float | None = None
+    sort: float | None = None
 
 
 @dataclass(frozen=True)

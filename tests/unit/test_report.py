@@ -14,7 +14,7 @@ import pytest
 
 from consilium import metrics
 from consilium.errors import ConfigError, StateError
-from consilium.report import figures, sections
+from consilium.report import figures, marks, sections
 from consilium.report.html import render
 from consilium.report.load import load_run
 from consilium.report.text import UNDEFINED
@@ -448,21 +448,21 @@ def test_a_place_that_cannot_be_written_to_is_named(folder: Path, tmp_path: Path
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.13, 0.14), (-5, 1200.0), (1e-9, 3e-9)])
 def test_ticks_are_few_and_inside(low: float, high: float) -> None:
-    found = figures.ticks(low, high)
+    found = marks.ticks(low, high)
     assert 2 <= len(found) <= 11
     assert all(low - 1e-12 <= tick <= high + 1e-12 for tick in found)
 
 
 def test_a_figure_without_any_number_is_still_one() -> None:
-    nothing = figures.Point(None)
+    nothing = marks.Point(None)
     assert "<svg" in figures.forest("t", {"a": [nothing]}, "u", 720)
     assert "<svg" in figures.scatter("t", [("a", 0, nothing)], "x", "y", 360)
     assert "<svg" in figures.bars("t", [], {"up": []}, 720)
-    assert "<svg" in figures.learning_curves("t", {"a": [(0, None)]}, 0, figures.padded([]))
+    assert "<svg" in figures.learning_curves("t", {"a": [(0, None)]}, 0, marks.padded([]))
     assert "<svg" in figures.reliability("t", [0.0], [0.0], [0])
 
 
 def test_an_axis_maps_its_ends() -> None:
-    for axis in (figures.Axis(2, 4, 10, 90), figures.Axis(0.01, 100, 10, 90, log=True)):
+    for axis in (marks.Axis(2, 4, 10, 90), marks.Axis(0.01, 100, 10, 90, log=True)):
         assert (axis(axis.low), axis(axis.high)) == pytest.approx((10, 90))
-    assert figures.Axis(0.01, 100, 10, 90, log=True)(1.0) == pytest.approx(50)
+    assert marks.Axis(0.01, 100, 10, 90, log=True)(1.0) == pytest.approx(50)

@@ -1,0 +1,142 @@
+"""Composition: a study's folder, read. In: study.json, runs.parquet, results.parquet. Out: a `Study`.
+
+A method is the axis that the study compares, with every other axis that is neither the group within which it compares
+nor the seed: nothing that was varied is averaged over in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from consilium import checkpoint
+from consilium.errors import StateError
+
+WHOLE = "all runs"  # the group of a study that compares within nothing
+RUN_COLUMNS = ("run", "folder", "status", "seed")
+RESULT_COLUMNS = ("run", "seed", "split", "model", "metric", "level", "site", "value", "low", "high", "n")
+
+
+@dataclass(frozen=True)
+class Compare:
+    """What a study compares; the axes are names of columns of runs.parquet."""
+
+    method: str
+    within: tuple[str, ...]
+    metric: str = "balanced_accuracy"
+    split: str = "test"
+    level: str = "mean"
+    model: str = "personal"
+    baseline: str | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """`runs` has a row per run, planned or finished, with the labels `method` and `group`; `results` is tidy."""
+
+    folder: Path
+    about: Mapping[str, Any]
+    compare: Compare
+    runs: pd.DataFrame
+    results: pd.DataFrame
+
+    @property
+    def name(self) -> str:
+        """The study's name."""
+        return str(self.about.get("name", self.folder.name))
+
+    @property
+    def notes(self) -> list[str]:
+        """What the study wants said wherever it is shown."""
+        return [str(note) for note in self.about.get("notes") or []]
+
+    @cached_property
+    def methods(self) -> list[str]:
+        """Labels in the order of the plan."""
+        return list(dict.fromkeys(self.runs["method"]))
+
+    @cached_property
+    def groups(self) -> list[str]:
+        """Labels in the order of the plan."""
+        return list(dict.fromkeys(self.runs["group"]))
+
+    @cached_property
+    def finished(self) -> pd.DataFrame:
+        """The runs that have results."""
+        return self.runs[self.runs["run"].isin(set(self.results["run"]))]
+
+    @cached_property
+    def failed(self) -> pd.DataFrame:
+        """The runs without results that left an error."""
+        rest = self.runs[~self.runs["run"].isin(set(self.results["run"]))]
+        status = rest["status"].astype(str)
+        return rest[(rest["error"] != "") | status.str.contains("fail|refus|error", case=False)]
+
+    @property
+    def num_missing(self) -> int:
+        """Planned runs that have neither finished nor failed."""
+        return len(self.runs) - len(self.finished) - len(self.failed)
+
+
+def load(folder: Path) -> Study:
+    """Read a study's folder; StateError that names the file that is missing or lacks columns."""
+    about = checkpoint.read_json(folder / "study.json")
+    compare = _compare(about, folder / "study.json")
+    runs = _table(folder / "runs.parquet", [*RUN_COLUMNS, compare.method, *compare.within])
+    results = _table(folder / "results.parquet", RESULT_COLUMNS)
+    return Study(folder, about, compare, _labelled(runs, compare, axes(about)), results)
+
+
+def axes(about: Mapping[str, Any]) -> list[str]:
+    """Names of the axes, however study.json lists them."""
+    given = about.get("axes") or []
+    return [str(axis["name"] if isinstance(axis, Mapping) else axis) for axis in given]
+
+
+def _compare(about: Mapping[str, Any], path: Path) -> Compare:
+    given = {key: value for key, value in (about.get("compare") or {}).items() if value is not None}
+    if "method" not in given:
+        raise StateError("a study does not say what it compares", where=f"{path}, compare.method")
+    within = given.pop("within", ())
+    names = (within,) if isinstance(within, str) else tuple(within)
+    known = {key: str(value) for key, value in given.items() if key in Compare.__dataclass_fields__}
+    return Compare(within=names, **known)
+
+
+def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    if not path.is_file():
+        raise StateError("a table of the study is missing", where=str(path))
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise StateError("a table of the study cannot be read", where=str(path), received=str(error)) from error
+    missing = [name for name in columns if name not in table.columns]
+    if missing:
+        raise StateError("a table of the study lacks columns", where=str(path), received=missing)
+    return table
+
+
+def _labelled(runs: pd.DataFrame, compare: Compare, names: Sequence[str]) -> pd.DataFrame:
+    skipped = {compare.method, *compare.within, "seed", "method", "group"}
+    extra = [name for name in names if name in runs.columns and name not in skipped and runs[name].nunique() > 1]
+    method = runs[compare.method].map(label)
+    for name in extra:
+        short = name.rsplit(".", 1)[-1]
+        method = method + runs[name].map(lambda value, short=short: f", {short} {label(value)}")
+    group = pd.Series(WHOLE, index=runs.index)
+    if compare.within:
+        group = runs[list(compare.within)].map(label).agg(", ".join, axis=1)
+    error = runs["error"].fillna("").astype(str) if "error" in runs.columns else ""
+    return runs.assign(method=method, group=group, error=error)
+
+
+def label(value: object) -> str:
+    """A value of an axis as text; whole numbers without a point."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
