@@ -1,4 +1,4 @@
-"""Stage 8, strategies: FedAvg and every method that is FedAvg with another choice of what is shared.
+"""Stage 8, strategies: FedAvg and every method that is FedAvg with another choice of what is shared or how summed.
 
 In: updates of sites. Out: the next shared tensors.
 
@@ -6,7 +6,8 @@ McMahan, Moore, Ramage, Hampson, Agüera y Arcas, AISTATS 2017, arXiv 1602.05629
 w_t -> server.shared, w_k -> update.tensors, n_k -> num_examples, C -> train.participation, E -> train.local_epochs
 Leaves the site: the shared tensors, number of training images. Stays: images, personal tensors. Kept between rounds:
 personal tensors at the site, nothing at the server.
-Departures: any optimiser (the paper: SGD); a tensor is averaged over the sites that trained it.
+Departures: any optimiser (the paper: SGD); a tensor is averaged over the sites that trained it; `aggregate` puts
+another sum in the place of the mean, and two of these change frozen weights, which then travel down as if shared.
 Identity: one site = local training; equal updates = that update; order of replies is irrelevant (tests/identities).
 """
 
@@ -14,8 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
+from consilium.aggregation import Aggregation, SumOptions, Weighting
 from consilium.protocols import (
     Declaration,
     Learned,
@@ -28,10 +29,9 @@ from consilium.protocols import (
     Tag,
     Update,
 )
-from consilium.registry import Options, register
-from consilium.tensors import Tensors, weighted_mean
+from consilium.registry import register
+from consilium.tensors import Tensors
 
-Weighting = Literal["examples", "uniform"]
 ObjectiveFor = Callable[[Tensors, LocalTraining], Objective | None]  # what arrived -> what is minimised
 
 
@@ -45,33 +45,42 @@ def task_loss(received: Tensors, training: LocalTraining) -> Objective | None:  
     return None
 
 
-class FedAvgOptions(Options):
-    """Keys of `[strategy]` for fedavg."""
-
-    weights: Weighting = "examples"
+class FedAvgOptions(SumOptions):
+    """Keys of `[strategy]` for fedavg and what builds on it: weights, aggregate, trim."""
 
 
 @dataclass(frozen=True)
 class FedAvg:
-    """`shares` says what travels, `objective_for` what a site minimises; the rest is the mean."""
+    """`shares` says what travels, `objective_for` what a site minimises, `aggregate` how updates become one."""
 
     weights: Weighting = "examples"
     shares: Selector = everything
     objective_for: ObjectiveFor = task_loss
     declares: Declaration = field(default_factory=Declaration)
+    aggregate: Aggregation = field(default_factory=Aggregation)
 
-    def up(self, specs: Specs, round: int) -> Specs:  # noqa: ARG002
-        """The shared tensors, in every round."""
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "declares", self.aggregate.declare(self.declares))
+
+    def shared(self, specs: Specs) -> Specs:
+        """What is common to all sites, whether this round trains it or not."""
         kept = self.declares.personal_parts
         return {name: spec for name, spec in specs.items() if spec.tag.part not in kept and self.shares(spec.tag)}
 
-    def down(self, specs: Specs, round: int) -> Specs:
-        """The same tensors come back."""
-        return self.up(specs, round)
+    def up(self, specs: Specs, round: int) -> Specs:
+        """The shared tensors that may be trained in this round."""
+        trains = self.declares.trains
+        return {name: spec for name, spec in self.shared(specs).items() if trains(spec.tag, round)}
+
+    def down(self, specs: Specs, round: int) -> Specs:  # noqa: ARG002
+        """All shared tensors come back, and what the aggregation changes in the base."""
+        return self.aggregate.down(specs, self.shared(specs))
 
     def init_server(self, initial: Tensors, specs: Specs, sites: Sequence[str]) -> ServerState:
-        """The common start of the shared tensors."""
-        return ServerState(0, tuple(sites), {name: initial[name] for name in self.up(specs, 0)})
+        """The common start of the shared tensors; sites have the base, so it is remembered and not sent yet."""
+        shared = self.shared(specs)
+        base = {name: initial[name] for name in self.down(specs, 0) if name not in shared}
+        return ServerState(0, tuple(sites), {name: initial[name] for name in shared}, base)
 
     def send(self, server: ServerState, site: str) -> Tensors:  # noqa: ARG002
         """Every site gets the same."""
@@ -79,21 +88,26 @@ class FedAvg:
 
     def init_site(self, initial: Tensors, specs: Specs, site: str) -> Personal:  # noqa: ARG002
         """Everything that does not travel starts, and stays, at the site."""
-        shared = self.up(specs, 0)
+        shared = self.shared(specs)
         return Personal({name: initial[name] for name in specs if name not in shared})
 
     def learn(self, received: Tensors, personal: Personal, training: LocalTraining) -> Learned:
-        """Train shared and personal tensors together; send the shared ones that were trained."""
-        fitted = training.fit({**received, **personal.tensors}, objective=self.objective_for(received, training))
-        shared = {name: spec for name, spec in training.specs.items() if name in received}
-        update = {name: fitted.variables[name] for name, spec in shared.items() if training.active(spec.tag)}
+        """Train shared and personal tensors together on the base as it is; send the shared ones that were trained."""
+        shared = {name: value for name, value in received.items() if name in training.specs}
+        base = {name: value for name, value in received.items() if name not in shared}
+        objective = self.objective_for(shared, training)
+        fitted = training.fit({**shared, **personal.tensors}, objective=objective, fixed=base)
+        update = {name: fitted.variables[name] for name in shared if training.active(training.specs[name].tag)}
         kept = Personal({name: fitted.variables[name] for name in personal.tensors})
         return Learned(update, kept, fitted.loss, fitted.num_steps, fitted.image_passes)
 
-    def combine(self, server: ServerState, updates: Sequence[Update], specs: Specs) -> ServerState:  # noqa: ARG002
-        """w <- sum n_k w_k / sum n_k, tensor by tensor over the sites that trained it."""
+    def combine(self, server: ServerState, updates: Sequence[Update], specs: Specs) -> ServerState:
+        """w <- sum n_k w_k / sum n_k, tensor by tensor over the sites that trained it, or another aggregation."""
         terms = [(update.num_examples if self.weights == "examples" else 1, update.tensors) for update in updates]
-        return replace(server, shared={**server.shared, **weighted_mean(terms)})
+        products = self.aggregate.products(specs, self.shared(specs))
+        news = self.aggregate(terms, products, {**server.memory, **server.shared})
+        memory = {name: value for name, value in server.memory.items() if name not in news}
+        return replace(server, shared={**server.shared, **news}, memory=memory)
 
     def deploy(self, received: Tensors, personal: Personal) -> Mapping[str, Tensors]:
         """What was received and what is personal; the shared tensors alone are a model where nothing is personal."""
@@ -107,8 +121,12 @@ class FedAvg:
     options=FedAvgOptions,
     summary="all trained tensors are averaged in every round",
     source="McMahan et al., AISTATS 2017, arXiv 1602.05629",
-    facts={"leaves the site": "all trained tensors", "stays": "nothing but the data"},
+    facts={
+        "leaves the site": "all trained tensors",
+        "stays": "nothing but the data",
+        "exact": "mean of tensors, so of factors and not of their products; aggregate chooses another sum",
+    },
 )
 def fedavg(options: FedAvgOptions) -> FedAvg:
-    """FedAvg, weighted by examples or uniformly."""
-    return FedAvg(options.weights)
+    """FedAvg, weighted by examples or uniformly, or with another sum."""
+    return FedAvg(options.weights, aggregate=options.aggregation())

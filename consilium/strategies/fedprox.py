@@ -53,4 +53,4 @@ def proximal(mu: float) -> ObjectiveFor:
 )
 def fedprox(options: FedProxOptions) -> FedAvg:
     """FedAvg with a proximal objective."""
-    return FedAvg(options.weights, objective_for=proximal(options.mu))
+    return FedAvg(options.weights, objective_for=proximal(options.mu), aggregate=options.aggregation())

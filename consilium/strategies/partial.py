@@ -6,6 +6,8 @@ local: nothing travels.
 fedper: Arivazhagan, Aggarwal, Singh, Choudhary, arXiv 1912.00818: base layers W_B travel, personalisation layers W_P
   stay: the head, and what is trained from block `personal_from_block` on. With the last layers personal it is FLOP
   (Yang, Zhang, Hao, Spell, Carin, KDD 2021, arXiv 2102.05218).
+fedsa: FedSA-LoRA, Guo et al., ICLR 2025, arXiv 2410.01463: right factors (LoRA's A) travel, left ones (B) and the head
+  stay, as in the authors' setting for classification; whatever else a hybrid trains travels.
 Leaves the site: what the rule shares, number of training images. Stays: the rest, initialised at the site from its own
   seed (a head that the server ever knew gives labels away). Kept between rounds: personal tensors at the site.
 Departures: none in the rule; any optimiser.
@@ -16,9 +18,11 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from consilium.aggregation import Aggregation
 from consilium.protocols import Declaration, Selector, Tag
 from consilium.registry import Options, register
 from consilium.strategies.fedavg import FedAvg, FedAvgOptions
+from consilium.strategies.federated_lora import LEFT, FactorOptions
 
 BEHIND_BLOCKS = ("norm", "fc_norm")  # modules of the backbone; what else lies outside of blocks comes before them
 
@@ -70,4 +74,27 @@ def fedper(options: FedPerOptions) -> FedAvg:
         options.weights,
         shares=below(options.personal_from_block),
         declares=Declaration(required_roles=frozenset({"head"}), last_block=options.personal_from_block),
+        aggregate=options.aggregation(),
     )
+
+
+def but_left_factors(tag: Tag) -> bool:
+    """Share everything but the left factors of products and the head."""
+    return tag.role not in LEFT and tag.role != "head"
+
+
+@register(
+    "strategies",
+    "fedsa",
+    options=FactorOptions,
+    summary="right factors are averaged, left factors and the head stay at the site",
+    source="FedSA-LoRA: Guo et al., ICLR 2025, arXiv 2410.01463",
+    facts={
+        "leaves the site": "right factors",
+        "stays": "left factors and the head",
+        "exact": "mean of right factors; every site has a product of its own, so no mean of products is meant",
+    },
+)
+def fedsa(options: FactorOptions) -> FedAvg:
+    """FedAvg of the right factors; a head that is declared shared is refused."""
+    return FedAvg(options.weights, shares=but_left_factors, aggregate=Aggregation(of_factors=True))

@@ -1,0 +1,262 @@
+"""Common: how the tensors of several sites become one. In: weighted tensors by site, products of factors. Out: tensors.
+
+The mean of factors is no mean of products: sum w_k L_k R_k = L R + sum w_k (L_k - L) (R_k - R), with L and R the means.
+Only the product acts in the model, so four sums are on offer; which is exact for what stands in docs/aggregation.md.
+
+    mean         every tensor by itself, factors too: FedAvg's
+    product_svd  the mean of products, cut back to the rank: U S on the left, V on the right (FlexLoRA, 2402.11505)
+    stack        the mean of products goes into the frozen base, factors start anew (FLoRA, arXiv 2409.05976)
+    residual     factors get their means, what these miss goes into the frozen base (FedEx-LoRA, arXiv 2410.09432)
+    median, trimmed_mean   by coordinate, every site counts once: a few wild sites cannot pull it far (arXiv 1803.01498)
+
+Terms come sorted by site and are summed in float64 in that order; results have the type of the tensor they replace.
+A term that holds one factor of a product alone was trained beside the coordinator's other one, which stands in for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from consilium import protocols
+from consilium.errors import ConfigError, WireError
+from consilium.protocols import Declaration, Product, Spec, Specs
+from consilium.registry import Options
+from consilium.tensors import Tensors, weighted_mean
+
+Weighting = Literal["examples", "uniform"]
+Kind = Literal["mean", "product_svd", "stack", "residual", "median", "trimmed_mean"]
+Terms = Sequence[tuple[float, Tensors]]  # weight, tensors of one site
+Pair = tuple[float, Tensor, Tensor]  # share of the site (all add up to 1), left [rows, r_k], right [r_k, columns]
+
+
+# ------------------------------------------------------------------------------------------------ tensor by tensor
+def median(terms: Terms) -> dict[str, Tensor]:
+    """Middle value of each coordinate over the sites that sent the tensor, weights aside; of an even number of sites
+    the mean of the two in the middle, so that one site is itself and two are their mean."""
+    return _by_name(terms, lambda count: (count - 1) // 2)
+
+
+def trimmed_mean(terms: Terms, trim: float) -> dict[str, Tensor]:
+    """Mean of each coordinate without its floor(trim * n) smallest and largest values, weights aside, over the n sites
+    that sent the tensor; nothing is cut, and this is the uniform mean, where trim * n < 1 (always of one or two)."""
+    return _by_name(terms, lambda count: math.floor(round(trim * count, 9)))
+
+
+def _by_name(terms: Terms, cut: Callable[[int], int]) -> dict[str, Tensor]:
+    names = sorted({name for _, tensors in terms for name in tensors})
+    values = {name: [tensors[name] for _, tensors in terms if name in tensors] for name in names}
+    return {name: _middle(found, cut(len(found))) for name, found in values.items()}
+
+
+def _middle(values: Sequence[Tensor], cut: int) -> Tensor:
+    ordered = torch.stack([value.double() for value in values]).sort(dim=0).values
+    return ordered[cut : len(values) - cut].mean(dim=0).to(values[0].dtype)
+
+
+# ------------------------------------------------------------------------------------------------ product by product
+def product_svd(products: Sequence[Product], terms: Terms, start: Tensors) -> dict[str, Tensor]:
+    """Factors whose product is sum w_k L_k R_k at the rank of the coordinator's own in `start`: the nearest there is,
+    and exact where that rank is enough. Sites may send any ranks. The dense sum is never formed."""
+    found: dict[str, Tensor] = {}
+    for product in products:
+        if pairs := _pairs(product, terms, start):
+            left, right = truncated(pairs, start[product.right].double())
+            found |= _rows(product.left, left, start)
+            found[product.right] = right.to(start[product.right].dtype)
+    return found
+
+
+def truncated(pairs: Sequence[Pair], old: Tensor) -> tuple[Tensor, Tensor]:
+    """U S [rows, r] and V [r, columns] of sum share_k left_k @ right_k, cut to the r rows of `old`; float64.
+
+    Two thin QR and the SVD of a core as small as all ranks together. The largest entry of every row of V is positive.
+    Where the sum has a lower rank, U S is zero and V goes on orthonormally, within the old basis and the sites': of
+    two factors that are zero both, neither would ever be trained.
+    """
+    q_left, r_left = torch.linalg.qr(torch.cat([share * left for share, left, _ in pairs], dim=1))
+    q_right, r_right = torch.linalg.qr(torch.cat([old, *(right for _, _, right in pairs)]).T)
+    u, s, v = torch.linalg.svd(r_left @ r_right[:, len(old) :].T)
+    s = s.where(s > s[:1] * max(len(u), len(v)) * torch.finfo(s.dtype).eps, 0)
+    left = _padded(q_left @ (u[:, : len(s)] * s), columns=len(old))
+    right = _padded(q_right @ v.T, columns=len(old)).T
+    signs = right.gather(1, right.abs().argmax(dim=1, keepdim=True)).sign()
+    return left * signs.T, right * signs
+
+
+def _padded(matrix: Tensor, columns: int) -> Tensor:
+    """Its first columns, and zeros where it has fewer."""
+    return torch.nn.functional.pad(matrix[:, :columns], (0, max(columns - matrix.shape[1], 0)))
+
+
+def stack(products: Sequence[Product], terms: Terms, start: Tensors) -> dict[str, Tensor]:
+    """base + scale * (sum w_k L_k R_k - L_0 R_0), with the factors (L_0, R_0) of `start` put back; any ranks.
+
+    As `start` holds the factors of every round before, these are the ones that training began with.
+    """
+    found = dict(start)
+    for product in products:
+        if pairs := _pairs(product, terms, start):
+            kept = _left(product, start), start[product.right].double()
+            lefts = torch.cat([*(share * left for share, left, _ in pairs), -kept[0]], dim=1)
+            rights = torch.cat([*(right for _, _, right in pairs), kept[1]])
+            found |= _added(product, lefts @ rights, found)
+    return _news(found, start)
+
+
+def residual(products: Sequence[Product], terms: Terms, start: Tensors) -> dict[str, Tensor]:
+    """Factors: their means L, R; base + scale * (sum w_k L_k R_k - L R), exactly nothing for one site. Equal ranks.
+
+    The difference is formed as [w_k (L_k - L), ..., L] [R_k; ...; sum w_k (R_k - R)], which cancels no digits.
+    """
+    found = dict(start)
+    for product in products:
+        if pairs := _pairs(product, terms, start):
+            names = (*product.left, product.right)
+            found |= weighted_mean([(w, {n: t[n] for n in names if n in t}) for w, t in terms])
+            left, right = _left(product, found), found[product.right].double()
+            beyond = torch.stack([share * (own - right) for share, _, own in pairs]).sum(dim=0)
+            lefts = torch.cat([*(share * (own - left) for share, own, _ in pairs), left], dim=1)
+            found |= _added(product, lefts @ torch.cat([*(own for _, _, own in pairs), beyond]), found)
+    return _news(found, start)
+
+
+def _pairs(product: Product, terms: Terms, start: Tensors) -> list[Pair]:
+    """Whole factors of every site that trained one of them; WireError where their weights add up to nothing."""
+    names = {*product.left, product.right}
+    held = [(weight, {**start, **tensors}) for weight, tensors in terms if names & tensors.keys()]
+    total = float(sum(weight for weight, _ in held))
+    if held and not total > 0:
+        what = "the weights of a mean must add up to more than nothing"
+        raise WireError(what, where=product.right, received=total)
+    return [(w / total, _left(product, tensors), tensors[product.right].double()) for w, tensors in held]
+
+
+def _left(product: Product, tensors: Tensors) -> Tensor:
+    return torch.cat([tensors[name].double() for name in product.left])
+
+
+def _rows(names: Sequence[str], stacked: Tensor, like: Tensors) -> dict[str, Tensor]:
+    """Matrices that lie below one another, apart again."""
+    pieces = torch.split(stacked, [len(like[name]) for name in names])
+    return {name: piece.to(like[name].dtype) for name, piece in zip(names, pieces, strict=True)}
+
+
+def _added(product: Product, delta: Tensor, found: Tensors) -> dict[str, Tensor]:
+    base = torch.cat([found[name].double() for name in product.base])
+    return _rows(product.base, base + product.scale * delta, found)
+
+
+def _news(found: Tensors, start: Tensors) -> dict[str, Tensor]:
+    """What is not as it was, to the last bit."""
+    return {name: value for name, value in found.items() if not torch.equal(value, start[name])}
+
+
+# ------------------------------------------------------------------------------------------------ the choice
+_BY_PRODUCT: Mapping[str, Callable[[Sequence[Product], Terms, Tensors], dict[str, Tensor]]] = {
+    "product_svd": product_svd,
+    "stack": stack,
+    "residual": residual,
+}
+_CHANGES_BASE = ("stack", "residual")
+_ROBUST = ("median", "trimmed_mean")
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """One of the sums above. `of_factors`: a tuner without products is refused, though the sum itself needs none."""
+
+    kind: Kind = "mean"
+    trim: float = 0.0  # of trimmed_mean: the share of sites cut off at either end
+    of_factors: bool = False
+
+    def __call__(self, terms: Terms, products: Sequence[Product], start: Tensors) -> dict[str, Tensor]:
+        """What replaces tensors of `start`: products by the rule, all other tensors by the mean or the robust sum."""
+        if self.kind not in _BY_PRODUCT:
+            return self._plain(terms)
+        factors = {name for product in products for name in (*product.left, product.right)}
+        rest = self._plain([(w, {n: t for n, t in tensors.items() if n not in factors}) for w, tensors in terms])
+        return {**rest, **_BY_PRODUCT[self.kind](products, terms, {**start, **rest})}
+
+    def _plain(self, terms: Terms) -> dict[str, Tensor]:
+        if self.kind == "median":
+            return median(terms)
+        return trimmed_mean(terms, self.trim) if self.kind == "trimmed_mean" else weighted_mean(terms)
+
+    def declare(self, declaration: Declaration) -> Declaration:
+        """The declaration of a strategy that sums so: all but the mean look at every site's own update. ConfigError for
+        a router, whose weights depend on the image: a base cannot take the place of what it weighs."""
+        if self.kind in _CHANGES_BASE and declaration.combination != "sum":
+            received = f"{self.kind}, parts combined by a {declaration.combination}"
+            raise ConfigError("this aggregation needs adapters that are summed", received=received)
+        alone = declaration.needs_individual_updates or self.kind != "mean"
+        changes = declaration.changes_base or self.kind in _CHANGES_BASE
+        return replace(declaration, needs_individual_updates=alone, changes_base=changes)
+
+    def products(self, specs: Specs, shared: Specs) -> tuple[Product, ...]:
+        """The products all of whose factors travel; ConfigError where there is none and the sum is one of products."""
+        found = protocols.products(specs)
+        whole = tuple(product for product in found if {*product.left, product.right} <= shared.keys())
+        if (self.of_factors and not found) or (self.kind in _BY_PRODUCT and not whole):
+            raise ConfigError(
+                "nothing that this strategy sums is a product of two factors",
+                where="strategy.aggregate",
+                allowed="lora or low_rank_prompts, with both factors shared; or aggregate = mean, median, trimmed_mean",
+                received=f"{self.kind} of tensors with the roles {sorted({spec.tag.role for spec in specs.values()})}",
+            )
+        return whole
+
+    def down(self, specs: Specs, shared: Specs) -> dict[str, Spec]:
+        """What comes back: the shared tensors, and the bases that change, dense: rows * columns numbers each, where the
+        published FLoRA sends the factors of all sites, (sum r_k) (rows + columns), once more for every round missed.
+        Factors that always start anew are sent once, so they count as base too."""
+        products = self.products(specs, shared)
+        if self.kind not in _CHANGES_BASE:
+            return dict(shared)
+        factors = {name for product in products for name in (*product.left, product.right)}
+        anew = {name: _as_base(spec) for name, spec in shared.items() if name in factors and self.kind == "stack"}
+        return {**_bases(products, specs), **shared, **anew}
+
+
+def _bases(products: Sequence[Product], specs: Specs) -> dict[str, Spec]:
+    pairs = [(specs[left], specs[p.right], base) for p in products for left, base in zip(p.left, p.base, strict=True)]
+    shapes = {base: (left, (left.shape[0], right.shape[1])) for left, right, base in pairs}
+    return {
+        base: Spec(shape, replace(left.tag, role="base", slot="base"), left.dtype)
+        for base, (left, shape) in shapes.items()
+    }
+
+
+def _as_base(spec: Spec) -> Spec:
+    return replace(spec, tag=replace(spec.tag, slot="base"))
+
+
+class SumOptions(Options):
+    """Keys of `[strategy]` for every strategy that sums by choice."""
+
+    weights: Weighting = "examples"  # of the robust sums, which count every site once: uniform
+    aggregate: Kind = "mean"
+    trim: float | None = Field(default=None, ge=0, lt=0.5)  # of trimmed_mean: share of sites cut off at either end
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_once(cls, table: Mapping[str, object]) -> Mapping[str, object]:
+        return {"weights": "uniform", **table} if table.get("aggregate") in _ROBUST else table
+
+    @model_validator(mode="after")
+    def _fit(self) -> SumOptions:
+        if (self.trim is not None) != (self.aggregate == "trimmed_mean"):
+            raise ValueError("trim belongs to aggregate = 'trimmed_mean', which needs it")
+        if self.aggregate in _ROBUST and self.weights != "uniform":
+            raise ValueError(f"{self.aggregate} counts every site once: weights = 'uniform', or leave weights out")
+        return self
+
+    def aggregation(self) -> Aggregation:
+        """The sum that these keys choose."""
+        return Aggregation(self.aggregate, self.trim or 0.0)
