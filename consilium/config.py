@@ -170,6 +170,7 @@ class TrainConfig(Options):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: Positive | None = None  # None: the tuner's preset per role, for adamw; sgd needs one
     learning_rates: dict[str, Positive] = Field(default_factory=dict)  # by role
+    learning_rate_factor: Positive = 1.0  # of the tuners' presets; not of a head that is trained beside a tuner
     weight_decay: float = Field(default=0.01, ge=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)  # sgd only
     moments: Literal["reset", "keep"] = "reset"
@@ -186,6 +187,8 @@ class TrainConfig(Options):
             raise ValueError("give local_epochs or local_steps, not both")
         if self.optimizer != "sgd" and "momentum" in changed(self):
             raise ValueError("momentum has an effect with optimizer = 'sgd' only")
+        if self.learning_rate is not None and "learning_rate_factor" in changed(self):
+            raise ValueError("learning_rate_factor is of the tuners' presets, which learning_rate replaces")
         if self.optimizer == "sgd" and self.learning_rate is None:
             raise ValueError("the tuners' own rates are for adamw: give a learning_rate with optimizer = 'sgd'")
         return self

@@ -177,10 +177,12 @@ class Trainer:
     def _learning_rates(self, names: Sequence[str]) -> dict[str, float]:
         config, presets = self.setting.config, self.setting.model.learning_rates
         known = self.setting.model.specs
+        alone = all(spec.tag.role == "head" for spec in known.values())
 
         def rate(name: str) -> float:
             role = known[name].tag.role if name in known else ""
-            base = config.learning_rate or presets.get(role, FALLBACK_LEARNING_RATE)
+            share = config.learning_rate_factor if alone or role != "head" else 1.0
+            base = config.learning_rate or presets.get(role, FALLBACK_LEARNING_RATE) * share
             return config.learning_rates.get(role, base)
 
         return {name: rate(name) for name in names}

@@ -288,6 +288,19 @@ def test_a_strategy_may_leave_some_of_it_untrained() -> None:
     assert moved == {name for name, spec in setting.model.specs.items() if spec.tag.role == "lora_b"}
 
 
+def test_a_factor_scales_the_tuners_rates_and_a_head_only_where_it_is_alone() -> None:
+    plain, scaled = (
+        _trainer(learning_rate=None, learning_rate_factor=f)._learning_rates(list(_start())) for f in (1, 4)
+    )
+    assert all(scaled[name] == plain[name] * (1 if name.startswith("head") else 4) for name in plain)
+    head = federation.assemble(federation.configure(tuner=[{"name": "linear"}])).setting
+    trainer = _trainer(learning_rate=None, learning_rate_factor=4)
+    rates = replace(trainer, setting=replace(head, config=trainer.setting.config))._learning_rates(["head.bias"])
+    assert rates["head.bias"] == 4 * head.model.learning_rates["head"]
+    with pytest.raises(ConfigError, match="learning_rate replaces"):
+        federation.configure(train={"learning_rate": 0.1, "learning_rate_factor": 2})
+
+
 def test_what_is_not_selected_keeps_its_bits() -> None:
     start = _start()
     fitted = _trainer(**ADAMW).fit(start, only=lambda tag: tag.role == "lora_b").variables
