@@ -34,6 +34,7 @@ from consilium.errors import ConfigError
 from consilium.protocols import Attached, Backbone, Combination, Part, Selector, Spec, Specs, Tag
 from consilium.tensors import Tensors
 from consilium.tuners import base
+from consilium.tuners.scaling import require_sum
 
 RATES = {"adapter": 1e-3}  # AdamW
 REFUSED = "an adapter's activation is no linear map and cannot be folded into weights"
@@ -112,7 +113,7 @@ class BottleneckAdapter(base.Adapter):
     "adapter",
     options=AdapterOptions,
     summary="bottlenecks at attention and MLP",
-    source="Houlsby et al. 2019, arXiv 1902.00751; Pfeiffer et al. 2021, arXiv 2005.00247; Chen et al. 2022, 2205.13535",
+    source="Houlsby et al. 2019, arXiv 1902.00751; Pfeiffer et al. 2021, 2005.00247; Chen et al. 2022, 2205.13535",
     facts={
         "start": "identity",
         "merge": "refused",
@@ -129,13 +130,7 @@ class AdapterTuner:
 
     def attach(self, backbone: Backbone, parts: Sequence[Part], combination: Combination) -> Attached:
         """Hang bottlenecks. ConfigError for a block that is not there, a second adapter in one place, a router."""
-        if combination != "sum":
-            raise ConfigError(
-                "parts of 'adapter' cannot be routed token by token",
-                where="tuner.name",
-                allowed="a tuner with a router, such as lora",
-                received="adapter",
-            )
+        require_sum("adapter", combination)
         specs: dict[str, Spec] = {}
         for name, block in self._places(backbone).items():
             sublayer = backbone.module.get_submodule(name)

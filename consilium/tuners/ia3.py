@@ -26,7 +26,7 @@ from consilium.errors import ConfigError
 from consilium.protocols import Attached, Backbone, Combination, ModuleRole, Part, Selector, Spec, Specs, Tag
 from consilium.tensors import Tensors
 from consilium.tuners import base
-from consilium.tuners.ssf import Pieces, bias_apart, combined, fold, require_sum, rescaled
+from consilium.tuners.scaling import Pieces, bias_apart, combined, fold, require_sum, rescaled
 
 RATES = {"ia3": 5e-3}  # AdamW
 

@@ -21,7 +21,6 @@ from typing import Annotated, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
-from timm.layers.attention import Attention, AttentionRope
 from torch import Tensor, nn
 
 from consilium import registry, seeds
@@ -29,10 +28,18 @@ from consilium.errors import ConfigError
 from consilium.protocols import Attached, Backbone, Combination, ModuleRole, Part, Selector, Spec, Specs, Tag
 from consilium.tensors import Tensors
 from consilium.tuners import base
+from consilium.tuners.scaling import (
+    Pieces,
+    bias_apart,
+    combined,
+    fold,
+    ignores_a_shift_of_keys,
+    require_sum,
+    rescaled,
+)
 
 RATES = {"ssf": 2e-3}  # AdamW
 Target = Literal["patch_embed", "norm", "qkv", "proj", "fc1", "fc2"]
-Pieces = tuple[bool, ...]  # which of the equal pieces of an output (q, k, v of a fused layer, else one) are tuned
 
 
 class SsfOptions(registry.Options):
@@ -152,50 +159,6 @@ class Ssf:
         return neutral + self.options.std * noise
 
 
-def require_sum(tuner: str, combination: Combination) -> None:
-    """ConfigError for a router: there is one rescaling of a layer, and parts change it together."""
-    if combination != "sum":
-        raise ConfigError(
-            f"parts of {tuner!r} cannot be routed token by token",
-            where="tuner.name",
-            allowed="a tuner with a router, such as lora",
-            received=tuner,
-        )
-
-
-def combined(vectors: Sequence[Tensor], chosen: Pieces, neutral: float) -> Tensor:
-    """The sum of the parts' changes of a neutral value; [chosen pieces] each -> [all pieces], neutral elsewhere."""
-    total = torch.stack(list(vectors)).sum(0) - neutral * (len(vectors) - 1)
-    pieces = iter(total.chunk(sum(chosen)))
-    rest = torch.full_like(total[: len(total) // sum(chosen)], neutral)
-    return torch.cat([next(pieces) if each else rest for each in chosen])
-
-
-def bias_apart(attention: nn.Module) -> Tensor | None:
-    """The bias [3 d] of a fused qkv that EVA and BEiT add behind the layer, keys having none; else None."""
-    q, v = getattr(attention, "q_bias", None), getattr(attention, "v_bias", None)
-    return None if q is None or v is None else torch.cat([q, torch.zeros_like(q), v])
-
-
-def rescaled(output: Tensor, scale: Tensor, shift: Tensor, apart: Tensor | None) -> Tensor:
-    """scale * y + shift; where a bias will be added to y, so that it is scaled too."""
-    shift = shift if apart is None else shift + (scale - 1) * apart
-    return (output * scale + shift).to(output.dtype)
-
-
-def fold(backbone: Backbone, name: str, scale: Tensor, shift: Tensor) -> None:
-    """scale * (W x + b) + shift as one layer; scale and shift are float64 [out], the shift zero where no bias is."""
-    module, parent = backbone.module.get_submodule(name), name.rpartition(".")[0]
-    weight, bias = cast(Tensor, module.weight), cast("Tensor | None", getattr(module, "bias", None))
-    values = {f"{name}.weight": weight.double() * scale.view(-1, *(1,) * (weight.ndim - 1))}
-    if bias is not None:
-        values[f"{name}.bias"] = scale * bias.double() + shift
-    elif name.endswith(".qkv") and (apart := bias_apart(_parent(backbone, name))) is not None:
-        q, _, v = (scale * apart.double() + shift).chunk(3)
-        values |= {f"{parent}.q_bias": q, f"{parent}.v_bias": v}
-    base.replace(backbone.module, values)
-
-
 def _parent(backbone: Backbone, name: str) -> nn.Module:
     return backbone.module.get_submodule(name.rpartition(".")[0])
 
@@ -215,16 +178,10 @@ def _shifted(backbone: Backbone, name: str, place: ModuleRole) -> tuple[Pieces, 
     """Which pieces of a module's output are shifted, and how many scalars that is short of the published shift."""
     module, attention = backbone.module.get_submodule(name), _parent(backbone, name)
     has_bias = getattr(module, "bias", None) is not None
-    unseen = has_bias and place.role == "qkv" and _ignores_a_shift_of_keys(backbone, attention)
+    unseen = has_bias and place.role == "qkv" and ignores_a_shift_of_keys(backbone, attention)
     size = len(cast(Tensor, module.weight))
     if name.endswith(".qkv") and (unseen or bias_apart(attention) is not None):
         return (True, False, True), size // 3 if unseen else 0
     if unseen and name.endswith(".k_proj"):
         return (False,), size
     return (has_bias,), 0
-
-
-def _ignores_a_shift_of_keys(backbone: Backbone, attention: nn.Module) -> bool:
-    """Plain attention: what comes after the keys is their product with queries, then a softmax over keys."""
-    plain = isinstance(attention, Attention | AttentionRope) and isinstance(attention.k_norm, nn.Identity)
-    return plain and getattr(backbone.module, "rope", None) is None
