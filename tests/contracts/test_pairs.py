@@ -1,0 +1,53 @@
+"""docs/pairs.md says of every tuner with every strategy whether they run or are refused, and why; here it is tried."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from consilium import registry
+from consilium.errors import ConfigError
+from tests import federation, variants
+
+PAGE = Path(__file__).parent.parent.parent / "docs" / "pairs.md"
+SITES = federation.hospitals(8, 7)
+
+
+def _rows() -> list[list[str]]:
+    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("|")]
+    return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines]
+
+
+def _table() -> dict[tuple[str, str], str]:
+    head, _, *rows = _rows()
+    return {(row[0], strategy): cell for row in rows for strategy, cell in zip(head[1:], row[1:], strict=True)}
+
+
+def _reasons() -> dict[str, str]:
+    """Number of a note -> the words of the error, in quotes on the page."""
+    return dict(re.findall(r'^(\d+)\. .*?"([^"]+)"', PAGE.read_text(), flags=re.MULTILINE))
+
+
+TABLE, REASONS = _table(), _reasons()
+
+
+def test_the_table_names_every_pair_there_is() -> None:
+    tuners, strategies = registry.members("tuners"), registry.members("strategies")
+    assert TABLE.keys() == {(tuner, strategy) for tuner in tuners for strategy in strategies}
+    assert {cell for cell in TABLE.values() if cell != "runs"} <= {f"refused ({note})" for note in REASONS}
+
+
+@pytest.mark.parametrize(("tuner", "strategy"), sorted(TABLE), ids=lambda name: name)
+def test_a_pair_does_what_the_table_says(tmp_path: Path, tuner: str, strategy: str) -> None:
+    train = {**federation.TABLE["train"], "rounds": 1}
+    settings = federation.configure(tuner=variants.table(tuner), strategy={"name": strategy}, train=train)
+    cell = TABLE[tuner, strategy]
+    if cell != "runs":
+        with pytest.raises(ConfigError, match=re.escape(REASONS[cell.removeprefix("refused (").removesuffix(")")])):
+            federation.assemble(settings)
+        return
+    outcome = federation.run(tmp_path, settings, SITES)
+    assert outcome.progress.server.round == 1
+    assert outcome.served("a").keys() >= {"head.weight", "head.bias"}
