@@ -149,13 +149,15 @@ def _rows(names: Sequence[str], stacked: Tensor, like: Tensors) -> dict[str, Ten
 
 
 def _added(product: Product, delta: Tensor, found: Tensors) -> dict[str, Tensor]:
+    if not delta.any():
+        return {}
     base = torch.cat([found[name].double() for name in product.base])
     return _rows(product.base, base + product.scale * delta, found)
 
 
 def _news(found: Tensors, start: Tensors) -> dict[str, Tensor]:
-    """What is not as it was, to the last bit."""
-    return {name: value for name, value in found.items() if not torch.equal(value, start[name])}
+    """What was put in the place of something else."""
+    return {name: value for name, value in found.items() if value is not start[name]}
 
 
 # ------------------------------------------------------------------------------------------------ the choice
