@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -47,13 +47,25 @@ def _section(path: str, model: type[BaseModel]) -> Iterator[str]:
 def _members() -> Iterator[str]:
     for kind in registry.KINDS:
         yield f"## {kind.capitalize()}: keys in `{TABLES[kind]}`\n"
-        for name, member in registry.members(kind).items():
-            if not member.build.__module__.startswith("consilium."):
-                continue  # what else is installed here is not documented here
-            facts = "; ".join(f"{key}: {value}" for key, value in member.facts.items())
-            words = ". ".join(filter(None, [member.summary, member.source, facts]))
-            yield f"### `{name}`\n\n{words[:1].upper()}{words[1:]}.\n"
+        every = registry.members(kind).values()  # what else is installed here is not documented here
+        own = [member for member in every if member.build.__module__.startswith("consilium.")]
+        yield from _overview(own)
+        for member in own:
+            refused = member.facts.get("merge_refused")
+            words = f"{member.summary}. Not to be merged: {refused}" if refused else member.summary
+            yield f"### `{member.name}`\n\n{words[:1].upper()}{words[1:]}.\n"
             yield from _table(member.options, member.options.model_fields)
+
+
+def _overview(members: Sequence[registry.Member]) -> Iterator[str]:
+    """One row per member: what it does, its facts in columns, its source."""
+    facts = [key for key in dict.fromkeys(key for member in members for key in member.facts) if key != "merge_refused"]
+    heads = ["name", "what it does", *facts, "source"]
+    yield f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}"
+    for member in members:
+        cells = [f"`{member.name}`", member.summary, *(member.facts.get(key, "") for key in facts), member.source]
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    yield ""
 
 
 def _table(model: type[BaseModel], fields: dict[str, FieldInfo]) -> Iterator[str]:
