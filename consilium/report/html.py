@@ -15,6 +15,8 @@ from consilium.report.load import Run, load_run
 from consilium.report.sections import Figure, compared, sections, summary, tiles
 from consilium.report.tables import Table
 
+TEMPLATES = Path(__file__).parent / "templates"
+
 
 def render(runs: Sequence[Path], out: Path | None = None) -> Path:
     """Write the page and return its path; left out, it is report.html in the run folder or, of several, here.
@@ -29,23 +31,27 @@ def render(runs: Sequence[Path], out: Path | None = None) -> Path:
     return target
 
 
-def page(runs: Sequence[Run]) -> str:
-    """The page as text."""
-    folder = Path(__file__).parent / "templates"
-    environment = Environment(
-        loader=FileSystemLoader(folder),
+def environment() -> Environment:
+    """Templates of the house, for this page and a study's."""
+    made = Environment(
+        loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["key"] = marks.key
-    environment.tests["table"] = lambda block: isinstance(block, Table)
-    environment.tests["figure"] = lambda block: isinstance(block, Figure)
+    made.globals["key"] = marks.key
+    made.tests["table"] = lambda block: isinstance(block, Table)
+    made.tests["figure"] = lambda block: isinstance(block, Figure)
+    return made
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The page as text."""
     views = [
         {"run": run, "summary": summary(run), "tiles": tiles(run), "sections": sections(run), "index": number}
         for number, run in enumerate(runs, start=1)
     ]
     side_by_side = compared(runs) if len(runs) > 1 else None
-    style = Markup((folder / "style.css").read_text(encoding="utf-8"))
-    return environment.get_template("page.html.j2").render(views=views, compared=side_by_side, style=style)
+    style = Markup((TEMPLATES / "style.css").read_text(encoding="utf-8"))
+    return environment().get_template("page.html.j2").render(views=views, compared=side_by_side, style=style)

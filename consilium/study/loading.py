@@ -13,26 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pydantic import ValidationError
 
 from consilium import checkpoint
 from consilium.errors import StateError
+from consilium.study.file import CompareConfig
 
 WHOLE = "all runs"  # the group of a study that compares within nothing
 RUN_COLUMNS = ("run", "folder", "status", "seed")
 RESULT_COLUMNS = ("run", "seed", "split", "model", "metric", "level", "site", "value", "low", "high", "n")
-
-
-@dataclass(frozen=True)
-class Compare:
-    """What a study compares; the axes are names of columns of runs.parquet."""
-
-    method: str
-    within: tuple[str, ...]
-    metric: str = "balanced_accuracy"
-    split: str = "test"
-    level: str = "mean"
-    model: str = "personal"
-    baseline: str | None = None
 
 
 @dataclass(frozen=True)
@@ -41,7 +30,7 @@ class Study:
 
     folder: Path
     about: Mapping[str, Any]
-    compare: Compare
+    compare: CompareConfig
     runs: pd.DataFrame
     results: pd.DataFrame
 
@@ -87,9 +76,10 @@ def load(folder: Path) -> Study:
     """Read a study's folder; StateError that names the file that is missing or lacks columns."""
     about = checkpoint.read_json(folder / "study.json")
     compare = _compare(about, folder / "study.json")
-    runs = _table(folder / "runs.parquet", [*RUN_COLUMNS, compare.method, *compare.within])
+    runs = _table(folder / "runs.parquet", [*RUN_COLUMNS, str(compare.method), *(compare.within or ())])
     results = _table(folder / "results.parquet", RESULT_COLUMNS)
-    return Study(folder, about, compare, _labelled(runs, compare, axes(about)), results)
+    varied = [name for name in axes(about) if name not in searched(about)]
+    return Study(folder, about, compare, _labelled(runs, compare, varied), results)
 
 
 def axes(about: Mapping[str, Any]) -> list[str]:
@@ -98,14 +88,20 @@ def axes(about: Mapping[str, Any]) -> list[str]:
     return [str(axis["name"] if isinstance(axis, Mapping) else axis) for axis in given]
 
 
-def _compare(about: Mapping[str, Any], path: Path) -> Compare:
-    given = {key: value for key, value in (about.get("compare") or {}).items() if value is not None}
-    if "method" not in given:
+def searched(about: Mapping[str, Any]) -> list[str]:
+    """Axes over which values are selected."""
+    return [str(name) for name in (about.get("select") or {}).get("over", ())]
+
+
+def _compare(about: Mapping[str, Any], path: Path) -> CompareConfig:
+    try:
+        compare = CompareConfig.model_validate(about.get("compare") or {})
+    except ValidationError as error:
+        raise StateError("a study does not say what it compares", where=str(path), received=str(error)) from error
+    if compare.method is None:
         raise StateError("a study does not say what it compares", where=f"{path}, compare.method")
-    within = given.pop("within", ())
-    names = (within,) if isinstance(within, str) else tuple(within)
-    known = {key: str(value) for key, value in given.items() if key in Compare.__dataclass_fields__}
-    return Compare(within=names, **known)
+    split = compare.split or ("val" if about.get("select") else "test")
+    return compare.model_copy(update={"split": split, "within": compare.within or ()})
 
 
 def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
@@ -121,22 +117,18 @@ def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     return table
 
 
-def _labelled(runs: pd.DataFrame, compare: Compare, names: Sequence[str]) -> pd.DataFrame:
-    skipped = {compare.method, *compare.within, "seed", "method", "group"}
-    extra = [name for name in names if name in runs.columns and name not in skipped and runs[name].nunique() > 1]
-    method = runs[compare.method].map(label)
+def _labelled(runs: pd.DataFrame, compare: CompareConfig, varied: Sequence[str]) -> pd.DataFrame:
+    within = list(compare.within or ())
+    extra = [name for name in varied if name in runs.columns and name not in (compare.method, *within)]
+    method = runs[str(compare.method)].map(label)
     for name in extra:
-        short = name.rsplit(".", 1)[-1]
-        method = method + runs[name].map(lambda value, short=short: f", {short} {label(value)}")
-    group = pd.Series(WHOLE, index=runs.index)
-    if compare.within:
-        group = runs[list(compare.within)].map(label).agg(", ".join, axis=1)
+        if runs[name].nunique() > 1:
+            method = method + f", {name.rsplit('.', 1)[-1]} " + runs[name].map(label)
+    group = runs[within].map(label).agg(", ".join, axis=1) if within else WHOLE
     error = runs["error"].fillna("").astype(str) if "error" in runs.columns else ""
     return runs.assign(method=method, group=group, error=error)
 
 
 def label(value: object) -> str:
     """A value of an axis as text; whole numbers without a point."""
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value)
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

@@ -19,7 +19,8 @@ import pandas as pd
 from consilium.bootstrap import Array, Rows, divide, read, replicates
 from consilium.errors import ConsiliumError
 from consilium.metrics import LOWER_IS_BETTER
-from consilium.study.loading import Compare, Study
+from consilium.study.file import CompareConfig
+from consilium.study.loading import Study
 
 FAST, SLOW = 1000, 200  # replicates
 LEVELS = ("mean", "worst", "pooled")
@@ -51,19 +52,31 @@ def _additive(metric: str) -> bool:
 
 def samples(study: Study) -> dict[str, Sample]:
     """{run: Sample} of the finished runs. What cannot be read costs a run its replicates, not the study its page."""
-    observed = _observed(study.results, study.compare)
+    observed, used = _observed(study.results, study.compare), models(study.results, study.compare.model)
     drawn: dict[str, list[Rows]] = {}
     return {
-        str(row.run): _sample(study.folder / str(row.folder), study.compare, observed.get(str(row.run), {}), drawn)
+        str(row.run): _sample(
+            study.folder / str(row.folder),
+            study.compare.model_copy(update={"model": used[str(row.run)]}),
+            observed.get(str(row.run), {}),
+            drawn,
+        )
         for row in study.finished.itertuples()
     }
 
 
-def _observed(results: pd.DataFrame, compare: Compare) -> dict[str, dict[str, float]]:
+def models(results: pd.DataFrame, model: str) -> dict[str, str]:
+    """{run: model}: the compared one, or the personal one where a run has no model of that name."""
+    named = set(results.loc[results["model"] == model, "run"])
+    return {str(run): model if run in named else "personal" for run in results["run"].unique()}
+
+
+def _observed(results: pd.DataFrame, compare: CompareConfig) -> dict[str, dict[str, float]]:
+    used = results["run"].astype(str).map(models(results, compare.model))
     kept = results[
         (results["metric"] == compare.metric)
         & (results["split"] == compare.split)
-        & (results["model"] == compare.model)
+        & (results["model"] == used)
         & (results["level"].isin([*LEVELS, "site"]))
     ]
     names = kept["level"].where(kept["level"] != "site", "site:" + kept["site"].astype(str))
@@ -73,7 +86,9 @@ def _observed(results: pd.DataFrame, compare: Compare) -> dict[str, dict[str, fl
     return found
 
 
-def _sample(folder: Path, compare: Compare, observed: Mapping[str, float], drawn: dict[str, list[Rows]]) -> Sample:
+def _sample(
+    folder: Path, compare: CompareConfig, observed: Mapping[str, float], drawn: dict[str, list[Rows]]
+) -> Sample:
     size = 1 + num_replicates(compare.metric)
     empty = {name: np.concatenate([[value], np.full(size - 1, np.nan)]) for name, value in observed.items()}
     try:
@@ -89,7 +104,7 @@ def _sample(folder: Path, compare: Compare, observed: Mapping[str, float], drawn
     return Sample(empty, images)
 
 
-def _rows(path: Path, compare: Compare, number: int, drawn: dict[str, list[Rows]]) -> tuple[list[Rows], str]:
+def _rows(path: Path, compare: CompareConfig, number: int, drawn: dict[str, list[Rows]]) -> tuple[list[Rows], str]:
     """The run's images by site with the draws that belong to these images."""
     where = [("split", "==", compare.split), ("model", "==", compare.model)]
     table = pd.read_parquet(path, filters=where)
