@@ -1,6 +1,6 @@
 """Stage 3, tuners. In: a frozen backbone. Out: learnt tokens in its sequence, in front of the first or of every block.
 
-VPT: Jia et al., "Visual Prompt Tuning", ECCV 2022, arXiv 2203.12119, eq. 4-5 (shallow), 6-7 (deep).
+VPT: Jia et al., "Visual Prompt Tuning", ECCV 2022, arXiv 2203.12119, eq. 4-6 (shallow), 7-8 (deep).
 
     P, P_l -> tokens.l [length, d], or [length, project] with a projection      p -> length      l -> layer, from 0
     [x, Z, E] -> [prefix, tokens, patches], prefix: class, distillation and register tokens, where there are any
@@ -10,7 +10,7 @@ of the others start at zero, as does the bias of their projections. There is no 
 
 Leaves the site: tokens and projections of the shared parts. Stays: personal parts. Kept between rounds: nothing else.
 Departures: with a norm in front of the blocks (CLIP) prompts enter behind it; average pools see patches alone.
-The identity that pins it: a loop over timm's own blocks in float64; deep prompts in block 0 alone are shallow ones.
+The identity that pins it: a loop over timm's own blocks in float64; deep prompts that are what shallow ones became.
 """
 
 from __future__ import annotations
@@ -47,14 +47,15 @@ class Prompts(nn.Module):
         shape = (options.length, options.project or width)
         self.tokens = nn.ParameterList(nn.Parameter(like.new_zeros(shape), requires_grad=False) for _ in range(layers))
         self.projection = None
-        if options.project is not None:
-            self.projection = nn.Linear(options.project, width, device=like.device, dtype=like.dtype)
-            self.projection.requires_grad_(False)
+        if options.project is not None:  # no nn.Linear, which would draw start values from torch's global generator
+            empty = {"weight": like.new_zeros(width, options.project), "bias": like.new_zeros(width)}
+            held = {name: nn.Parameter(value, requires_grad=False) for name, value in empty.items()}
+            self.projection = nn.ParameterDict(held)
 
     def forward(self, layer: int) -> Tensor:
         """[length, d]."""
         found: Tensor = self.tokens[layer]
-        return found if self.projection is None else F.linear(found, self.projection.weight, self.projection.bias)
+        return found if self.projection is None else F.linear(found, **self.projection)
 
 
 class PromptsAdapter(tokens.Tokens):
