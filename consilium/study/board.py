@@ -1,0 +1,115 @@
+"""Composition: a study as it runs. In: what happens to its runs. Out: a live view, or lines where there is no terminal.
+
+How far a run is, is read from its events.jsonl, wherever the run takes place.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from consilium import progress
+from consilium.progress import estimate
+from consilium.study.prepare import Job
+
+_METRIC = "balanced_accuracy"
+
+
+class Board:
+    """Shows the runs of a study; does nothing else."""
+
+    def __init__(self, console: Console, total: int, out: Path) -> None:
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        self._progress = Progress(*columns, *times, console=console, speed_estimate_period=24 * 3600)
+        self._bar = self._progress.add_task("runs", total=total)
+        self._console, self._out = console, out
+        self._running: dict[str, Job] = {}
+        self._ended, self._total, self._failed = 0, total, 0
+
+    def started(self, job: Job) -> None:
+        """A run began, or went on."""
+        self._running[job.run] = job
+        if not self._console.is_terminal:
+            self._say(f"start {job.run}: {job.words}")
+
+    def ended(self, job: Job, error: str | None) -> None:
+        """A run is done, or failed."""
+        self._ended += 1
+        self._failed += error is not None
+        last = far(job.folder(self._out))
+        self._running.pop(job.run, None)
+        self._progress.update(self._bar, completed=self._ended)
+        if error is not None:
+            self._say(f"failed {job.run}: {job.words}: {' '.join(error.split())}")
+        elif not self._console.is_terminal:
+            self._say(f"done {self._ended} of {self._total}, {job.run}: {job.words}: {last.words}")
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def __rich__(self) -> RenderableType:
+        table = Table("run", "what", "rounds", "validation balanced accuracy", box=None, pad_edge=False)
+        for job in list(self._running.values()):
+            last = far(job.folder(self._out))
+            rounds = job.config.train.rounds if job.config is not None else 0
+            table.add_row(job.run, job.words, f"{last.round} of {rounds}", estimate(last.value))
+        return Group(self._progress, table)
+
+
+@dataclass(frozen=True)
+class Far:
+    """The last closed round of a run, and the last validation it holds."""
+
+    round: int = 0
+    value: float | None = None
+
+    @property
+    def words(self) -> str:
+        """For a line of a log."""
+        return f"{self.round} rounds, validation balanced accuracy {estimate(self.value)}"
+
+
+def far(folder: Path) -> Far:
+    """How far a run is; the file is replaced as a whole, so that it can be read at any time."""
+    with suppress(OSError, ValueError):
+        events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+        values = [value for event in events if (value := _validated(event)) is not None]
+        return Far(events[-1]["round"] if events else 0, values[-1] if values else None)
+    return Far()
+
+
+def _validated(event: Mapping[str, Any]) -> float | None:
+    value = (event.get("val_mean") or {}).get(_METRIC)
+    return None if value is None else float(value)
+
+
+@contextmanager
+def shown(total: int, out: Path, quiet: bool) -> Iterator[Board]:
+    """A board of so many runs on standard output; quiet: seen by nobody."""
+    console = Console(markup=False, quiet=quiet)
+    board = Board(console, total, out)
+    if quiet or not console.is_terminal:
+        yield board
+        return
+    with Live(board, console=console, refresh_per_second=2, transient=True):
+        yield board
+
+
+@contextmanager
+def preparing(quiet: bool) -> Iterator[progress.Display]:
+    """The display of what comes before the first run."""
+    if quiet:
+        yield lambda _: None
+        return
+    with progress.live(Console(stderr=True, markup=False)) as display:
+        yield display
