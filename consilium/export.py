@@ -7,6 +7,7 @@ manifest in the header of the safetensors file.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +20,9 @@ from consilium.backbones import timm_backbone
 from consilium.errors import ConfigError, StateError
 from consilium.predict import Trained, load_trained
 from consilium.tensors import Tensors
-from consilium.tuners import base, compose
-from consilium.tuners.linear import Linear
-from consilium.tuners.lora import Lora, factors
+from consilium.tuners import base, compose, ia3
+from consilium.tuners.lora import factors
+from consilium.tuners.low_rank import Folding
 
 Format = Literal["peft", "timm"]
 
@@ -71,51 +72,30 @@ def _timm(trained: Trained) -> dict[str, bytes]:
 
 
 def _peft(trained: Trained) -> dict[str, Any]:
-    _require_lora(trained)
-    module = trained.model.backbone.module
-    layers = {
-        name: factors(module.get_submodule(name), name, trained.variables)
-        for name in trained.model.backbone.modules
-        if hasattr(module.get_submodule(name), "lora")
-    }
-    state: dict[str, Tensor] = {f"base_model.model.{name}": value for name, value in _classifier(trained).items()}
-    for name, (a, b, _) in layers.items():
-        state |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
-    return {
-        "adapter_config.json": _adapter_config(trained, {name: (len(a), s) for name, (a, _, s) in layers.items()}),
-        "adapter_model.safetensors": tensors.dumps(tensors.detach(state), _manifest(trained, "peft")),
-    }
-
-
-def _adapter_config(trained: Trained, layers: dict[str, tuple[int, float]]) -> dict[str, Any]:
-    """Ranks and scales layer by layer; layers by their whole names, so that patch_embed.proj is never among them."""
-    rank, scale = Counter(layers.values()).most_common(1)[0][0]
-    special = {name: pair for name, pair in layers.items() if pair != (rank, scale)}
-    return {
-        "peft_type": "LORA",
+    own, state = _ia3(trained) if _method(trained) == "ia3" else _lora(trained)
+    named = {f"base_model.model.{name}": value for name, value in {**_classifier(trained), **state}.items()}
+    shared = {
         "task_type": None,
         "base_model_name_or_path": trained.experiment.backbone.name,
-        "r": rank,
-        "lora_alpha": scale * rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": False,
         "inference_mode": True,
-        "target_modules": sorted(layers),
         "modules_to_save": sorted({name.partition(".")[0] for name in _classifier(trained)}),
-        "rank_pattern": {name: pair[0] for name, pair in special.items()},
-        "alpha_pattern": {name: pair[0] * pair[1] for name, pair in special.items()},
+    }
+    return {
+        "adapter_config.json": {**shared, **own},
+        "adapter_model.safetensors": tensors.dumps(tensors.detach(named), _manifest(trained, "peft")),
     }
 
 
-def _require_lora(trained: Trained) -> None:
-    """ConfigError for what `peft` has no words for, or would not carry out on a plain timm model."""
+def _method(trained: Trained) -> str:
+    """The one tuner that `peft` has too; ConfigError for what it has no words for, or would not carry out."""
     model = trained.model
-    remedy = "export with --format timm"
-    kinds = [type(tuner).__name__.lower() for tuner in model.tuners if not isinstance(tuner, Lora | Linear)]
-    if kinds or not any(isinstance(tuner, Lora) for tuner in model.tuners):
-        received = ", ".join(kinds) or "a head alone"
-        raise ConfigError("peft has no such method", where="tuner", allowed="lora", received=received, remedy=remedy)
+    remedy = "export with --format safetensors, or timm where the tuner can be merged"
+    found = sorted({table.name for table in trained.experiment.config.tuner} - {"linear"})
+    if found not in (["lora"], ["ia3"]):
+        received = ", ".join(found) or "a head alone"
+        raise ConfigError(
+            "peft has no such method", where="tuner", allowed="lora, or ia3", received=received, remedy=remedy
+        )
     if changed := sorted(trained.variables.keys() & base.parameters(model.backbone.module).keys()):
         raise ConfigError("the run changed the backbone itself", where="strategy", received=changed[:3], remedy=remedy)
     bypassed = [
@@ -123,9 +103,52 @@ def _require_lora(trained: Trained) -> None:
         for name, place in model.backbone.modules.items()
         if place.role == "qkv" and f"{name.removesuffix('qkv')}q_bias" in base.parameters(model.backbone.module)
     ]
-    if any(hasattr(model.backbone.module.get_submodule(name), "lora") for name in bypassed):
+    if any(hasattr(model.backbone.module.get_submodule(name), found[0]) for name in bypassed):
         what = "plain timm computes this attention without calling its qkv module, so peft's adapter would do nothing"
         raise ConfigError(what, where="tuner.targets", received="qkv", remedy=remedy)
+    return found[0]
+
+
+def _ia3(trained: Trained) -> tuple[dict[str, Any], Tensors]:
+    """Layers by their whole names, so that patch_embed.proj is never among them."""
+    layers = ia3.vectors(trained.model.backbone, trained.variables)
+    state = {f"{name}.ia3_l": value[None] if before else value[:, None] for name, (value, before) in layers.items()}
+    before = sorted(name for name, (_, before) in layers.items() if before)
+    return {"peft_type": "IA3", "target_modules": sorted(layers), "feedforward_modules": before}, state
+
+
+def _lora(trained: Trained) -> tuple[dict[str, Any], Tensors]:
+    """Ranks and scales layer by layer; a rank-stabilised scale is written as the alpha that gives it."""
+    module = trained.model.backbone.module
+    holders = {name: module.get_submodule(name) for name in trained.model.backbone.modules}
+    layers = {n: factors(held, n, trained.variables) for n, held in holders.items() if hasattr(held, "lora")}
+    state: dict[str, Tensor] = {}
+    for name, found in layers.items():
+        state |= {f"{name}.lora_A.weight": found.a, f"{name}.lora_B.weight": found.b}
+        state |= {} if found.magnitude is None else {f"{name}.lora_magnitude_vector": found.magnitude}
+    ranks = {name: (len(found.a), found.scale) for name, found in layers.items()}
+    rank, scale = Counter(ranks.values()).most_common(1)[0][0]
+    special = {name: pair for name, pair in ranks.items() if pair != (rank, scale)}
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": _dora(layers),
+        "target_modules": sorted(layers),
+        "rank_pattern": {name: pair[0] for name, pair in special.items()},
+        "alpha_pattern": {name: pair[0] * pair[1] for name, pair in special.items()},
+    }, state
+
+
+def _dora(layers: Mapping[str, Folding]) -> bool:
+    kinds = {found.magnitude is not None for found in layers.values()}
+    if len(kinds) > 1:
+        remedy = "export with --format timm or safetensors"
+        raise ConfigError("peft has DoRA on all layers or on none", where="tuner.dora", remedy=remedy)
+    return kinds.pop()
 
 
 def _classifier(trained: Trained) -> dict[str, Tensor]:

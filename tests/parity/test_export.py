@@ -120,6 +120,13 @@ def test_timm_itself_finds_weights_and_preprocessing_in_the_folder(
         (DEIT, 32, [{"name": "lora", "alpha": 4.0, "rank_stabilised": True, "blocks": [0, 11]}]),
         (EVA, 28, [{"name": "lora", "targets": ["fc1", "proj"]}]),
         ("embedded", 64, [{"name": "lora", "dropout": 0.2}, {"name": "linear"}]),
+        (VIT, 32, [{**EVERYWHERE, "dora": True, "ranks": {"blocks.0": 2, "blocks.1.attn.qkv": 3}}]),
+        (APART, 28, [{"name": "lora", "rank": 2, "targets": ["qkv", "fc1"], "dora": True, "blocks": [0, 1]}]),
+        (EVA, 28, [{"name": "lora", "rank": 3, "alpha": 6, "targets": ["fc2"], "dora": True, "rank_stabilised": True}]),
+        (VIT, 32, [{"name": "ia3"}]),
+        (VIT, 32, [{"name": "ia3", "targets": ["q", "v"], "blocks": [0, 11]}]),
+        (APART, 28, [{"name": "ia3"}]),
+        (EVA, 28, [{"name": "ia3", "targets": ["fc2"]}, {"name": "linear"}]),
     ],
 )
 def test_peft_gives_the_same_logits(
@@ -150,7 +157,7 @@ def test_a_frozen_head_is_exported_too(weights: Callable[[str], Path], tmp_path:
 @pytest.mark.parametrize(
     ("format", "name", "tuners", "tables", "words"),
     [
-        ("peft", VIT, [{"name": "full"}], {}, r"(?s)no such method.*full.*format timm"),
+        ("peft", VIT, [{"name": "full"}], {}, r"(?s)no such method.*lora, or ia3.*full.*safetensors"),
         ("peft", VIT, [{"name": "linear"}], {}, "no such method"),
         ("peft", EVA, [{"name": "lora"}], {}, "without calling its qkv"),
         ("peft", VIT, [{"name": "lora"}], {"head": {"kind": "mlp"}}, "classifiers are linear"),

@@ -47,9 +47,9 @@ def test_count_is_the_closed_formula(width: int, name: str) -> None:
 
 
 def test_scale_is_alpha_over_rank_or_its_root() -> None:
-    assert LoraOptions(rank=4).scale == 1
-    assert LoraOptions(rank=4, alpha=8).scale == 2
-    assert LoraOptions(rank=4, alpha=8, rank_stabilised=True).scale == 4
+    assert LoraOptions(rank=4).scale(4) == 1
+    assert LoraOptions(rank=4, alpha=8).scale(4) == 2
+    assert LoraOptions(rank=4, alpha=8, rank_stabilised=True).scale(4) == 4
 
 
 def test_the_definition_by_hand() -> None:
