@@ -83,9 +83,13 @@ def test_nothing_moves_that_is_not_declared_trained(tmp_path: Path, name: str) -
     frozen = digest_all(base.parameters(pieces.backbone.module))
     outcome = federation.run(tmp_path, _settings(name, rounds=1, participation=1), SITES)
     assert digest_all(base.parameters(outcome.experiment.backbone.module)) == frozen
-    assert outcome.served("a").keys() == pieces.model.specs.keys()
-    start = {"a": pieces.model.initial(3)}
-    assert all(not torch.equal(value, start["a"][n]) for n, value in outcome.served("a").items())
+    served, start, active = outcome.served("a"), pieces.model.initial(3), pieces.active(1, "a")
+    bases = pieces.down(1).keys() - pieces.model.specs.keys()
+    assert served.keys() == pieces.model.specs.keys() | bases
+    assert not [n for n in bases if torch.equal(served[n], pieces.backbone.module.get_parameter(n))]
+    anew = {n for n, spec in pieces.down(1).items() if spec.tag.slot == "base"} - bases
+    moved = {n for n, value in start.items() if not torch.equal(served[n], value)}
+    assert moved == {n for n, spec in pieces.model.specs.items() if active(spec.tag)} - anew
 
 
 def test_combine_is_pure_and_any_subset_of_sites_will_do(outcome: federation.Outcome) -> None:
@@ -98,7 +102,7 @@ def test_combine_is_pure_and_any_subset_of_sites_will_do(outcome: federation.Out
     assert equal(first.shared, second.shared)
     assert equal(first.memory, second.memory)
     alone = strategy.combine(start, updates[:1], specs)
-    assert alone.shared.keys() == first.shared.keys()
+    assert start.shared.keys() <= alone.shared.keys() <= first.shared.keys()
     assert equal(strategy.combine(start, [], specs).shared, start.shared)
 
 
@@ -206,7 +210,7 @@ def test_personal_tensors_start_apart_from_a_secret_and_live_on(tmp_path: Path, 
 
     secrets = dict(zip(SITES, (11, 12, 13, 14), strict=True))
     federation.run(tmp_path, settings, SITES, secrets=secrets, watch=look)
-    kept = pieces.model.specs.keys() - pieces.up(1).keys()
+    kept = pieces.model.specs.keys() - pieces.down(1).keys()
     starts = {site: pieces.model.initial(secret) for site, secret in secrets.items()}
     servers = pieces.model.initial(settings.seed)
     for variable in kept:
