@@ -152,12 +152,13 @@ def whisker(series: int, axis: Axis, y: float, point: Point) -> str:
     return line + marker(series, axis(point.value), y, 3.6)
 
 
-def labelled(number: int, name: str, x: float, axis: Axis, point: Point) -> str:
-    """A value with its interval from bottom to top, and its number beside it."""
+def labelled(number: int, name: str, x: float, axis: Axis, point: Point, below: bool = False) -> str:
+    """A value with its interval from bottom to top, and its number to the upper right, or to the lower left."""
     line = ""
     if point.low is not None and point.high is not None:
         ends = f'y1="{axis(point.low):.1f}" y2="{axis(point.high):.1f}"'
         line = f'<line class="s{number % NUM_SERIES} whisker" x1="{x:.1f}" x2="{x:.1f}" {ends}/>'
     y = axis(point.value or 0.0)
-    label = f'<text class="number" x="{x + 8:.1f}" y="{y - 6:.1f}">{number + 1}</text>'
+    place = f'x="{x - 7:.1f}" y="{y + 15:.1f}" text-anchor="end"' if below else f'x="{x + 8:.1f}" y="{y - 6:.1f}"'
+    label = f'<text class="number" {place}>{number + 1}</text>'
     return f"<g><title>{escape(name)}</title>{line}{marker(number, x, y, 4)}{label}</g>"

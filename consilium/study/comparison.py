@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -98,7 +98,13 @@ def _number(value: float) -> float | None:
 def _estimates(group: Group, index: int) -> dict[str, Estimate]:
     count = group.num_seeds[index]
     names = [*LEVELS, *(f"site:{site}" for site in group.sites)]
-    return {name: estimate(over_seeds(group.values[name][index], group.weights), count) for name in names}
+    return {name: _bounded(estimate(over_seeds(group.values[name][index], group.weights), count)) for name in names}
+
+
+def _bounded(found: Estimate) -> Estimate:
+    """No metric leaves 0 to 1, so its interval does not either."""
+    low, high = (None if v is None else min(max(v, 0.0), 1.0) for v in (found.low, found.high))
+    return replace(found, low=low, high=high, p=None)
 
 
 # ------------------------------------------------------------------------------------------------ slopes and front

@@ -42,7 +42,7 @@ def sheet(figure: Figure, notes: Sequence[str] = ()) -> Element:
     for start in range(0, len(panels), columns):
         bottom = _row(root, panels[start : start + columns], bottom, width / columns)
     bottom = _legend(root, figure.legend, bottom, width)
-    bottom = _words(root, [f"Note: {note}" for note in notes], bottom + 4, width, "")
+    bottom = _words(root, [f"Note: {' '.join(notes)}"] if notes else [], bottom + 4, width, "")
     root.set("viewBox", f"0 0 {width:.0f} {bottom:.0f}")
     root.set("width", f"{width:.0f}")
     root.set("height", f"{bottom:.0f}")
@@ -136,6 +136,7 @@ def _styles(series: str) -> Mapping[str, Mapping[str, str]]:
         "rule": {"stroke": colours()["grid"], "stroke-width": "1"},
         "axis": {"stroke": colours()["muted"], "stroke-width": "1"},
         "diagonal": {"stroke": colours()["muted"], "stroke-width": "1", "stroke-dasharray": "3 4"},
+        "steps": {"fill": "none", "stroke": colours()["muted"], "stroke-width": "1.2"},
         "ring": {"fill": "none", "stroke": colours()["ink"], "stroke-width": "1.5"},
     }
 

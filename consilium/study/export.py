@@ -18,15 +18,16 @@ _TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciic
 
 def write(folder: Path, sections: Sequence[Section], notes: Sequence[str]) -> None:
     """Every table and figure of the sections, folded ones too; `notes` stand below each table."""
-    taken: set[str] = set()
+    tables: set[str] = set()
+    figures: set[str] = set()
     for section in sections:
         for block in [*section.blocks, *(block for _, blocks in section.more for block in blocks)]:
             if isinstance(block, Table):
-                path = folder / "tables" / _name(block.caption, taken)
+                path = folder / "tables" / _name(block.caption, tables)
                 checkpoint.write_bytes(path.with_suffix(".md"), markdown(block, notes).encode())
                 checkpoint.write_bytes(path.with_suffix(".tex"), latex(block, notes).encode())
             elif isinstance(block, Figure):
-                path = folder / "figures" / _name(block.caption, taken)
+                path = folder / "figures" / _name(block.caption, figures)
                 sheet = drawing.sheet(block, notes)
                 checkpoint.write_bytes(path.with_suffix(".svg"), drawing.svg(sheet))
                 checkpoint.write_bytes(path.with_suffix(".png"), drawing.png(sheet))

@@ -26,7 +26,7 @@ from consilium.report.marks import (
 )
 from consilium.report.sections import Figure
 from consilium.report.text import bytes_text, short
-from consilium.study.comparison import Findings, Ranking, Slope
+from consilium.study.comparison import Findings, Front, Ranking, Slope
 from consilium.study.groups import COSTS, Group
 from consilium.study.statistics import Estimate
 
@@ -46,6 +46,20 @@ class Cloud:
 
 def against(groups: Sequence[Group], found: Sequence[Findings], methods: Sequence[str], cost: str, unit: str) -> Figure:
     """The metric over log10 of a cost, a panel per group; runs small, their mean large, the line of all methods."""
+    caption = f"{unit} over {COSTS[cost]}, on a logarithmic axis"
+    return _panels(caption, groups, found, methods, cost, unit, False)
+
+
+def fronts(groups: Sequence[Group], found: Sequence[Findings], methods: Sequence[str], unit: str) -> Figure:
+    """The same over bytes with the Pareto front as steps, without runs and line."""
+    caption = f"Pareto front: {unit.lower()} over {COSTS['bytes']}"
+    return _panels(caption, groups, found, methods, "bytes", unit, True)
+
+
+def _panels(
+    caption: str, groups: Sequence[Group], found: Sequence[Findings], methods: Sequence[str], cost: str, unit: str,
+    steps: bool,
+) -> Figure:  # fmt: skip
     clouds = [_clouds(group, findings, methods, cost) for group, findings in zip(groups, found, strict=True)]
     everything = [cloud for panel in clouds for cloud in panel]
     costs = [at for cloud in everything for at, _ in cloud.runs]
@@ -54,12 +68,11 @@ def against(groups: Sequence[Group], found: Sequence[Findings], methods: Sequenc
     ]
     x, y = Axis(*decades(costs), 44, WIDTH - 16, log=True), Axis(*padded(values), HEIGHT - 46, 26)
     panels = [
-        (group.name, _scatter(group.name, panel, _line_of(findings, cost), x, y, COSTS[cost], unit))
+        (group.name, _scatter(group.name, panel, findings, x, y, cost, unit, steps))
         for group, panel, findings in zip(groups, clouds, found, strict=True)
     ]
     shown = {cloud.name for cloud in everything}
-    legend = [f"{at + 1}. {name}" if name in shown else "" for at, name in enumerate(methods)]
-    return Figure(f"{unit} over {COSTS[cost]}, on a logarithmic axis", panels, legend)
+    return Figure(caption, panels, [f"{at + 1}. {name}" if name in shown else "" for at, name in enumerate(methods)])
 
 
 def _clouds(group: Group, findings: Findings, methods: Sequence[str], cost: str) -> list[Cloud]:
@@ -94,16 +107,38 @@ def decades(values: Sequence[float]) -> Pair:
     return 10 ** (low - air), 10 ** (high + air)
 
 
-def _scatter(name: str, clouds: Sequence[Cloud], fit: Slope, x: Axis, y: Axis, x_label: str, unit: str) -> Markup:
-    amount = bytes_text if "bytes" in x_label else _amount
+def _scatter(
+    name: str, clouds: Sequence[Cloud], found: Findings, x: Axis, y: Axis, cost: str, unit: str, steps: bool
+) -> Markup:
+    label, amount = COSTS[cost], _amount if cost == "trainable" else bytes_text
     whole = [10.0**e for e in range(math.ceil(math.log10(x.low)), math.floor(math.log10(x.high)) + 1)]
-    parts = [grid_y(y, 44, WIDTH - 10), axis_x(x, y.start, whole or [x.low, x.high], amount), _fit(clouds, fit, x, y)]
-    for cloud in clouds:
-        parts += [_faint(marker(cloud.number, x(at), y(value), 2.4)) for at, value in cloud.runs]
-    parts += [labelled(cloud.number, cloud.name, x(cloud.at), y, cloud.mean) for cloud in clouds]
-    parts += [word((x.start + x.stop) / 2, HEIGHT - 10, x_label, "middle"), word(4, 12, unit, "start")]
+    parts = [grid_y(y, 44, WIDTH - 10), axis_x(x, y.start, whole or [x.low, x.high], amount)]
+    if steps:
+        parts.append(_steps(clouds, found.front, x, y))
+    else:
+        parts.append(_fit(clouds, _line_of(found, cost), x, y))
+        parts += [_faint(marker(c.number, x(at), y(value), 2.4)) for c in clouds for at, value in c.runs]
+    parts += _numbered(clouds, x, y)
+    parts += [word((x.start + x.stop) / 2, HEIGHT - 10, label, "middle"), word(4, 12, unit, "start")]
     told = "; ".join(f"{c.name} {amount(c.at)}, {c.mean.value:.3f}" for c in clouds) or "no run to show"
-    return svg(WIDTH, HEIGHT, f"{unit} over {x_label}, {name}: {told}", parts)
+    return svg(WIDTH, HEIGHT, f"{unit} over {label}, {name}: {told}", parts)
+
+
+def _numbered(clouds: Sequence[Cloud], x: Axis, y: Axis) -> list[str]:
+    """Means with their numbers, which change sides where neighbours are close."""
+    parts, last, below = [], -math.inf, False
+    for cloud in sorted(clouds, key=lambda cloud: cloud.at):
+        below = x(cloud.at) - last < 22 and not below
+        parts.append(labelled(cloud.number, cloud.name, x(cloud.at), y, cloud.mean, below))
+        last = x(cloud.at)
+    return parts
+
+
+def _steps(clouds: Sequence[Cloud], front: Front, x: Axis, y: Axis) -> str:
+    on = [name for name, is_on in zip(front.methods, front.on_front, strict=True) if is_on]
+    places = sorted((x(c.at), y(c.mean.value)) for c in clouds if c.name in on and c.mean.value is not None)
+    path = "".join(f"H{px:.1f}V{py:.1f}" for px, py in places[1:])
+    return f'<path class="steps" d="M{places[0][0]:.1f} {places[0][1]:.1f}{path}"/>' if places else ""
 
 
 def _amount(value: float) -> str:

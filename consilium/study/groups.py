@@ -109,7 +109,7 @@ def _facts(study: Study) -> pd.DataFrame:
     visits = (table["num_sites"] * table["rounds"]).astype(float)
     known = {name: _numbers(runs, name) for name in (
         "parameters.backbone", "parameters.trainable", "parameters.exchanged", "bytes.up", "bytes.down", "bytes.total",
-        "seconds", "image_passes")}  # fmt: skip
+        "seconds", "image_passes", "majority")}  # fmt: skip
     return runs[["run", "method", "group", "seed"]].assign(
         trainable=known["parameters.trainable"],
         exchanged=known["parameters.exchanged"],
@@ -119,6 +119,7 @@ def _facts(study: Study) -> pd.DataFrame:
         bytes_down=known["bytes.down"] / visits,
         seconds=known["seconds"],
         image_passes=known["image_passes"],
+        majority=known["majority"],
         head_only=table["head_only"],
         full=known["parameters.trainable"] >= known["parameters.backbone"],
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from consilium.study.loading import Study, load, searched
 from consilium.study.samples import Sample
 from consilium.study.statistics import smallest_sign_flip
 
-SHOWN_FACTS = ("axes", "compare", "select", "seeds", "hashes", "versions", "hardware")
+SHOWN_FACTS = ("axes", "excluded", "compare", "select", "seeds", "consilium_version", "code", "versions", "hardware")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def write(folder: Path) -> Path:
         compared = compare(study, samples.samples(study))
         numbers, parts = _numbers(compared), _sections(study, compared, unit)
         said = [*compared.problems, *_left_out(compared), *_thin(compared)]
-    said = [*study.notes, *_unfinished(study), *said]
+    said = [*study.notes, *_unfinished(study), *said, *map(str, study.about.get("warnings") or [])]
     head = {"name": study.name, "compare": study.compare.model_dump(mode="json"), "notes": said}
     checkpoint.write_json(folder / "statistics.json", metrics.without_nan({**head, **numbers}))
     export.write(folder, parts, [*study.notes, *_unfinished(study)])
@@ -112,7 +114,9 @@ def _unfinished(study: Study) -> list[str]:
             f"Unfinished: {study.num_missing} of {len(study.runs)} runs are missing; all numbers may still move."
         )
     if len(study.failed):
-        said.append(f"{len(study.failed)} of {len(study.runs)} runs failed or were refused; they are listed below.")
+        said.append(
+            f"{len(study.failed)} of {len(study.runs)} runs failed or were refused; they are listed under Runs."
+        )
     return said
 
 
@@ -138,7 +142,7 @@ def _thin(compared: Compared) -> list[str]:
 def _sections(study: Study, compared: Compared, unit: str) -> list[Section]:
     if not compared.groups:
         return []
-    parts = [_results(study, compared, unit), _against(study, compared, unit), _fronts(compared)]
+    parts = [_results(study, compared, unit), _against(study, compared, unit), _fronts(study, compared, unit)]
     return [*parts, _by_site(compared, unit), _tests(study, compared)]
 
 
@@ -148,9 +152,16 @@ def _results(study: Study, compared: Compared, unit: str) -> Section:
         "Mean over seeds. The 95\u00a0% interval is the mean \u00b1 Student's t times the standard deviation of "
         "replicates that resample patients (whole groups within each site, the same for all runs on the same images) "
         "and seeds together; degrees of freedom after Satterthwaite, so that few seeds make it wide. Sites, methods "
-        "and the division of the data are fixed. Bytes are those measured in the run."
+        "and the division of the data are fixed. Bytes are those measured in the run." + _majority(compared)
     )
-    return Section("Results", [tables.overview(study, compared.groups, compared.found, unit), *each], note=note)
+    shown = [tables.overview(study, compared.groups, compared.found, unit)]
+    return Section("Results", shown, [("Each group in full", each)], note)
+
+
+def _majority(compared: Compared) -> str:
+    known = [(group.name, float(group.facts["majority"].mean())) for group in compared.groups]
+    said = ", ".join(f"{value:.3f} ({name})" for name, value in known if math.isfinite(value))
+    return f" Always answering each site's most frequent class would score {said}." if said else ""
 
 
 def _both(compared: Compared) -> list[tuple[Group, Findings]]:
@@ -161,28 +172,32 @@ def _against(study: Study, compared: Compared, unit: str) -> Section:
     drawn = {cost: figures.against(*_pair(compared), study.methods, cost, unit) for cost in ("bytes", "trainable")}
     forests = figures.slope_forest(*_pair(compared), "bytes")
     each = [tables.slopes(group, found) for group, found in _both(compared)]
+    shown: list[Block] = [drawn["bytes"], forests, tables.slope_overview(*_pair(compared))]
     note = (
         f"The axis is {COSTS['bytes']}: what crossed the wire in the whole run, divided by sites and rounds, so that "
         "groups with different numbers of sites compare; for a fixed number of sites and rounds the slope over the "
         "total is the same. Small marks are runs, large ones means over seeds; the dotted line is the least-squares "
         "line through the means, each method counting once. The interval of a slope covers other patients of these "
-        "sites and other seeds; the methods are fixed. The last but one column also resamples methods, as if they "
-        f"were drawn from many, where there are at least {comparison.MIN_METHODS}."
+        "sites and other seeds; the methods are fixed. The full tables also have an interval that resamples methods, "
+        f"as if they were drawn from many, where there are at least {comparison.MIN_METHODS}."
     )
-    return Section("Accuracy against what is exchanged", [drawn["bytes"], forests, *each],
-                   [("Over trainable parameters", [drawn["trainable"]])], note)  # fmt: skip
+    return Section("Accuracy against what is exchanged", shown,
+                   [("Over trainable parameters", [drawn["trainable"]]), ("Slopes in full, each way apart", each)],
+                   note)  # fmt: skip
 
 
 def _pair(compared: Compared) -> tuple[Sequence[Group], Sequence[Findings]]:
     return compared.groups, compared.found
 
 
-def _fronts(compared: Compared) -> Section:
+def _fronts(study: Study, compared: Compared, unit: str) -> Section:
     note = (
         "On the front: no other method has as few bytes and as good a mean. The share is that of replicates (patients "
-        "and seeds together) in which the method is on it; the cheapest method always is."
+        "and seeds together) in which the method is on it; the cheapest method always is. A method that exchanges "
+        "nothing takes part, but has no place on the axis."
     )
-    return Section("Pareto front", [tables.front(group, found.front) for group, found in _both(compared)], note=note)
+    shown: list[Block] = [figures.fronts(*_pair(compared), study.methods, unit)]
+    return Section("Pareto front", [*shown, tables.fronts(study, *_pair(compared))], note=note)
 
 
 def _by_site(compared: Compared, unit: str) -> Section:
@@ -244,9 +259,13 @@ def _runs(study: Study) -> list[Section]:
         for r in study.runs.itertuples()
     ]
     every = Table("Every run of the plan", ["run", "method", "group", "seed", "status"], rows, num_text=5)
-    facts = [(key, _text(study.about[key])) for key in SHOWN_FACTS if study.about.get(key)]
-    blocks: list[Block] = [tables.failed(study)] if len(study.failed) else ["No run failed or was refused."]
-    return [Section("Runs", blocks, [("Every run", [every])]), Section("To run it again", [facts])]
+    blocks: list[Block] = [tables.failed(study)] if len(study.failed) else [[("failed or refused", "none")]]
+    facts = [(key.replace("_", " "), _text(study.about[key])) for key in SHOWN_FACTS if study.about.get(key)]
+    more: list[tuple[str, Sequence[Block]]] = []
+    if study.about.get("study"):
+        more.append(("The study file, resolved", [json.dumps(study.about["study"], indent=2)]))
+    note = "study.json also holds what each run was of: hashes of its configuration, data and code."
+    return [Section("Runs", blocks, [("Every run", [every])]), Section("To run it again", [facts], more, note)]
 
 
 def _text(value: object) -> str:

@@ -21,15 +21,17 @@ LEVEL_NAMES = {"mean": "mean over sites", "worst": "worst site", "pooled": "all 
 
 
 def overview(study: Study, groups: Sequence[Group], found: Sequence[Findings], unit: str) -> Table:
-    """Methods by groups."""
+    """Methods by groups: the compared level and the worst site, then what they cost on average over the groups."""
+    levels = list(dict.fromkeys([str(study.compare.level), "worst"]))
     rows = []
     for name in study.methods:
         holding = [group for group in groups if name in group.methods]
-        values = [f.estimates.get(name, {}).get(study.compare.level, Estimate(None)) for f in found]
-        sizes = [_fact(holding, name, fact) for fact in ("trainable", "exchanged")]
-        sent = _fact(holding, name, "bytes")
-        rows.append([Cell(name), *map(measured, values), *(_count(size) for size in sizes), _bytes(sent)])
-    head = ["method", *(group.name for group in groups), "trainable parameters", "exchanged parameters", COSTS["bytes"]]
+        cells = [measured(f.estimates.get(name, {}).get(level, Estimate(None))) for f in found for level in levels]
+        sizes = [_count(_fact(holding, name, fact)) for fact in ("trainable", "exchanged")]
+        sent, time = _bytes(_fact(holding, name, "bytes")), _seconds(_fact(holding, name, "seconds"))
+        rows.append([Cell(name), *cells, *sizes, sent, time])
+    named = [f"{group.name}, {LEVEL_NAMES[level]}" for group in groups for level in levels]
+    head = ["method", *named, "trainable parameters", "exchanged parameters", COSTS["bytes"], "time of a run"]
     return Table(f"{unit} by method, mean over seeds", head, rows)
 
 
@@ -80,15 +82,33 @@ def _slope_row(slope: Slope) -> list[Cell]:
             explained]  # fmt: skip
 
 
-def front(group: Group, found: Front) -> Table:
-    """Methods in order of cost."""
-    cost = dict(zip(group.methods, group.mean("bytes"), strict=True))
+def slope_overview(groups: Sequence[Group], found: Sequence[Findings]) -> Table:
+    """Change of the metric per tenfold cost, groups side by side."""
+    wanted = list(
+        dict.fromkeys((s.subset, s.cost) for f in found for s in f.slopes if s.cost in ("bytes", "trainable"))
+    )
+    known = [{(s.subset, s.cost): s.change for s in f.slopes} for f in found]
     rows = [
-        [Cell(name), _bytes(cost[name]), Cell("yes" if on else "no"), _share(share)]
-        for name, on, share in zip(found.methods, found.on_front, found.share, strict=True)
+        [Cell(subset), Cell(COSTS[cost]), *(points(changes.get((subset, cost), Estimate(None))) for changes in known)]
+        for subset, cost in wanted
     ]
-    head = ["method", COSTS["bytes"], "on the front", "share of replicates on it"]
-    return Table(f"Pareto front of bytes and metric, {group.name}", head, rows)
+    head = ["methods", "over log10 of", *(group.name for group in groups)]
+    return Table("Fitted slope in points of a hundred per tenfold", head, rows, num_text=2)
+
+
+def fronts(study: Study, groups: Sequence[Group], found: Sequence[Findings]) -> Table:
+    """Whether each method is on the front of each group, and in what share of replicates."""
+    rows = [[Cell(name), *(_on_front(f.front, name) for f in found)] for name in study.methods]
+    return Table("On the Pareto front of bytes and metric", ["method", *(group.name for group in groups)], rows)
+
+
+def _on_front(found: Front, name: str) -> Cell:
+    if name not in found.methods:
+        return _none()
+    at = found.methods.index(name)
+    share = found.share[at]
+    detail = "" if share is None else f"{100 * share:.0f} % of replicates"
+    return Cell("yes" if found.on_front[at] else "no", detail, sort=(2 if found.on_front[at] else 1) + (share or 0) / 2)
 
 
 def pairs(group: Group, found: Sequence[Pair], title: str) -> Table:
@@ -128,9 +148,9 @@ def failed(study: Study) -> Table:
 
 # ------------------------------------------------------------------------------------------------ cells
 def measured(found: Estimate) -> Cell:
-    """A metric with its interval; one that the metric cannot leave is cut at 0 and 1."""
-    low, high = ((None if v is None else min(max(v, 0.0), 1.0)) for v in (found.low, found.high))
-    return replace(tables.interval(Value(value=found.value, low=low, high=high)), sort=found.value)
+    """A metric with its interval."""
+    value = Value(value=found.value, low=found.low, high=found.high)
+    return replace(tables.interval(value), sort=found.value)
 
 
 def points(found: Estimate) -> Cell:
@@ -158,10 +178,6 @@ def _bytes(value: float) -> Cell:
 
 def _seconds(value: float) -> Cell:
     return Cell(duration(float(value)), sort=float(value)) if np.isfinite(value) else _none()
-
-
-def _share(value: float | None) -> Cell:
-    return Cell(f"{100 * value:.0f} %", sort=value) if value is not None else _none()
 
 
 def _decimal(value: float, digits: int = 1) -> Cell:
