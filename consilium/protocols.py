@@ -131,10 +131,16 @@ class Attached:
     learning_rates: Mapping[str, float]  # role -> AdamW learning rate
     inert: int = 0  # scalars the method trains in name that provably change no output: held, counted, never sent
     forgets_moments: bool = False  # moments of its tensors start anew in every round, whatever train.moments says
+    merge_refused: str = ""  # why this cannot be folded into weights, if so; compose asks before it folds anything
 
 
 class Tuner(Protocol):
-    """Makes a few trainable tensors on a frozen backbone. Options are its own frozen pydantic model."""
+    """Makes a few trainable tensors on a frozen backbone. Options are its own frozen pydantic model.
+
+    An optional class attribute `precedence` says when its turn is where several act on one layer, in the forward pass
+    and in merging, whatever the order of the list: 0 the backbone's own tensors (the default), 1 what is added to a
+    layer's weight, 2 to its bias, 3 and 4 what rescales all of that.
+    """
 
     def attach(self, backbone: Backbone, parts: Sequence[Part], combination: Combination) -> Attached:
         """Add adapters to `backbone.module` in place, or name existing parameters."""

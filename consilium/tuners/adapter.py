@@ -37,7 +37,7 @@ from consilium.tuners import base
 from consilium.tuners.scaling import require_sum
 
 RATES = {"adapter": 1e-3}  # AdamW
-REFUSED = "an adapter's activation is no linear map and cannot be folded into weights"
+REFUSED = "adapter: its activation is no linear map and cannot be folded into weights"
 
 
 class AdapterOptions(registry.Options):
@@ -141,7 +141,9 @@ class AdapterTuner:
             for variable, value in sublayer.adapter.named_parameters():
                 tag = Tag(name, "adapter", variable.partition(".")[0], block)
                 specs[f"{name}.adapter.{variable}"] = Spec(tuple(value.shape), tag)
-        return Attached(specs, lambda seed: {n: self._start(n, s, seed) for n, s in specs.items()}, RATES)
+        return Attached(
+            specs, lambda seed: {n: self._start(n, s, seed) for n, s in specs.items()}, RATES, merge_refused=REFUSED
+        )
 
     def active(self, specs: Specs, round: int, site: str, seed: int) -> Selector:  # noqa: ARG002
         """Everything."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from timm.layers.attention import Attention, AttentionRope
@@ -45,10 +45,7 @@ class QueryValueBias(base.Adapter):
         q, _, v = linear.bias.detach().chunk(3)
         self.q = nn.Parameter(q.clone(), requires_grad=False)
         self.v = nn.Parameter(v.clone(), requires_grad=False)
-        # The first of all hooks: what others scale or add comes after the layer's bias, and so it must here.
-        self.handle = linear.register_forward_hook(
-            lambda module, _, output: module.bitfit(module.bias, output), prepend=True
-        )
+        self.handle = linear.register_forward_hook(lambda own, _, output: own.bitfit(own.bias, output))
 
     def forward(self, bias: Tensor, output: Tensor) -> Tensor:
         """W x + b [..., 3 d] with q and v for their parts of b [3 d]."""
@@ -71,6 +68,8 @@ class QueryValueBias(base.Adapter):
 )
 class BitFit:
     """Trains the biases of the backbone."""
+
+    precedence: ClassVar[int] = 2  # DoRA takes the layer's own bias off; what rescales the layer rescales the bias too
 
     def __init__(self, options: BitFitOptions) -> None:
         self.options = options

@@ -84,6 +84,7 @@ def attach(
 
     Raises ConfigError where two tuners claim one tensor or nothing is left to train. `seed` draws a frozen head.
     """
+    tuners = sorted(tuners, key=lambda tuner: getattr(tuner, "precedence", 0))
     added = tuple(tuner.attach(backbone, declaration.parts, declaration.combination) for tuner in tuners)
     top = Head(head, backbone.num_features, num_outputs)
     specs = _union([*(each.specs for each in added), top.specs])
@@ -107,11 +108,13 @@ def merge(model: TunedModel, variables: Tensors) -> nn.Module:
 
     To unmerge, load the backbone again. ConfigError where a tuner cannot be folded.
     """
+    for reason in filter(None, (each.merge_refused for each in model.attached)):
+        remedy = "use `consilium predict`, or keep the adapters apart: export --format safetensors"
+        raise ConfigError(reason, where="tuner", remedy=remedy)
     own = base.parameters(model.backbone.module).keys()
     changed = variables.keys() & own - model.specs.keys()  # by a strategy that changes the base
     base.replace(model.backbone.module, tensors.select(variables, changed))
-    pairs = zip(model.tuners, model.attached, strict=True)
-    for tuner, _ in sorted(pairs, key=lambda pair: not pair[1].specs.keys() <= own):  # what is folded comes on top
+    for tuner in model.tuners:
         tuner.merge(model.backbone, variables)
     return model.backbone.module
 

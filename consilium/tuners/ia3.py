@@ -81,7 +81,7 @@ class Ia3Adapter(base.Adapter):
 class Ia3:
     """Adds one vector per part at every target."""
 
-    acts_last: ClassVar[bool] = True  # it rescales what other tuners have added to a layer
+    precedence: ClassVar[int] = 3  # the whole layer, with what was added to it
 
     def __init__(self, options: Ia3Options) -> None:
         self.options = options

@@ -18,7 +18,7 @@ equals unmerged; parity with the `peft` library.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal, cast
+from typing import Annotated, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -129,6 +129,8 @@ class LoraAdapter(base.Adapter):
 class Lora:
     """Adds one pair of factors per part beside every target."""
 
+    precedence: ClassVar[int] = 1  # what is added to a weight comes before what rescales the layer
+
     def __init__(self, options: LoraOptions) -> None:
         self.options = options
 
@@ -149,8 +151,9 @@ class Lora:
                 specs[f"{name}.lora.{variable}"] = Spec(tuple(value.shape), tag, scale=scale, factor=factor)
             if self.options.dora:
                 magnitudes[f"{name}.lora.magnitude"] = linear.weight.norm(dim=1).float()
-        start = self.options.start
-        return Attached(specs, lambda seed: {**low_rank.initial(specs, start, seed), **magnitudes}, RATES)
+        refused, kind = low_rank.NO_MERGE if combination == "router" else "", self.options.start
+        start = lambda seed: {**low_rank.initial(specs, kind, seed), **magnitudes}  # noqa: E731
+        return Attached(specs, start, RATES, merge_refused=refused)
 
     def active(self, specs: Specs, round: int, site: str, seed: int) -> Selector:  # noqa: ARG002
         """Everything, or all but A."""
@@ -180,7 +183,7 @@ def factors(linear: nn.Module, name: str, variables: Tensors) -> low_rank.Foldin
     """What all parts beside one layer amount to. ConfigError where there is no adapter, or a router: no linear map."""
     adapter = getattr(linear, "lora", None)
     if not isinstance(adapter, LoraAdapter) or adapter.router is not None:
-        reason = "there is no adapter left to fold" if adapter is None else "a router cannot be folded into weights"
+        reason = "there is no adapter left to fold" if adapter is None else low_rank.NO_MERGE
         raise ConfigError(reason, where=f"{name}.lora", remedy="load the run again, or keep the adapters apart")
     values = {own: variables[f"{name}.lora.{own}"] for own, _ in adapter.named_parameters()}
     return low_rank.Folding(*adapter.stacked(values), adapter.scale, values.get("magnitude"))

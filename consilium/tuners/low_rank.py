@@ -16,6 +16,8 @@ from consilium import seeds
 from consilium.errors import ConfigError
 from consilium.protocols import Backbone, Combination, Factor, Part, Spec, Specs, Tag
 
+NO_MERGE = "lora: a router cannot be folded into weights"
+
 
 class Folding(NamedTuple):
     """W + scale * b a; a [r, in], b [out, r]; with a magnitude [out] its rows get these lengths."""

@@ -119,7 +119,7 @@ class LowRankPrompts:
         def initial(seed: int) -> Tensors:
             return {name: _start(name, spec, seed, v, spec.tag.part == parts[0].name) for name, spec in specs.items()}
 
-        return Attached(specs, initial, RATES)
+        return Attached(specs, initial, RATES, merge_refused=tokens.no_merge(NAME).what)
 
     def active(self, specs: Specs, round: int, site: str, seed: int) -> Selector:  # noqa: ARG002
         """Everything."""

@@ -108,7 +108,7 @@ class PromptsTuner:
             limit = {name: limits[s.tag.role] if s.tag.part == parts[0].name else 0.0 for name, s in specs.items()}
             return {name: _start(name, spec, seed, limit[name]) for name, spec in specs.items()}
 
-        return Attached(specs, initial, RATES)
+        return Attached(specs, initial, RATES, merge_refused=tokens.no_merge("prompts").what)
 
     def active(self, specs: Specs, round: int, site: str, seed: int) -> Selector:  # noqa: ARG002
         """Everything."""

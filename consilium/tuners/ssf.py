@@ -103,7 +103,7 @@ class SsfAdapter(base.Adapter):
 class Ssf:
     """Adds one scale and shift per part after every target."""
 
-    acts_last: ClassVar[bool] = True  # it rescales what other tuners have added to a layer
+    precedence: ClassVar[int] = 4  # the whole layer, rescaled or not
 
     def __init__(self, options: SsfOptions) -> None:
         self.options = options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -150,3 +151,26 @@ def test_a_changed_base_is_merged_too() -> None:
     with torch.no_grad():
         before = model.features(variables, small.images())
         torch.testing.assert_close(compose.merge(model, variables)(small.images()), before, rtol=1e-4, atol=1e-5)
+
+
+MIXES = {
+    "all on one layer": [("lora", {"dora": True}), ("bitfit", {}), ("ia3", {}), ("ssf", {})],
+    "both layers of the MLP": [("lora", {"targets": ["qkv", "fc1", "fc2"]}), ("ia3", {}), ("ssf", {})],
+    "the backbone's own": [("attention", {}), ("lora", {"dora": True}), ("ia3", {}), ("norm", {})],
+    "two of the backbone's own": [("attention", {}), ("norm", {}), ("ssf", {})],
+}
+
+
+@pytest.mark.parametrize("make", small.MAKES)
+@pytest.mark.parametrize("mix", MIXES)
+def test_a_hybrid_is_one_function_in_any_order_and_merges_to_it(mix: str, make: str) -> None:
+    outputs, merged = [], []
+    for order in itertools.permutations(MIXES[mix]):
+        built = [registry.build("tuners", name, options) for name, options in order]
+        model = compose.attach(small.backbone(make), built, HeadConfig(), 4, Declaration(), 0)
+        variables = small.moved(dict(model.initial(0)))
+        outputs.append(model.features(variables, small.images()))
+        merged.append(compose.merge(model, variables)(small.images()))
+    assert all(torch.equal(outputs[0], each) for each in outputs)
+    assert all(torch.equal(merged[0], each) for each in merged)
+    torch.testing.assert_close(merged[0], outputs[0], rtol=1e-3, atol=1e-4)
