@@ -1,7 +1,7 @@
-"""Composition: adapters for other tools. In: a run folder. Out: a folder that `peft` or plain timm reads.
+"""Composition: adapters for other tools. In: a run folder. Out: a folder that `peft`, plain timm or `load` reads.
 
-Both formats hold `config.json` as the model hub has it (architecture, arguments, preprocessing, class names), and a
-manifest in the header of the safetensors file.
+Every format holds `config.json` as the model hub has it (architecture, arguments, preprocessing, class names), and a
+manifest in the header of the safetensors file; which tuner goes into which format stands in docs/export.md.
 """
 
 from __future__ import annotations
@@ -15,43 +15,87 @@ import timm
 import torch
 from torch import Tensor
 
-from consilium import __version__, checkpoint, seeds, tensors
+from consilium import __version__, checkpoint, config, seeds, tensors
 from consilium.backbones import timm_backbone
 from consilium.errors import ConfigError, StateError
-from consilium.predict import Trained, load_trained
+from consilium.predict import Trained, load_trained, rebuild
 from consilium.tensors import Tensors
 from consilium.tuners import base, compose, ia3
 from consilium.tuners.lora import factors
 from consilium.tuners.low_rank import Folding
 
-Format = Literal["peft", "timm"]
+Format = Literal["peft", "timm", "safetensors"]
+ADAPTER = "adapter.safetensors"
+SAFETENSORS = "export with --format safetensors, which takes every tuner"
 
 
 def export(run: Path, format: Format, out: Path, site: str | None = None) -> Path:
     """Write the model of a finished run (of `site`, or the global one) into the empty folder `out`.
 
     peft: `PeftModel.from_pretrained(timm.create_model(architecture, num_classes=C, **model_args), out)`, the base with
-    the run's own weights. timm: `model.safetensors` loads strictly into that same timm model. ConfigError where the
-    format has no way to say it, StateError where `out` is in use.
+    the run's own weights. timm: `model.safetensors` loads strictly into that same timm model. safetensors: variables as
+    they are, of any tuner, for `load`. ConfigError where the format has no way to say it, StateError where `out` is in
+    use.
     """
     if out.exists() and any(out.iterdir()):
         raise StateError("the folder to export into is not empty", where=str(out), remedy="choose another --out")
     trained = load_trained(run, site, device="cpu")
-    if trained.model.head.config.kind != "linear":
+    if format != "safetensors" and trained.model.head.config.kind != "linear":
         raise ConfigError(
             "timm classifiers are linear; this run has another head",
             where="head.kind",
             received="mlp",
             allowed="linear",
+            remedy=SAFETENSORS,
         )
-    files = {"peft": _peft, "timm": _timm}[format](trained)
+    if format == "safetensors":
+        checkpoint.save(out / ADAPTER, *_adapter(trained, run))
+    else:
+        for name, content in {"peft": _peft, "timm": _timm}[format](trained).items():
+            write = checkpoint.write_json if isinstance(content, dict) else checkpoint.write_bytes
+            write(out / name, content)
     checkpoint.write_json(out / "config.json", _config(trained))
-    for name, content in files.items():
-        if isinstance(content, dict):
-            checkpoint.write_json(out / name, content)
-        else:
-            checkpoint.write_bytes(out / name, content)
     return out
+
+
+def load(folder: Path, weights: str | None = None, device: str = "cpu") -> Trained:
+    """Rebuild the model of `--format safetensors`: `loaded.model.forward(loaded.variables, images)`.
+
+    `weights`: a file with the backbone's weights, left out: where the run had them from, if that was no file.
+    StateError where the backbone is another than the one in the manifest.
+    """
+    _, manifest = checkpoint.load(folder / ADAPTER)
+    backbone = manifest["settings"]["backbone"]
+    chosen = {**backbone, "weights": backbone["weights"] if weights is None else weights}
+    settings = config.from_dict({**manifest["settings"], "backbone": chosen})
+    return rebuild(settings, manifest["classes"], folder / ADAPTER, manifest["model"], device)
+
+
+def _adapter(trained: Trained, run: Path) -> tuple[Tensors, dict[str, object]]:
+    """The variables with, so that they are a whole model, a frozen head; and the manifest, without paths."""
+    pieces, values = trained.experiment, {**trained.model.head_start, **trained.variables}
+    plain, summary = pieces.config.to_dict(), checkpoint.read_json(run / "summary.json")
+    backbone = plain["backbone"]
+    weights = backbone["weights"] if backbone["weights"] in ("random", "embedded") else None
+    manifest = {
+        **_manifest(trained, "safetensors"),
+        "backbone_digest": pieces.backbone.digest,
+        "agreement_hash": pieces.handshake.agreement,
+        "settings": {key: plain[key] for key in config.AGREED} | {"backbone": {**backbone, "weights": weights}},
+        "sites": sorted(summary["image_passes"]["per_site"]),
+        "round": summary["served_round"],
+        "tensors": {name: _described(trained, name, value) for name, value in sorted(values.items())},
+    }
+    return values, manifest
+
+
+def _described(trained: Trained, name: str, value: Tensor) -> dict[str, object]:
+    """What nobody trains is a frozen head, or a frozen weight that the strategy changed."""
+    spec = trained.model.specs.get(name)
+    frozen = ("head" if name in trained.model.head_start else "base", "shared", 1.0)
+    role, part, scale = frozen if spec is None else (spec.tag.role, spec.tag.part, spec.scale)
+    dtype = str(value.dtype).removeprefix("torch.")
+    return {"role": role, "part": part, "scale": scale, "shape": list(value.shape), "dtype": dtype}
 
 
 def _timm(trained: Trained) -> dict[str, bytes]:
@@ -89,7 +133,7 @@ def _peft(trained: Trained) -> dict[str, Any]:
 def _method(trained: Trained) -> str:
     """The one tuner that `peft` has too; ConfigError for what it has no words for, or would not carry out."""
     model = trained.model
-    remedy = "export with --format safetensors, or timm where the tuner can be merged"
+    remedy = "export with --format safetensors, or with timm where the tuner can be merged"
     found = sorted({table.name for table in trained.experiment.config.tuner} - {"linear"})
     if found not in (["lora"], ["ia3"]):
         received = ", ".join(found) or "a head alone"
@@ -159,9 +203,9 @@ def _classifier(trained: Trained) -> dict[str, Tensor]:
 
 
 def _plain(trained: Trained) -> torch.nn.Module:
-    config = _config(trained)
+    card = _config(trained)
     built: torch.nn.Module = timm.create_model(
-        config["architecture"], num_classes=config["num_classes"], **config["model_args"]
+        card["architecture"], num_classes=card["num_classes"], **card["model_args"]
     )
     return built
 

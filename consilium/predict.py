@@ -40,21 +40,26 @@ def load_trained(run: Path, site: str | None = None, device: str = "auto") -> Tr
         raise StateError("this is no run folder", where=str(run), remedy="give the folder that `consilium run` wrote")
     stored = checkpoint.read_json(run / CONFIG)
     settings = config.from_dict(stored["config"])
+    return rebuild(settings, stored["classes"], _adapter(run, site), site or "global", device)
+
+
+def rebuild(settings: config.Config, classes: Sequence[str], adapter: Path, name: str, device: str = "auto") -> Trained:
+    """The model of this configuration with the variables of a file; StateError where the two do not belong together."""
     engine = settings.engine.model_copy(update={"device": device})
     train = settings.train.model_copy(update={"precision": "float32"})
-    pieces = experiment.assemble(settings.model_copy(update={"engine": engine, "train": train}), stored["classes"])
-    variables, meta = checkpoint.load(_adapter(run, site))
+    pieces = experiment.assemble(settings.model_copy(update={"engine": engine, "train": train}), classes)
+    variables, meta = checkpoint.load(adapter)
     if meta.get("backbone_digest", pieces.backbone.digest) != pieces.backbone.digest:
         what = "the backbone is not the one this run was trained on"
-        raise StateError(what, where=str(run), allowed=meta["backbone_digest"], received=pieces.backbone.digest)
+        raise StateError(what, where=str(adapter), allowed=meta["backbone_digest"], received=pieces.backbone.digest)
     ours = json.loads(json.dumps(vars(pieces.backbone.preprocessing)))
     if meta.get("preprocessing", ours) != ours:
         what = "the backbone's preprocessing is not the one this run was trained with"
-        raise StateError(what, where=str(run), allowed=meta["preprocessing"], received=ours)
+        raise StateError(what, where=str(adapter), allowed=meta["preprocessing"], received=ours)
     model = cast(TunedModel, pieces.model)
     if missing := sorted(model.specs.keys() - variables.keys()):
-        raise StateError("the adapter lacks tensors of the model", where=str(run), received=missing[:3])
-    return Trained(pieces, model, variables, site or "global")
+        raise StateError("the adapter lacks tensors of the model", where=str(adapter), received=missing[:3])
+    return Trained(pieces, model, variables, name)
 
 
 def predict(run: Path, images: Sequence[Path], site: str | None = None) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from consilium import checkpoint, config, experiment, tensors
 from consilium.backbones import timm_backbone
 from consilium.errors import ConfigError, StateError
-from consilium.export import export
+from consilium.export import ADAPTER, export, load
 from consilium.predict import load_trained
-from tests import small
+from tests import small, variants
 
 peft = pytest.importorskip("peft")
 
@@ -52,6 +53,8 @@ def _run(folder: Path, backbone: dict[str, object], *tuners: dict[str, object], 
         variables = small.moved(dict(pieces.model.initial(seed)), 0.03)
         meta = {"model": name, "backbone_digest": pieces.backbone.digest}
         checkpoint.save(folder / "adapters" / f"{name}.safetensors", variables, meta)
+    summary = {"image_passes": {"total": 3, "per_site": {"south": 1, "north": 2}}, "served_round": 5}
+    checkpoint.write_json(folder / "summary.json", summary)
     return folder
 
 
@@ -82,6 +85,8 @@ def _plain(out: Path) -> torch.nn.Module:
         (VIT, 32, [{"name": "full"}]),
         (VIT, 32, [{"name": "linear"}]),
         ("embedded", 64, [{"name": "lora"}]),
+        (VIT, 32, [{**EVERYWHERE, "dora": True, "ranks": {"blocks.0": 2}}]),
+        (EVA, 28, [{"name": "lora", "dora": True}, {"name": "ia3"}]),
     ],
 )
 def test_timm_gives_the_same_logits(
@@ -146,6 +151,61 @@ def test_peft_gives_the_same_logits(
     assert tensors.read_meta(str(out / "adapter_model.safetensors"))["format"] == "peft"
 
 
+EVERY = [(variant, {}) for variant in sorted({**variants.TUNERS, **variants.HYBRIDS})]
+HEADS: list[tuple[str, dict[str, object]]] = [("lora dora", {"share": "frozen"}), ("prompts", {"kind": "mlp"})]
+
+
+@pytest.mark.parametrize(("variant", "head"), [*EVERY, *HEADS])
+def test_every_tuner_loads_back_from_safetensors(
+    variant: str, head: dict[str, object], weights: Callable[[str], Path], tmp_path: Path
+) -> None:
+    backbone = {"name": VIT, "weights": str(weights(VIT)), "image_size": 32}
+    run = _run(tmp_path / "run", backbone, *variants.table(variant), head=head, seed=7)
+    out = export(run, "safetensors", tmp_path / "out", "north")
+    shutil.rmtree(run)
+    loaded = load(out, weights=str(weights(VIT)))
+    assert loaded.name == "north"
+    values, manifest = checkpoint.load(out / ADAPTER)
+    assert tensors.equal(values, loaded.variables)
+    assert {name for name, said in manifest["tensors"].items() if said["role"] == "head"} <= values.keys()
+    with torch.no_grad():
+        logits = loaded.model.forward(loaded.variables, _images(32))
+    again = _run(tmp_path / "run", backbone, *variants.table(variant), head=head, seed=7)
+    assert torch.equal(logits, _logits(again, "north", 32))
+    assert not torch.equal(logits, _logits(again, None, 32))
+    card = json.loads((out / "config.json").read_text())
+    assert (card["architecture"], card["pretrained_cfg"]["label_names"]) == (VIT, CLASSES)
+
+
+def test_the_manifest_says_what_the_file_holds(weights: Callable[[str], Path], tmp_path: Path) -> None:
+    backbone = {"name": VIT, "weights": str(weights(VIT)), "image_size": 32}
+    tuner = {"name": "lora", "rank": 2, "alpha": 6, "blocks": [3], "dora": True}
+    out = export(_run(tmp_path / "run", backbone, tuner), "safetensors", tmp_path / "out")
+    values, manifest = checkpoint.load(out / ADAPTER)
+    assert manifest["tensors"].keys() == values.keys()
+    assert manifest["tensors"]["blocks.3.attn.qkv.lora.shared.a"] == {
+        "role": "lora_a",
+        "part": "shared",
+        "scale": 3.0,
+        "shape": [2, 192],
+        "dtype": "float32",
+    }
+    assert manifest["tensors"]["blocks.3.attn.qkv.lora.magnitude"]["role"] == "magnitude"
+    assert (manifest["sites"], manifest["round"], manifest["classes"]) == (["north", "south"], 5, CLASSES)
+    assert manifest["settings"]["tuner"][0]["blocks"] == [3]
+    assert manifest["preprocessing"]["image_size"] == 32
+    assert manifest["backbone"].keys() == {"name", "digest", "licence"}
+    assert str(tmp_path) not in json.dumps(manifest)
+    assert "weights" not in manifest["backbone"]
+
+
+def test_safetensors_over_another_backbone_are_refused(weights: Callable[[str], Path], tmp_path: Path) -> None:
+    backbone = {"name": VIT, "weights": str(weights(VIT)), "image_size": 32}
+    out = export(_run(tmp_path / "run", backbone, {"name": "lora"}), "safetensors", tmp_path / "out")
+    with pytest.raises(StateError, match="not the one this run was trained on"):
+        load(out, weights="random")
+
+
 def test_a_frozen_head_is_exported_too(weights: Callable[[str], Path], tmp_path: Path) -> None:
     backbone = {"name": VIT, "weights": str(weights(VIT)), "image_size": 32}
     run = _run(tmp_path / "run", backbone, {"name": "lora"}, head={"share": "frozen"})
@@ -161,7 +221,19 @@ def test_a_frozen_head_is_exported_too(weights: Callable[[str], Path], tmp_path:
         ("peft", VIT, [{"name": "linear"}], {}, "no such method"),
         ("peft", EVA, [{"name": "lora"}], {}, "without calling its qkv"),
         ("peft", VIT, [{"name": "lora"}], {"head": {"kind": "mlp"}}, "classifiers are linear"),
-        ("timm", VIT, [{"name": "lora"}], {"head": {"kind": "mlp"}}, "classifiers are linear"),
+        ("timm", VIT, [{"name": "lora"}], {"head": {"kind": "mlp"}}, r"(?s)classifiers are linear.*format safetensors"),
+        ("peft", VIT, [{"name": "lora"}, {"name": "ia3"}], {}, r"(?s)no such method.*received: ia3, lora"),
+        ("peft", VIT, [{"name": "prompts"}], {}, r"(?s)no such method.*received: prompts"),
+        ("peft", EVA, [{"name": "ia3"}], {}, "without calling its qkv"),
+        (
+            "peft",
+            VIT,
+            [{"name": "lora", "dora": True}, {"name": "lora", "targets": ["proj"]}],
+            {},
+            "DoRA on all layers or on none",
+        ),
+        ("timm", VIT, [{"name": "lora"}, {"name": "adapter"}], {}, r"(?s)adapter.*no linear map.*format safetensors"),
+        ("timm", VIT, [{"name": "prompts"}], {}, r"(?s)prompts.*tokens in the sequence.*format safetensors"),
     ],
 )
 def test_what_a_format_cannot_say_is_refused(
