@@ -36,6 +36,7 @@ class Format(StrEnum):
 
     peft = "peft"
     timm = "timm"
+    safetensors = "safetensors"
 
 
 class Kind(StrEnum):
@@ -161,7 +162,10 @@ def predict(
 @app.command()
 def export(
     run: RunFolder,
-    format: Annotated[Format, typer.Option(help="peft: the adapter; timm: the merged model.")],
+    format: Annotated[
+        Format,
+        typer.Option(help="peft: the adapter; timm: the merged model; safetensors: what was trained, of any tuner."),
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     site: Annotated[str | None, typer.Option(help="Export the model of this site; left out: the global model.")] = None,
 ) -> None:
