@@ -40,7 +40,7 @@ def _hybrid(
     return compose.attach(backbone, built, HeadConfig(), 4, Declaration(parts, how), 0)
 
 
-def _random(variables: dict[str, Tensor], name: str, parts: Sequence[Part]) -> Tensor:
+def _vector(variables: dict[str, Tensor], name: str, parts: Sequence[Part]) -> Tensor:
     return 1 + sum(variables[f"{name}.ia3.{part.name}"] - 1 for part in parts)
 
 
@@ -52,9 +52,9 @@ def test_the_definition_by_hand(parts: tuple[Part, ...]) -> None:
 
     def edit(name: str, output: Tensor, source: Tensor) -> Tensor:  # noqa: ARG001
         if name.endswith("attn.qkv"):
-            keys, values = _random(v, name, parts).chunk(2)
+            keys, values = _vector(v, name, parts).chunk(2)
             return torch.cat([x * y for x, y in zip(output.chunk(3, -1), (1, keys, values), strict=True)], -1)
-        return output * _random(v, name.replace("act", "fc2"), parts) if name.endswith("mlp.act") else output
+        return output * _vector(v, name.replace("act", "fc2"), parts) if name.endswith("mlp.act") else output
 
     expected = by_hand.features(edit)
     torch.testing.assert_close(model.features(v, small.images().double()), expected, rtol=0, atol=1e-10)
@@ -145,7 +145,8 @@ def test_gradients_are_those_of_finite_differences() -> None:
     ids=lambda tables: "+".join(name for name, _ in tables),
 )
 def test_what_others_add_to_a_layer_is_rescaled_too(make: str, tables: list[tuple[str, dict[str, object]]]) -> None:
-    by_hand.assert_merged_equals_unmerged(_hybrid(tables, make))
+    for order in (tables, tables[::-1]):
+        by_hand.assert_merged_equals_unmerged(_hybrid(order, make))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import permutations
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from consilium import registry
 from consilium.config import HeadConfig
 from consilium.errors import ConfigError
 from consilium.protocols import Combination, Declaration, Part
-from consilium.tuners import compose
+from consilium.tuners import compose, scaling
 from tests import by_hand, own_tensors, small
 
 BOTH = (Part("shared"), Part("personal", personal=True))
@@ -177,19 +178,33 @@ def test_gradients_are_those_of_finite_differences() -> None:
     by_hand.assert_gradients_are_finite_differences(_model())
 
 
+ORDERS = list(permutations([("lora", {"targets": ["qkv", "fc1", "fc2"]}), ("bitfit", {}), ("ia3", {}), ("ssf", {})]))
+
+
 @pytest.mark.parametrize("make", ["vit", "eva_fused"])
-@pytest.mark.parametrize(
-    "tables",
-    [
-        [("lora", {"targets": ["qkv", "fc1"]}), ("ssf", {})],
-        [("bitfit", {}), ("ssf", {})],
-        [("full", {}), ("lora", {}), ("ssf", {})],
-        [("ia3", {"targets": ["fc2"]}), ("ssf", {})],
-    ],
-    ids=lambda tables: "+".join(name for name, _ in tables),
-)
-def test_what_others_add_to_a_layer_is_rescaled_too(make: str, tables: list[tuple[str, dict[str, object]]]) -> None:
-    by_hand.assert_merged_equals_unmerged(_hybrid(tables, make))
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("order", [0, 5, 11, 14, 23])
+def test_what_others_add_to_a_layer_is_rescaled_in_any_order(make: str, dora: bool, order: int) -> None:
+    def tables(number: int) -> list[tuple[str, dict[str, object]]]:
+        return [(name, {**own, "dora": dora} if name == "lora" else own) for name, own in ORDERS[number]]
+
+    first, other = _hybrid(tables(0), make), _hybrid(tables(order), make)
+    images = small.images().double()
+    assert torch.equal(*[model.features(by_hand.moved(first), images) for model in (first, other)])
+    by_hand.assert_merged_equals_unmerged(other)
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_the_backbone_s_own_tensors_are_merged_below(turn: int) -> None:
+    by_hand.assert_merged_equals_unmerged(_hybrid([("ssf", {}), ("lora", {}), ("full", {})][::turn]))
+
+
+def test_half_precision_keeps_the_type_and_a_small_scale() -> None:
+    """1.003 is 1 in bfloat16; the layer's output stays in half precision, which its reader may count on."""
+    output = torch.full((2,), 250.0, dtype=torch.bfloat16)
+    changed = scaling.rescaled(output, torch.full((2,), 1.003), torch.zeros(2), None)
+    assert changed.dtype == torch.bfloat16
+    assert changed.tolist() == [251.0, 251.0]
 
 
 @pytest.mark.parametrize(
