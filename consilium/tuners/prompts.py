@@ -1,6 +1,6 @@
 """Stage 3, tuners. In: a frozen backbone. Out: learnt tokens in its sequence, in front of the first or of every block.
 
-VPT: Jia et al., "Visual Prompt Tuning", ECCV 2022, arXiv 2203.12119, eq. 4-6 (shallow), 7-8 (deep).
+VPT: Jia et al., "Visual Prompt Tuning", ECCV 2022, arXiv 2203.12119.
 
     P, P_l -> tokens.l [length, d], or [length, project] with a projection      p -> length      l -> layer, from 0
     [x, Z, E] -> [prefix, tokens, patches], prefix: class, distillation and register tokens, where there are any
