@@ -1,21 +1,21 @@
 """Stage 3, tuners. In: a frozen backbone. Out: bottlenecks at the attention and MLP of each block.
 
 houlsby: Houlsby et al., ICML 2019, arXiv 1902.00751, after attention and after the MLP; pfeiffer: Pfeiffer et al., EACL
-2021, arXiv 2005.00247, after the MLP; parallel: Chen et al., "AdaptFormer", NeurIPS 2022, arXiv 2205.13535, eq. 2-3,
-beside the MLP.
+2021, arXiv 2005.00247, after the MLP; parallel: Chen et al., "AdaptFormer", NeurIPS 2022, arXiv 2205.13535, beside
+the MLP.
 
     houlsby, pfeiffer: h + s (W_up gelu(W_down h + b_down) + b_up), h the output of attention or MLP before layer scale,
                        drop path and skip connection; s = 1
-    parallel: MLP(x) + s (W_up relu(W_down x + b_down) + b_up), x what enters the MLP, which is the block's normed
-              stream, LN(x') in eq. 2; s = 0.1
+    parallel: MLP(x) + s (W_up relu(W_down x + b_down) + b_up), x what enters the MLP, in a pre-norm block the normed
+              stream; s = 0.1
 
     W_down -> down.weight [width, d]    b_down -> down.bias    W_up -> up.weight [d, width]    b_up -> up.bias
 
 Several parts are summed: each sees the same h. Leaves the site: all four tensors of the shared parts. Stays: personal
 parts. Kept between rounds: nothing else.
 Departures: W_up = 0 at the start for all kinds, as in AdaptFormer, where Houlsby et al. draw both matrices at random
-with a small variance; gelu for both sequential kinds; AdaptFormer's code feeds the stream before the norm, its equation
-after it; biases are counted as weights of the same role.
+with a small variance; gelu for both sequential kinds; AdaptFormer's code feeds the stream before the block's norm, and
+drops 0.1 of the hidden activations: `dropout = 0.1`.
 The identity that pins it: W_up = 0, b_up = 0 is the frozen backbone, bit for bit.
 """
 

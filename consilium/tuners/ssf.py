@@ -1,6 +1,6 @@
 """Stage 3, tuners. In: a frozen backbone. Out: a scale and a shift after each of its linear maps and norms, g y + b.
 
-SSF: Lian, Zhou, Feng, Wang, "Scaling & Shifting Your Features", NeurIPS 2022, arXiv 2210.08516, eq. 2. As in the
+SSF: Lian, Zhou, Feng, Wang, "Scaling & Shifting Your Features", NeurIPS 2022, arXiv 2210.08516. As in the
 authors' ViT it acts after the patch embedding's projection, every norm, qkv, proj, fc1 and fc2.
 
     gamma -> scale [out]      beta -> shift [out], on a fused qkv [2 d]: of queries, then of values
