@@ -93,8 +93,12 @@ def _sample(
     empty = {name: np.concatenate([[value], np.full(size - 1, np.nan)]) for name, value in observed.items()}
     try:
         sites, images = _rows(folder / "predictions.parquet", compare, size - 1, drawn)
-    except (OSError, ValueError, ConsiliumError) as error:
-        return Sample(empty, None, str(error).splitlines()[0])
+    except ConsiliumError as error:
+        return Sample(empty, None, error.what)
+    except FileNotFoundError:
+        return Sample(empty, None, "predictions.parquet is missing")
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        return Sample(empty, None, f"predictions.parquet cannot be read ({type(error).__name__})")
     if not sites:
         return Sample(empty, None, f"no predictions of the {compare.model} model on the {compare.split} split")
     resampled = _levels(sites, compare.metric)

@@ -74,25 +74,30 @@ def _numeric(found: Sequence[Point], at: int) -> bool:
 
 def _curves(study: Study, found: Sequence[Point], best: Mapping[Label, Point], at: int, unit: str) -> Figure:
     """A panel per method: the metric over one searched number; a line per setting of the others."""
-    key = searched(study.about)[at]
+    over = searched(study.about)
     every = [float(point.values[at]) for point in found]
     log = min(every) > 0 and max(every) / min(every) >= 10
     y = Axis(*padded([point.mean for point in found if point.mean is not None]), 200, 14)
+    others = list(dict.fromkeys(_others(point, at) for point in found))
     panels = []
     for method in dict.fromkeys(point.method for point in found):
-        lines = _lines([point for point in found if point.method == method and point.mean is not None], at)
+        own = [point for point in found if point.method == method and point.mean is not None]
+        lines = [_line([point for point in own if _others(point, at) == rest], at) for rest in others]
         mark = (float(best[method].values[at]), best[method].mean or 0.0) if method in best else None
-        title = f"{unit} of {label(method)} over {key}"
-        panels.append((label(method), figures.curve(title, lines, mark, log, y, key)))
-    return Figure(f"{unit} on the {study.compare.split} split over {key}", panels)
+        title = f"{unit} of {label(method)} over {over[at]}"
+        panels.append((label(method), figures.curve(title, lines, mark, log, y, over[at])))
+    names = [key for key in over if key != over[at]]
+    legend = [", ".join(f"{key} {label(v)}" for key, v in zip(names, rest, strict=True)) for rest in others]
+    caption = f"{unit} on the {study.compare.split} split over {over[at]}"
+    return Figure(caption, panels, legend if names else ())
 
 
-def _lines(found: Sequence[Point], at: int) -> list[list[Pair]]:
-    rest: dict[tuple[Label, ...], list[Pair]] = {}
-    for point in found:
-        others = (*point.values[:at], *point.values[at + 1 :])
-        rest.setdefault(others, []).append((float(point.values[at]), point.mean or 0.0))
-    return [sorted(line) for line in rest.values()]
+def _others(point: Point, at: int) -> tuple[Label, ...]:
+    return (*point.values[:at], *point.values[at + 1 :])
+
+
+def _line(found: Sequence[Point], at: int) -> list[Pair]:
+    return sorted((float(point.values[at]), point.mean or 0.0) for point in found)
 
 
 def _chosen(

@@ -27,11 +27,10 @@ def overview(study: Study, groups: Sequence[Group], found: Sequence[Findings], u
     for name in study.methods:
         holding = [group for group in groups if name in group.methods]
         cells = [measured(f.estimates.get(name, {}).get(level, Estimate(None))) for f in found for level in levels]
-        sizes = [_count(_fact(holding, name, fact)) for fact in ("trainable", "exchanged")]
-        sent, time = _bytes(_fact(holding, name, "bytes")), _seconds(_fact(holding, name, "seconds"))
-        rows.append([Cell(name), *cells, *sizes, sent, time])
+        size, sent, time = (_fact(holding, name, fact) for fact in ("exchanged", "bytes", "seconds"))
+        rows.append([Cell(name), *cells, _count(size), _bytes(sent), _seconds(time)])
     named = [f"{group.name}, {LEVEL_NAMES[level]}" for group in groups for level in levels]
-    head = ["method", *named, "trainable parameters", "exchanged parameters", COSTS["bytes"], "time of a run"]
+    head = ["method", *named, "exchanged parameters", "bytes per site and round", "time of a run"]
     return Table(f"{unit} by method, mean over seeds", head, rows)
 
 
@@ -89,11 +88,14 @@ def slope_overview(groups: Sequence[Group], found: Sequence[Findings]) -> Table:
     )
     known = [{(s.subset, s.cost): s.change for s in f.slopes} for f in found]
     rows = [
-        [Cell(subset), Cell(COSTS[cost]), *(points(changes.get((subset, cost), Estimate(None))) for changes in known)]
+        [
+            Cell(subset, f"over {COSTS[cost]}"),
+            *(points(changes.get((subset, cost), Estimate(None))) for changes in known),
+        ]
         for subset, cost in wanted
     ]
-    head = ["methods", "over log10 of", *(group.name for group in groups)]
-    return Table("Fitted slope in points of a hundred per tenfold", head, rows, num_text=2)
+    head = ["methods", *(group.name for group in groups)]
+    return Table("Fitted slope in points of a hundred per tenfold", head, rows)
 
 
 def fronts(study: Study, groups: Sequence[Group], found: Sequence[Findings]) -> Table:
