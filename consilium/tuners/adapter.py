@@ -44,7 +44,7 @@ class AdapterOptions(registry.Options):
     """Options of `[[tuner]] name = "adapter"`."""
 
     kind: Literal["pfeiffer", "houlsby", "parallel"] = "pfeiffer"
-    width: int = Field(default=48, ge=1)  # a sixteenth of ViT-B's 768 channels, the reduction Pfeiffer et al. publish
+    width: int = Field(default=48, ge=1)  # a sixteenth of ViT-B's 768 channels
     scale: float | None = Field(default=None, gt=0)  # None: 0.1 for parallel, else 1
     dropout: float = Field(default=0.0, ge=0, lt=1)  # of the hidden activations, in training only
     down_std: float | None = Field(default=None, ge=0)  # W_down from N(0, std^2); None: Kaiming uniform

@@ -1,7 +1,7 @@
 """Stage 3, tuners. In: a frozen backbone. Out: vectors that rescale keys, values and the hidden layer of each MLP.
 
 IA3: Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", NeurIPS
-2022, arXiv 2205.05638, section 3.3: softmax(Q (l_k * K)^T / sqrt(d)) (l_v * V), and W_2 (l_ff * act(W_1 x)).
+2022, arXiv 2205.05638: softmax(Q (l_k * K)^T / sqrt(d)) (l_v * V), and W_2 (l_ff * act(W_1 x)).
 
     l_k, l_v -> ia3 [2 d] after a fused qkv, keys first; [d] after each of separate layers
     l_ff     -> ia3 [hidden] before fc2, behind a gated MLP's product and norm
