@@ -62,7 +62,7 @@ def write_study(
     methods: Mapping[str, int] = METHODS,
     groups: Mapping[str, Sequence[str]] = GROUPS,
     seeds: Sequence[int] = (0, 1, 2),
-    n: int = 240,
+    n: int = 160,
     gain: float = 0.25,
     failed: Mapping[str, str] | None = None,
     missing: Sequence[str] = (),

@@ -23,7 +23,7 @@ from consilium.report.marks import key
 from consilium.report.sections import Figure
 
 Pair = tuple[float, float]
-SCALE, SMOOTH = 3, 2  # pixels of the PNG per unit; how many times larger it is drawn before it is reduced
+SCALE, SMOOTH = 2, 2  # pixels of the PNG per unit; how many times larger it is drawn before it is reduced
 GAP, LINE = 16.0, 17.0
 FONT = "system-ui, 'Segoe UI', Roboto, 'Noto Sans', 'Liberation Sans', sans-serif"
 _TOKEN = re.compile(r"[MLHVAZ]|-?(?:\d+\.?\d*|\.\d+)")
@@ -154,7 +154,7 @@ def png(root: Element) -> bytes:
     image = Image.new("RGB", (round(width * factor), round(height * factor)), "white")
     _draw(ImageDraw.Draw(image, "RGBA"), root, (0.0, 0.0), factor)
     buffer = io.BytesIO()
-    image.resize((round(width * SCALE), round(height * SCALE)), Image.Resampling.BOX).save(buffer, "PNG", optimize=True)
+    image.resize((round(width * SCALE), round(height * SCALE)), Image.Resampling.BOX).save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -243,21 +243,13 @@ def test_nothing_is_exchanged_by_anybody(tmp_path: Path) -> None:
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
     evil = '<script>alert("x")</script> & {{ 7 * 7 }} $_%' + "long" * 20
-    methods = {evil: 4000, "b": 9000}
-    text, parsed = show(
-        write_study(tmp_path, methods={"a": 4000, "b": 9000}, n=60, seeds=(0,), notes=[evil], name=evil)
-    )
-    assert parsed.tags.count("script") == 1
-    assert evil in parsed.words
-    for name in ("runs", "results"):
-        table = pd.read_parquet(tmp_path / f"{name}.parquet")
-        if name == "runs":
-            table["tuner"] = table["tuner"].replace("a", evil)
-        table.to_parquet(tmp_path / f"{name}.parquet")
+    write_study(tmp_path, methods={"a": 4000, "b": 9000}, n=60, seeds=(0,), notes=[evil], name=evil)
+    table = pd.read_parquet(tmp_path / "runs.parquet")
+    table.assign(tuner=table["tuner"].replace("a", evil)).to_parquet(tmp_path / "runs.parquet")
     text, parsed = show(tmp_path)
     assert parsed.tags.count("script") == 1
-    assert set(methods) <= set(parsed.words)
-    assert text.count("7 * 7") > 0
+    assert {evil, "b"} <= set(parsed.words)
+    assert "7 * 7" in text
 
 
 # ------------------------------------------------------------------------------------------------ selection
@@ -274,8 +266,8 @@ def selecting(folder: Path) -> Path:
                              "tuner": name, "train.learning_rate": rate, "seed": seed})  # fmt: skip
                 value = 0.8 - 0.1 * abs(np.log10(rate) - peak) + 0.01 * seed
                 for split, given in (("val", value), ("test", 0.123456)):
-                    row = {"run": run, "seed": seed, "split": split, "model": "global", "site": "", "value": given,
-                           "metric": "balanced_accuracy", "level": "pooled", "low": None, "high": None, "n": 9}  # fmt: skip
+                    row = {"run": run, "seed": seed, "split": split, "model": "global", "site": "", "value": given}
+                    row |= {"metric": "balanced_accuracy", "level": "pooled", "low": None, "high": None, "n": 9}
                     results += [row] if done else []
     pd.DataFrame(runs).to_parquet(folder / "runs.parquet", index=False)
     pd.DataFrame(results).to_parquet(folder / "results.parquet", index=False)
