@@ -13,7 +13,7 @@ from consilium.metrics import LOWER_IS_BETTER
 from consilium.study import statistics
 from consilium.study.groups import COSTS, Group
 from consilium.study.samples import LEVELS
-from consilium.study.statistics import Draws, Estimate, estimate, over_seeds
+from consilium.study.statistics import Draws, Estimate, Pooled, estimate, over_seeds
 
 MIN_METHODS = 5  # below this, resampling methods says nothing
 
@@ -154,27 +154,53 @@ def front(group: Group, metric: str) -> Front:
 
 # ------------------------------------------------------------------------------------------------ paired tests
 def pairs(group: Group, baseline: str | None = None) -> list[Pair]:
-    """Every pair of methods, those with the baseline first; p-values corrected over all pairs of the group."""
+    """Every pair of methods, those with the baseline first; p-values corrected over all pairs of the group.
+
+    Two or three seeds hardly know how much seeds vary, and by chance some pair of many seems not to vary at all: the
+    variance of seeds is therefore taken at least as large as its mean over the pairs of the group.
+    """
     order = sorted(range(len(group.methods)), key=lambda index: group.methods[index] != baseline)
-    found = [_pair(group, second, first) for at, first in enumerate(order) for second in order[at + 1 :]]
-    tested = [pair for pair in found if pair.difference.p is not None]
-    corrected = dict(zip(map(id, tested), statistics.holm([p.difference.p or 0.0 for p in tested]), strict=True))
-    return [Pair(p.first, p.second, p.difference, corrected.get(id(p)), p.refused) for p in found]
+    tried = [(a, b) for at, b in enumerate(order) for a in order[at + 1 :]]
+    drawn = {pair: _difference(group, *pair) for pair in tried if not _refusal(group, *pair)}
+    pooled = _pooled(group, list(drawn.values()))
+    found = {pair: estimate(*difference, pooled) for pair, difference in drawn.items()}
+    tested = {pair: each.p for pair, each in found.items() if each.p is not None}
+    corrected = dict(zip(tested, statistics.holm(list(tested.values())), strict=True))
+    return [
+        Pair(group.methods[a], group.methods[b], found.get((a, b), Estimate(None)), corrected.get((a, b)),
+             _refusal(group, a, b))
+        for a, b in tried
+    ]  # fmt: skip
 
 
-def _pair(group: Group, first: int, second: int) -> Pair:
-    names = group.methods[first], group.methods[second]
-    one, other = (group.values[group.level][index] for index in (first, second))
-    both = np.isfinite(one[:, 0]) & np.isfinite(other[:, 0])
-    if not both.any():
-        return Pair(*names, Estimate(None), refused="no seed with a value of both")
-    seen = [(group.images[first][at], group.images[second][at]) for at in np.flatnonzero(both).tolist()]
+def _both(group: Group, first: int, second: int) -> list[int]:
+    """Seeds for which both methods have a value."""
+    values = group.values[group.level][[first, second], :, 0]
+    return [int(at) for at in np.flatnonzero(np.isfinite(values).all(axis=0))]
+
+
+def _refusal(group: Group, first: int, second: int) -> str:
+    """Why two methods cannot be compared; nothing where they can."""
+    seen = [(group.images[first][at], group.images[second][at]) for at in _both(group, first, second)]
+    if not seen:
+        return "no seed with a value of both"
     if any(a is None or b is None for a, b in seen):
-        return Pair(*names, Estimate(None), refused="predictions are missing")
-    if any(a != b for a, b in seen):
-        return Pair(*names, Estimate(None), refused="not tested on the same images")
-    difference = over_seeds(np.where(both[:, None], one - other, np.nan), group.weights)
-    return Pair(*names, estimate(difference, int(both.sum())))
+        return "predictions are missing"
+    return "not tested on the same images" if any(a != b for a, b in seen) else ""
+
+
+def _difference(group: Group, first: int, second: int) -> tuple[Draws, int]:
+    values, both = group.values[group.level], _both(group, first, second)
+    paired = np.full(values.shape[1:], np.nan)
+    paired[both] = values[first, both] - values[second, both]
+    return over_seeds(paired, group.weights), len(both)
+
+
+def _pooled(group: Group, drawn: Sequence[tuple[Draws, int]]) -> Pooled | None:
+    known = [statistics.seed_variance(draws) * count for draws, count in drawn if count > 1]
+    if not known:
+        return None
+    return Pooled(float(np.mean(known)), max(1, sum(group.num_seeds) - len(group.methods) - len(group.seeds) + 1))
 
 
 # ------------------------------------------------------------------------------------------------ ranks

@@ -207,9 +207,12 @@ def rank_forest(ranking: Ranking) -> Figure:
 
 
 # ------------------------------------------------------------------------------------------------ selection
-def curve(title: str, lines: Sequence[Sequence[Pair]], chosen: Pair | None, log: bool, y: Axis, label: str) -> Markup:
-    """The validation metric over one searched number; a line per setting of the others; the chosen point is ringed."""
-    at = [value for line in lines for value, _ in line]
+def curve(
+    title: str, lines: Sequence[Sequence[Pair]], chosen: Pair | None, at: Sequence[float], y: Axis, label: str
+) -> Markup:
+    """The validation metric over one searched number, tried `at` these; the chosen point is ringed. The lines are of
+    different settings of the other numbers. Logarithmic where the tries span a decade or more."""
+    log = min(at) > 0 and max(at) / min(at) >= 10
     x = Axis(*(decades(at) if log else padded(at)), 44, WIDTH - 16, log=log)
     shown = sorted(set(at)) if len(set(at)) <= 6 else ticks(x.low, x.high)
     parts = [grid_y(y, 44, WIDTH - 10), axis_x(x, y.start, shown, short)]

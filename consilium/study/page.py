@@ -249,7 +249,8 @@ def _about_pairs(compared: Compared) -> str:
     return (
         "Pairs are compared on the same test images: each replicate draws the same patients and the same seeds for "
         "both, and p is that of Student's t of the difference over its standard deviation, corrected after Holm over "
-        f"all pairs of the group. {why}; this test sees the patients too."
+        "all pairs of the group. As few seeds hardly show how much seeds vary, their variance is taken to be at least "
+        f"the mean over all pairs. {why}; this test sees the patients too."
     )
 
 

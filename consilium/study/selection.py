@@ -76,7 +76,6 @@ def _curves(study: Study, found: Sequence[Point], best: Mapping[Label, Point], a
     """A panel per method: the metric over one searched number; a line per setting of the others."""
     over = searched(study.about)
     every = [float(point.values[at]) for point in found]
-    log = min(every) > 0 and max(every) / min(every) >= 10
     y = Axis(*padded([point.mean for point in found if point.mean is not None]), 200, 14)
     others = list(dict.fromkeys(_others(point, at) for point in found))
     panels = []
@@ -85,7 +84,7 @@ def _curves(study: Study, found: Sequence[Point], best: Mapping[Label, Point], a
         lines = [_line([point for point in own if _others(point, at) == rest], at) for rest in others]
         mark = (float(best[method].values[at]), best[method].mean or 0.0) if method in best else None
         title = f"{unit} of {label(method)} over {over[at]}"
-        panels.append((label(method), figures.curve(title, lines, mark, log, y, over[at])))
+        panels.append((label(method), figures.curve(title, lines, mark, every, y, over[at])))
     names = [key for key in over if key != over[at]]
     legend = [", ".join(f"{key} {label(v)}" for key, v in zip(names, rest, strict=True)) for rest in others]
     caption = f"{unit} on the {study.compare.split} split over {over[at]}"

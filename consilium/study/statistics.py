@@ -66,11 +66,20 @@ def _weighted(values: Array, weights: Array) -> Array:
     return divide(total, (known * weights.T).sum(axis=-2))
 
 
-def estimate(draws: Draws, num_seeds: int) -> Estimate:
+@dataclass(frozen=True)
+class Pooled:
+    """Variance of one run over seeds as many estimates together know it, and how many degrees of freedom that has."""
+
+    variance: float
+    df: float
+
+
+def estimate(draws: Draws, num_seeds: int, pooled: Pooled | None = None) -> Estimate:
     """The observed value +- Student's t times the standard deviation of the joint replicates.
 
     Degrees of freedom after Satterthwaite: S - 1 where only seeds vary, ever more as the share of the patients in the
-    variance grows (theirs count as infinite). No interval where less than half of the replicates have a value.
+    variance grows (theirs count as infinite). With `pooled`, the variance of seeds is not taken smaller than that. No
+    interval where less than half of the replicates have a value.
     """
     value = float(draws.joint[0])
     drawn = draws.joint[1:][np.isfinite(draws.joint[1:])]
@@ -78,9 +87,8 @@ def estimate(draws: Draws, num_seeds: int) -> Estimate:
         return Estimate(None, num_seeds=num_seeds)
     if 2 * len(drawn) < len(draws.joint) - 1 or len(drawn) < 2:
         return Estimate(value, num_seeds=num_seeds)
-    alone = draws.seeds[1:][np.isfinite(draws.seeds[1:])]
-    variance, of_seeds = float(drawn.var()), float(alone.var()) if len(alone) else 0.0
-    se, df = math.sqrt(variance), _freedom(variance, of_seeds, num_seeds)
+    variance, df = _spread(float(drawn.var()), seed_variance(draws), num_seeds, pooled)
+    se = math.sqrt(variance)
     if se < 1e-12:
         return Estimate(value, value, value, se=0.0, num_seeds=num_seeds)
     half = t_quantile(LEVEL, df) * se
@@ -88,9 +96,20 @@ def estimate(draws: Draws, num_seeds: int) -> Estimate:
     return Estimate(value, value - half, value + half, p, se, df if df < 1e4 else None, num_seeds)
 
 
-def _freedom(variance: float, of_seeds: float, num_seeds: int) -> float:
+def seed_variance(draws: Draws) -> float:
+    """Variance of a mean over seeds, from the replicates in which the patients stay as they are."""
+    alone = draws.seeds[1:][np.isfinite(draws.seeds[1:])]
+    return float(alone.var()) if len(alone) else 0.0
+
+
+def _spread(variance: float, of_seeds: float, num_seeds: int, pooled: Pooled | None) -> tuple[float, float]:
+    """Variance and degrees of freedom."""
+    df: float = num_seeds - 1
+    if pooled and pooled.variance / num_seeds > of_seeds:
+        variance += pooled.variance / num_seeds - of_seeds
+        of_seeds, df = pooled.variance / num_seeds, pooled.df
     share = of_seeds / variance if variance else 0.0
-    return max(1.0, (num_seeds - 1) / share**2) if share > 1e-6 and num_seeds > 1 else math.inf
+    return variance, max(1.0, df / share**2) if share > 1e-6 and df else math.inf
 
 
 def t_two_sided(t: float, df: float) -> float:

@@ -261,6 +261,37 @@ def test_pairs_start_with_the_baseline_and_are_corrected_together(found: tuple[l
     assert first.difference.value == pytest.approx(values[0] - values[1])
 
 
+def test_pairs_that_seem_not_to_vary_over_seeds_borrow_from_the_others(
+    found: tuple[list[Group], list[Findings]],
+) -> None:
+    (group, _), (one, _) = found
+    count, values = len(group.seeds), group.values["mean"]
+    index = {name: at for at, name in enumerate(group.methods)}
+    alone, patients, se = [], [], []
+    for pair in one.pairs:
+        gap = values[index[pair.first]] - values[index[pair.second]]
+        alone.append(gap[:, 0].var(ddof=1))
+        patients.append(gap[:, 1:].mean(axis=0).var())
+        se.append(pair.difference.se)
+    pooled = np.mean(alone)
+    assert max(alone) > pooled > min(alone)
+    expected = np.sqrt(np.array(patients) + np.maximum(alone, pooled) / count)
+    assert np.array(se) == pytest.approx(expected, rel=0.15)
+
+
+def test_few_seeds_do_not_make_small_p_values_common() -> None:
+    """Ten equal methods in 40 made-up studies of two seeds, with more chance in training than in patients."""
+    rng, small = np.random.default_rng(0), 0
+    for _ in range(40):
+        observed = rng.normal(size=(10, 1, 1)) + 2 * rng.normal(size=(10, 2, 1))
+        drawn = rng.normal(size=(10, 1, 200))
+        drawn[:, :, 0] = 0
+        names = [str(k) for k in range(10)]
+        group = Group("g", names, [0, 1], {"mean": observed + drawn}, [["x"] * 2] * 10, pd.DataFrame(), "mean")
+        small += any((pair.p_holm or 0) < 0.05 for pair in comparison.pairs(group))
+    assert small <= 5  # 5 % of 40 are 2; were nothing borrowed, it would be 15
+
+
 def test_methods_on_other_images_are_not_compared(tmp_path: Path) -> None:
     write_study(tmp_path, seeds=(0,), n=120)
     path = tmp_path / "runs/natural-lora-0/predictions.parquet"
