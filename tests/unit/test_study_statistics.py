@@ -381,3 +381,16 @@ def test_a_missing_column_and_a_missing_method_are_named(folder: Path, tmp_path:
         loading.load(tmp_path)
     with pytest.raises(StateError, match="what it compares"):
         loading.load(change(folder, tmp_path, compare={}))
+
+
+def test_a_run_without_the_compared_model_is_measured_by_its_personal_one(tmp_path: Path) -> None:
+    write_study(tmp_path, n=90, seeds=(0,))
+    results = pd.read_parquet(tmp_path / "results.parquet")
+    personal = results["run"] == "natural-lora-0"
+    results.loc[personal, "model"] = "personal"
+    results.to_parquet(tmp_path / "results.parquet")
+    path = tmp_path / "runs/natural-lora-0/predictions.parquet"
+    pd.read_parquet(path).assign(model="personal").to_parquet(path)
+    _, (group, _), drawn = read(tmp_path)
+    assert np.isfinite(group.values["mean"]).all()
+    assert samples.problems(drawn) == []
