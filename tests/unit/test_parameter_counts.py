@@ -109,10 +109,6 @@ def test_the_formula_counts_what_is_trained(name: str, case: str) -> None:
         assert trained == VIT_B[case]
 
 
-def test_every_tuner_has_a_formula() -> None:
-    assert {case.strip() for case in FORMULAS} == registry.members("tuners").keys()
-
-
 @pytest.mark.parametrize("name", WIDTHS)
 def test_bitfit_sends_no_key_bias(name: str) -> None:
     d, model = WIDTHS[name], _model(name, [{"name": "bitfit"}])
