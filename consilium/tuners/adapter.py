@@ -36,7 +36,7 @@ from consilium.tensors import Tensors
 from consilium.tuners import base
 from consilium.tuners.scaling import require_sum
 
-RATES = {"adapter": 1e-3}  # AdamW
+RATES = {"adapter": 1e-2}  # AdamW: docs/results/tuners.md
 REFUSED = "adapter: its activation is no linear map and cannot be folded into weights"
 
 

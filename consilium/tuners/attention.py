@@ -19,7 +19,7 @@ from consilium.protocols import Attached, Backbone, Combination, Part, Selector,
 from consilium.tensors import Tensors
 from consilium.tuners import base
 
-RATE = 1e-4  # AdamW; pre-trained weights are forgotten at the rates that suit a few new tensors
+RATE = 1e-3  # AdamW: docs/results/tuners.md
 
 
 class AttentionOptions(registry.Options):

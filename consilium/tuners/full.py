@@ -13,7 +13,7 @@ from consilium.protocols import Attached, Backbone, Combination, Part, Selector,
 from consilium.tensors import Tensors
 from consilium.tuners import base
 
-RATE = 5e-5  # AdamW; pre-trained weights are forgotten at the rates that suit a few new tensors
+RATE = 1.5e-4  # AdamW: docs/results/tuners.md
 ROLES = ("norm", "attention", "bias", "weight", "embedding")
 
 

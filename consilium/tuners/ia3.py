@@ -28,7 +28,7 @@ from consilium.tensors import Tensors
 from consilium.tuners import base
 from consilium.tuners.scaling import Pieces, bias_apart, combined, fold, require_sum, rescaled
 
-RATES = {"ia3": 5e-3}  # AdamW
+RATES = {"ia3": 5e-2}  # AdamW: docs/results/tuners.md
 
 
 class Ia3Options(registry.Options):

@@ -31,7 +31,7 @@ from consilium.protocols import Attached, Backbone, Combination, ModuleRole, Par
 from consilium.tensors import Tensors
 from consilium.tuners import base, low_rank
 
-RATES = {"lora_a": 2e-3, "lora_b": 2e-3, "router": 2e-3, "magnitude": 1e-3}  # AdamW
+RATES = {"lora_a": 6e-3, "lora_b": 6e-3, "router": 2e-3, "magnitude": 3e-3}  # AdamW: docs/results/tuners.md
 
 
 class LoraOptions(registry.Options):

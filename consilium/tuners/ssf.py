@@ -38,7 +38,7 @@ from consilium.tuners.scaling import (
     rescaled,
 )
 
-RATES = {"ssf": 2e-3}  # AdamW
+RATES = {"ssf": 6e-3}  # AdamW: docs/results/tuners.md
 Target = Literal["patch_embed", "norm", "qkv", "proj", "fc1", "fc2"]
 
 

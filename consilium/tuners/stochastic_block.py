@@ -31,7 +31,7 @@ from consilium.protocols import Attached, Backbone, Combination, Part, Selector,
 from consilium.tensors import Tensors
 from consilium.tuners import base
 
-RATE = 1e-4  # AdamW; pre-trained weights are forgotten at the rates that suit a few new tensors
+RATE = 1e-3  # AdamW: docs/results/tuners.md
 Target = Literal["attention", "mlp", "norm", "block", "qkv", "proj", "fc1", "fc2", "norm1", "norm2"]
 _SUBMODULES: Mapping[Target, tuple[str, ...] | None] = {
     "attention": ("qkv", "proj"),
