@@ -89,8 +89,10 @@ def predicted_bytes(experiment: Experiment, sites: Iterable[str]) -> dict[str, T
     """Play the rounds with versions instead of tensors: who is drawn, what each lacks, what each sends."""
     config, names = experiment.config, sorted(sites)
     specs, strategy = experiment.model.specs, experiment.strategy
-    version = dict.fromkeys(strategy.down(specs, 1), 0)
-    have: dict[str, dict[str, int]] = {site: {} for site in names}
+    down = strategy.down(specs, 1)
+    bases = {name for name, spec in down.items() if spec.tag.slot == "base"}  # the sites' own, until they change
+    version, own = dict.fromkeys(down, 0), {*experiment.common, *(bases - specs.keys())}
+    have: dict[str, dict[str, int]] = {site: dict.fromkeys(own, 0) for site in names}
     totals = {"up": dict.fromkeys(names, 0), "down": dict.fromkeys(names, 0)}
 
     def send(site: str, number: int) -> None:
@@ -106,7 +108,8 @@ def predicted_bytes(experiment: Experiment, sites: Iterable[str]) -> dict[str, T
         for site in drawn:
             sent = experiment.sent(number, site)
             totals["up"][site] += _size(sent)
-            version |= dict.fromkeys(sent.keys() & version.keys(), number)
+            changed = bases - specs.keys() | (sent.keys() & version.keys()) - bases if sent else ()
+            version |= dict.fromkeys(changed, number)
     last = {
         name: spec
         for name, spec in strategy.down(specs, config.train.rounds).items()

@@ -3,7 +3,8 @@
     draw sites -> send what each lacks -> collect replies -> combine -> checkpoint
 
 A site gets every tensor whose content differs from what its state holds, so that a site that missed rounds, or whose
-reply was lost, catches up by the same rule. A round's checkpoint, written after its line in events.jsonl, closes it;
+reply was lost, catches up by the same rule; before its first round it holds what starts alike whatever the seed.
+A round's checkpoint, written after its line in events.jsonl, closes it;
 `--resume` drops the lines of rounds that were not closed and repeats them from there.
 """
 
@@ -14,6 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
@@ -178,9 +180,13 @@ class Coordinator:
         self._enough(replies, failures, len(requests), kind, number)
         return Answers(replies, failures, versions)
 
+    @cached_property
+    def _common(self) -> dict[str, str]:
+        return {name: digest(tensor) for name, tensor in self.experiment.common.items()}
+
     def _news(self, progress: Progress, site: str) -> tuple[Tensors, Mapping[str, str]]:
         """What the strategy has for the site and the site's state does not hold; the digests of all it has."""
-        held = progress.receipts.get(site, {})
+        held = {**self._common, **progress.receipts.get(site, {})}
         sent = self.experiment.strategy.send(progress.server, site)
         versions = {name: digest(tensor) for name, tensor in sent.items()}
         return {name: sent[name] for name, version in versions.items() if held.get(name) != version}, versions

@@ -9,7 +9,7 @@ import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -42,6 +42,13 @@ class Experiment:
         names = self.setting.frozen if self.strategy.declares.changes_base else ()
         frozen = {name: self.backbone.module.get_parameter(name) for name in names}
         return {**detach(frozen), **self.model.initial(seed)}
+
+    @cached_property
+    def common(self) -> Tensors:
+        """What every site has before anything is sent: shared tensors that start alike whatever the seed."""
+        first, other, specs = self.model.initial(0), self.model.initial(1), self.model.specs
+        names = [name for name, spec in self.down(1).items() if spec == specs.get(name)]
+        return {name: first[name] for name in names if torch.equal(first[name], other[name])}
 
     def active(self, round: int, site: str) -> Selector:
         """What is trained in this round at this site: the tuners' choice, and of it what the strategy leaves."""

@@ -173,7 +173,7 @@ class Site:
         else:
             initial, specs = self.experiment.initial(self.secret), self.experiment.model.specs
             personal = self.experiment.strategy.init_site(initial, specs, self.data.name)
-            state = SiteState(0, {}, personal)
+            state = SiteState(0, self.experiment.common, personal)
         received = {**state.received, **request.tensors}
         return SiteState(state.round, received, state.personal, state.sent, state.moments)
 
