@@ -77,13 +77,12 @@ def truncated(pairs: Sequence[Pair], old: Tensor) -> tuple[Tensor, Tensor]:
     """U S [rows, r] and V [r, columns] of sum share_k left_k @ right_k, cut to the r rows of `old`; float64.
 
     Two thin QR and the SVD of a core as small as all ranks together. The largest entry of every row of V is positive.
-    Where the sum has a lower rank, U S is zero and V goes on orthonormally, within the old basis and the sites': of
-    two factors that are zero both, neither would ever be trained.
+    Where the sum has a lower rank, U S is zero and V goes on orthonormally, within the bases of old and of the sites:
+    of two factors that are zero both, neither would ever be trained.
     """
     q_left, r_left = torch.linalg.qr(torch.cat([share * left for share, left, _ in pairs], dim=1))
     q_right, r_right = torch.linalg.qr(torch.cat([old, *(right for _, _, right in pairs)]).T)
     u, s, v = torch.linalg.svd(r_left @ r_right[:, len(old) :].T)
-    s = s.where(s > s[:1] * max(len(u), len(v)) * torch.finfo(s.dtype).eps, 0)
     left = _padded(q_left @ (u[:, : len(s)] * s), columns=len(old))
     right = _padded(q_right @ v.T, columns=len(old)).T
     signs = right.gather(1, right.abs().argmax(dim=1, keepdim=True)).sign()

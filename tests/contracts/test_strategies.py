@@ -69,7 +69,7 @@ def test_it_declares_what_it_sends(outcome: federation.Outcome) -> None:
 
 
 def test_every_exchanged_tensor_changes_at_every_site_in_every_round(outcome: federation.Outcome) -> None:
-    known: dict[str, Tensors] = {site: {} for site in SITES}
+    known: dict[str, Tensors] = dict.fromkeys(SITES, outcome.experiment.common)
     for way, site, data in outcome.wire:
         message = outcome.decode(way, data)
         if way == "down":

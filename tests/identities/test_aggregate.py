@@ -94,6 +94,7 @@ def test_round_by_round_the_model_is_the_one_with_the_mean_of_products(tmp_path:
         server = pieces.strategy.combine(server, [Update(site, t, SIZES[site]) for site, t in sent.items()], specs)
         worst = max(worst, _gap(_acting(outcome, server.shared), wanted))
     assert len(outcome.sent("up")) == 8
+    assert not server.memory, "the frozen weights are remembered until they change, and no longer"
     assert equal(server.shared, outcome.shared)
     assert worst < 1e-6 if kind in CHANGES_BASE else worst > 1e-4
     assert all(equal(outcome.served(site), outcome.served("a")) for site in "bcd"), "late sites have caught up"

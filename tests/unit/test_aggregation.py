@@ -56,7 +56,7 @@ def test_the_median_is_the_middle_of_each_coordinate_whatever_the_weights(
         (0.4, (5.0,), 5.0),
         (0.0, (1.0, 8.0), 4.5),
         (0.3, tuple(map(float, range(10))), 4.5),
-        (0.29, (*map(float, range(99)), 1e9), sum(range(29, 71)) / 42),  # 0.29 * 100 is 29 and not 28.99...
+        (0.29, tuple(float(at**3) for at in range(100)), sum(at**3 for at in range(29, 71)) / 42),  # not 28.999...
     ],
 )
 def test_a_trimmed_mean_drops_the_same_number_at_both_ends(trim: float, values: tuple[float, ...], mean: float) -> None:
@@ -120,6 +120,15 @@ def test_a_stack_puts_the_factors_back_and_forgets_no_product_it_began_with() ->
     same = {**start, **Aggregation("stack")(untrained, [PRODUCT], start)}
     torch.testing.assert_close(same["w"], start["w"])
     assert Aggregation("stack")(terms, [PRODUCT], start).keys() == {"w", "head.weight"}
+
+
+@pytest.mark.parametrize("kind", ["stack", "residual"])
+def test_a_site_that_sent_one_factor_counts_with_the_coordinators_other(kind: aggregation.Kind) -> None:
+    terms, start = _sites()
+    terms = [*terms[:2], (terms[2][0], {"b": terms[2][1]["b"]})]
+    found = {**start, **Aggregation(kind)(terms, [PRODUCT], start)}
+    wanted = sum(weight / 6 * _acting({**start, **tensors}) for weight, tensors in terms)
+    torch.testing.assert_close(_acting(found), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_two_shared_parts_on_one_base_both_go_into_it() -> None:
