@@ -123,19 +123,24 @@ def check(config: ConfigFile, settings: Settings = None, json: Json = False) -> 
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One run folder, or several to compare.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="One run folder, several to compare, or the folder of a study."),
+    ],
     out: Annotated[
         Path | None, typer.Option(help="HTML file; left out: report.html in the run folder or, of several, here.")
     ] = None,
 ) -> None:
-    """Render one self-contained HTML page of one run, or of several side by side."""
+    """Render one self-contained HTML page of one run, of several side by side, or of a study."""
+    if cli_study.is_study(runs):
+        return print(cli_study.report(runs, out))
     from consilium import listing
     from consilium.report.html import render
 
     target = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     page = render(runs, target)
     listing.show(listing.comparison(runs))
-    print(page)
+    return print(page)
 
 
 @app.command()

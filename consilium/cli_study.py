@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,6 +45,22 @@ def study(
         _foretell(file, settings or [], options, json)
     else:
         _finish(conduct(file, settings or [], options), json)
+
+
+def is_study(folders: Sequence[Path]) -> bool:
+    """Whether one of the folders is that of a study."""
+    return any((folder / "study.json").is_file() for folder in folders)
+
+
+def report(folders: Sequence[Path], out: Path | None) -> Path:
+    """Write the tables, figures and the page of a study again; ConfigError where anything else is asked for too."""
+    from consilium.errors import ConfigError
+    from consilium.study.page import write
+
+    if len(folders) > 1 or out is not None:
+        remedy = "give the folder of one study and nothing else"
+        raise ConfigError("a study's report lies in its folder", where="consilium report", remedy=remedy)
+    return write(folders[0])
 
 
 def _finish(made: Collection, json: bool) -> None:
