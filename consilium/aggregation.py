@@ -28,7 +28,7 @@ from consilium import protocols
 from consilium.errors import ConfigError, WireError
 from consilium.protocols import Declaration, Product, Spec, Specs
 from consilium.registry import Options
-from consilium.tensors import Tensors, weighted_mean
+from consilium.tensors import Tensors, select, weighted_mean
 
 Weighting = Literal["examples", "uniform"]
 Kind = Literal["mean", "product_svd", "stack", "residual", "median", "trimmed_mean"]
@@ -63,11 +63,14 @@ def _middle(values: Sequence[Tensor], cut: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------ product by product
 def product_svd(products: Sequence[Product], terms: Terms, start: Tensors) -> dict[str, Tensor]:
     """Factors whose product is sum w_k L_k R_k at the rank of the coordinator's own in `start`: the nearest there is,
-    and exact where that rank is enough. Sites may send any ranks. The dense sum is never formed."""
+    and exact where that rank is enough. Sites may send any ranks. The dense sum is never formed. Where nobody sent one
+    of the two factors, it is common and stays, and the mean of the other is exact."""
     found: dict[str, Tensor] = {}
     for product in products:
-        if pairs := _pairs(product, terms, start):
-            left, right = truncated(pairs, start[product.right].double())
+        if len(_sent(product, terms)) <= len(product.left):
+            found |= _means(product, terms, start)
+        else:
+            left, right = truncated(_pairs(product, terms, start), start[product.right].double())
             found |= _rows(product.left, left, start)
             found[product.right] = right.to(start[product.right].dtype)
     return found
@@ -110,31 +113,45 @@ def stack(products: Sequence[Product], terms: Terms, start: Tensors) -> dict[str
 
 
 def residual(products: Sequence[Product], terms: Terms, start: Tensors) -> dict[str, Tensor]:
-    """Factors: their means L, R; base + scale * (sum w_k L_k R_k - L R), exactly nothing for one site. Equal ranks.
-
-    The difference is formed as [w_k (L_k - L), ..., L] [R_k; ...; sum w_k (R_k - R)], which cancels no digits.
-    """
+    """Factors: their means L, R; base + scale * (sum w_k L_k R_k - L R), formed as the sum of w_k (L_k - L) (R_k - R):
+    exactly nothing for one site, or where one factor is common. Equal ranks."""
     found = dict(start)
     for product in products:
         if pairs := _pairs(product, terms, start):
-            names = (*product.left, product.right)
-            found |= weighted_mean([(w, {n: t[n] for n in names if n in t}) for w, t in terms])
+            found |= _means(product, terms, start)
             left, right = _left(product, found), found[product.right].double()
-            beyond = torch.stack([share * (own - right) for share, _, own in pairs]).sum(dim=0)
-            lefts = torch.cat([*(share * (own - left) for share, own, _ in pairs), left], dim=1)
-            found |= _added(product, lefts @ torch.cat([*(own for _, _, own in pairs), beyond]), found)
+            lefts = torch.cat([share * (own - left) for share, own, _ in pairs], dim=1)
+            found |= _added(product, lefts @ torch.cat([own - right for _, _, own in pairs]), found)
     return _news(found, start)
 
 
-def _pairs(product: Product, terms: Terms, start: Tensors) -> list[Pair]:
-    """Whole factors of every site that trained one of them; WireError where their weights add up to nothing."""
+def _sent(product: Product, terms: Terms) -> set[str]:
+    """The factors that some site trained."""
+    return {*product.left, product.right} & {name for _, tensors in terms for name in tensors}
+
+
+def _held(product: Product, terms: Terms, start: Tensors) -> Terms:
+    """Both factors of every site that trained one of them."""
     names = {*product.left, product.right}
-    held = [(weight, {**start, **tensors}) for weight, tensors in terms if names & tensors.keys()]
+    held: list[tuple[float, Tensors]] = [
+        (w, {n: {**start, **tensors}[n] for n in names}) for w, tensors in terms if names & tensors.keys()
+    ]
     total = float(sum(weight for weight, _ in held))
     if held and not total > 0:
         what = "the weights of a mean must add up to more than nothing"
         raise WireError(what, where=product.right, received=total)
+    return held
+
+
+def _pairs(product: Product, terms: Terms, start: Tensors) -> list[Pair]:
+    held = _held(product, terms, start)
+    total = float(sum(weight for weight, _ in held))
     return [(w / total, _left(product, tensors), tensors[product.right].double()) for w, tensors in held]
+
+
+def _means(product: Product, terms: Terms, start: Tensors) -> dict[str, Tensor]:
+    sent = _sent(product, terms)
+    return weighted_mean([(w, select(tensors, sent)) for w, tensors in _held(product, terms, start)])
 
 
 def _left(product: Product, tensors: Tensors) -> Tensor:
@@ -198,7 +215,8 @@ class Aggregation:
             raise ConfigError("this aggregation needs adapters that are summed", received=received)
         alone = declaration.needs_individual_updates or self.kind != "mean"
         changes = declaration.changes_base or self.kind in _CHANGES_BASE
-        return replace(declaration, needs_individual_updates=alone, changes_base=changes)
+        anew = declaration.restarts_factors or self.kind in ("product_svd", "stack")
+        return replace(declaration, needs_individual_updates=alone, changes_base=changes, restarts_factors=anew)
 
     def products(self, specs: Specs, shared: Specs) -> tuple[Product, ...]:
         """The products all of whose factors travel; ConfigError where there is none and the sum is one of products."""

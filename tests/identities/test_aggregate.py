@@ -15,6 +15,7 @@ from consilium import registry
 from consilium.aggregation import Aggregation
 from consilium.data import SiteData
 from consilium.errors import ConfigError
+from consilium.local.train import Trainer
 from consilium.protocols import Declaration, Part, Product, Strategy, Update, products
 from consilium.strategies.fedavg import FedAvg
 from consilium.strategies.federated_lora import LEFT, RIGHT
@@ -27,6 +28,7 @@ HALF = {"rounds": 4, "participation": 0.5, "quorum": 0.5}
 LORA = {"name": "lora", "rank": 2, "alpha": 5, "blocks": [0, 3]}
 PROMPTS = {"name": "low_rank_prompts", "length": 6, "rank": 2, "depth": "deep", "share_basis": True}
 TUNERS = {"lora": LORA, "prompts": PROMPTS}
+DORA = {**LORA, "dora": True}
 CHANGES_BASE = ("stack", "residual")
 
 
@@ -41,7 +43,7 @@ def _run(
     **train: Any,
 ) -> federation.Outcome:
     member = registry.build("strategies", strategy, options or {}) if isinstance(strategy, str) else strategy
-    settings = federation.configure(tuner=[TUNERS[tuner]], train={"rounds": 2, **train})
+    settings = federation.configure(tuner=[{**TUNERS, "dora": DORA}[tuner]], train={"rounds": 2, **train})
     return federation.run(folder, settings, sites, strategy=member, wrap=wrap, secrets=secrets)
 
 
@@ -74,7 +76,7 @@ def _mean(pairs: list[tuple[int, Any]]) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------ exact, or not
-@pytest.mark.parametrize("tuner", TUNERS)
+@pytest.mark.parametrize("tuner", [*TUNERS, "dora"])
 @pytest.mark.parametrize("kind", ["mean", "product_svd", *CHANGES_BASE])
 def test_round_by_round_the_model_is_the_one_with_the_mean_of_products(tmp_path: Path, kind: str, tuner: str) -> None:
     """Half of the sites in a round, one comes late, one reply is lost; the mean of factors is the negative."""
@@ -101,6 +103,21 @@ def test_round_by_round_the_model_is_the_one_with_the_mean_of_products(tmp_path:
     bases = {name for p in _products(outcome) for name in p.base}
     assert (outcome.served("a").keys() - specs.keys()) == (bases if kind in CHANGES_BASE else set())
     assert not [name for _, _, t in outcome.sent("up") for name in t.keys() & bases]
+    _assert_only_their_sum_acts(outcome)
+
+
+def _assert_only_their_sum_acts(outcome: federation.Outcome) -> None:
+    """All that products add may stand in the base: the model that is served feels nothing else of them."""
+    served, model = outcome.served("a"), outcome.experiment.model
+    folded = dict(served)
+    for p, acting in zip(_products(outcome), _acting(outcome, served), strict=True):
+        rows = acting.float().split([len(served[name]) for name in p.left])
+        folded |= {**dict(zip(p.base, rows, strict=True)), **{n: torch.zeros_like(served[n]) for n in p.left}}
+    images = torch.randn(2, 3, federation.SIZE, federation.SIZE, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(model.forward(folded, images), model.forward(served, images), rtol=1e-4, atol=1e-4)
+    own = {name: value for name, value in served.items() if name in model.specs}
+    same = torch.allclose(model.forward(own, images), model.forward(served, images), rtol=1e-4, atol=1e-4)
+    assert same == (served.keys() == own.keys()), "a base that changed shows"
 
 
 @pytest.mark.parametrize("tuner", TUNERS)
@@ -156,19 +173,20 @@ def test_one_site_is_local_training(tmp_path: Path, tuner: str) -> None:
 
 
 def test_flora_of_one_site_merges_and_starts_anew(tmp_path: Path) -> None:
-    """The second round is local training on the merged weights from the first factors."""
-    alone, same = {"a": SITES["a"]}, {"a": 3}
-    flora = _run(tmp_path / "flora", "flora", alone)
-    first = _run(tmp_path / "first", "local", alone, secrets=same, rounds=1).served("a")
-    pieces = flora.experiment
-    start = pieces.model.initial(3)
-    second = flora.sent("up")[1][2]
+    """The second round is training on the merged weights, from the first factors and the head as it was."""
+    flora = _run(tmp_path, "flora", {"a": SITES["a"]})
+    pieces, start = flora.experiment, flora.experiment.model.initial(3)
+    (_, _, first), (_, _, second) = flora.sent("up")
+    base = {name: value for name, value in flora.sent("down")[1][2].items() if name not in start}
     for p in _products(flora):
-        merged = (_base(flora, p, {}) + _product(p, first)).float()
-        wanted = merged.double() + _product(p, second)
-        assert (flora.served("a")[p.base[0]].double() - wanted).abs().max() < 1e-6
+        for merged, before, update in ((base, {}, first), (flora.served("a"), base, second)):
+            wanted = _base(flora, p, before) + _product(p, update)
+            assert (_base(flora, p, merged) - wanted).abs().max() < 1e-6
         assert all(torch.equal(flora.served("a")[name], start[name]) for name in (*p.left, p.right))
-        assert not torch.equal(second[p.right], first[p.right])
+    head = {name: value for name, value in first.items() if name.startswith("head.")}
+    trainer = Trainer(pieces.setting, SITES["a"].train, 2, "a", [3, 3, 3])
+    assert equal(trainer.fit({**start, **head}, fixed=base).variables, second)
+    assert not equal(trainer.fit({**start, **head}).variables, second)
 
 
 @pytest.mark.parametrize("kind", ["mean", "product_svd", *CHANGES_BASE, "median", "trimmed_mean"])
@@ -228,6 +246,16 @@ def test_with_one_factor_common_the_mean_of_factors_is_the_mean_of_products(
             torch.testing.assert_close(_product(p, now), dense, rtol=1e-9, atol=1e-12)
         now = {n: value.float() for n, value in now.items()}
     torch.testing.assert_close(dict(outcome.shared), {n: now[n] for n in outcome.shared}, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["flexlora", "fedex"])
+def test_a_factor_that_the_tuner_freezes_stays_under_every_sum(tmp_path: Path, name: str) -> None:
+    """Its product with the mean of the other is the mean of products: nothing to cut, nothing to add to the base."""
+    settings = federation.configure(tuner=[{**LORA, "freeze_a": True}], train={"rounds": 2})
+    member = registry.build("strategies", name, {})
+    outcome = federation.run(tmp_path / name, settings, SITES, strategy=member)
+    fedit = federation.run(tmp_path / "fedit", settings, SITES, strategy=registry.build("strategies", "fedit", {}))
+    assert equal(outcome.shared, fedit.shared)
 
 
 def test_what_is_never_trained_goes_down_once_and_never_up(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -126,16 +126,27 @@ def test_equal_sites_are_one_site_in_what_acts(kind: aggregation.Kind, case: Cas
     assert _near(case.model(found), wanted, _unit(case))
 
 
-@given(cases())
-@pytest.mark.parametrize("kind", ["product_svd", "stack"])
+@given(cases(equal_ranks=True))
+@pytest.mark.parametrize("kind", ["product_svd", "stack", "residual"])
 def test_a_site_that_sends_one_factor_trained_it_beside_the_coordinators_other(
     kind: aggregation.Kind, case: Case
 ) -> None:
-    """A frozen factor does not travel: left factors alone stand for products with the common right one."""
-    rank = len(case.start["r"])
-    held = {**{n: case.start[n] for n in case.product.left}, "r": case.start["r"]}
-    own = [{n: value * 2 for n, value in held.items() if n != "r"} for _ in range(2)]
-    partial = Aggregation(kind)([(1, own[0]), (3, own[1])], [case.product], case.start)
-    whole = Aggregation(kind)([(1, {**held, **own[0]}), (3, {**held, **own[1]})], [case.product], case.start)
-    assert equal(partial, whole)
-    assert len({**case.start, **partial}["r"]) == rank
+    """A factor that nobody sent is common: it stays, and the mean of products is exact."""
+    lefts = [(weight, {n: t[n] for n in case.product.left}) for weight, t in case.terms]
+    found = Aggregation(kind)(lefts, [case.product], case.start)
+    wanted = _at_start(case, lefts)
+    assert _near(case.model(found), wanted, _unit(case))
+    assert found.keys() <= (set(case.product.base) if kind == "stack" else set(case.product.left))
+
+
+@given(cases(equal_ranks=True))
+@pytest.mark.parametrize("kind", ["stack", "residual"])
+def test_some_sites_may_send_both_factors_and_some_one(kind: aggregation.Kind, case: Case) -> None:
+    half = [(weight, {n: t[n] for n in case.product.left}) for weight, t in case.terms[1:]]
+    mixed = [case.terms[0], *half]
+    found = Aggregation(kind)(mixed, [case.product], case.start)
+    assert _near(case.model(found), _at_start(case, mixed), _unit(case))
+
+
+def _at_start(case: Case, terms: list[tuple[float, Tensors]]) -> np.ndarray:
+    return replace(case, terms=[(weight, {**case.start, **tensors}) for weight, tensors in terms]).wanted()
