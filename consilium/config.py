@@ -290,7 +290,7 @@ AGREED = (
     "strategy",
     "train",
 )  # what all sites must share, beside the backbone's digest
-_NO_EFFECT = ("workers", "cache", "gradient_checkpointing")  # engine keys that change neither data nor results
+NO_EFFECT = ("workers", "cache", "gradient_checkpointing")  # engine keys that change neither data nor results
 
 
 def agreement_hash(config: Config, backbone_digest: str, classes: Sequence[str], preprocessing: Preprocessing) -> str:
@@ -303,7 +303,7 @@ def agreement_hash(config: Config, backbone_digest: str, classes: Sequence[str],
 def config_hash(config: Config, backbone_digest: str, preprocessing: Preprocessing) -> str:
     """Hash of the whole configuration, without the engine keys that cannot change a result (workers, cache)."""
     plain = config.to_dict()
-    plain["engine"] = {key: value for key, value in plain["engine"].items() if key not in _NO_EFFECT}
+    plain["engine"] = {key: value for key, value in plain["engine"].items() if key not in NO_EFFECT}
     return _hash({**plain, "backbone_digest": backbone_digest, "image": asdict(preprocessing)})
 
 

@@ -80,8 +80,7 @@ def join(config: Config, classes: Sequence[str], tuners: Sequence[Tuner], strate
     """The same with tuners and a strategy in hand, whatever the configuration names."""
     device = pick_device(config.engine.device, config.train.precision)
     task: Task = registry.build("tasks", config.task.name, config.task.options()).with_classes(classes)
-    backbone = own_copy(load_backbone(config.backbone))
-    backbone.module.to(device)
+    backbone = own_copy(load_backbone(config.backbone, device))
     if config.engine.gradient_checkpointing:
         recompute.by_block(backbone.module)
     model: Model = compose.attach(backbone, tuners, config.head, task.num_outputs, strategy.declares, config.seed)
@@ -91,7 +90,8 @@ def join(config: Config, classes: Sequence[str], tuners: Sequence[Tuner], strate
     _check_counts(config, task, model.specs, strategy)
     handshake = Handshake(agreement_hash(config, backbone.digest, classes, backbone.preprocessing), backbone.digest)
     trains, frozen = strategy.declares.trains, _frozen(backbone, model.specs)
-    setting = Setting(model, task, config.train, backbone.preprocessing, config.seed, device, frozen, trains)
+    anew = {n for n, spec in model.specs.items() if spec.factor is not None and strategy.declares.restarts_factors}
+    setting = Setting(model, task, config.train, backbone.preprocessing, config.seed, device, frozen, trains, anew)
     return Experiment(config, backbone, model, task, strategy, handshake, setting)
 
 
@@ -105,13 +105,15 @@ def _frozen(backbone: Backbone, specs: Specs) -> dict[str, Tag]:
 
 
 @lru_cache(maxsize=2)
-def _load_backbone(options: str) -> Backbone:
-    return timm_backbone.load(BackboneConfig.model_validate_json(options))
+def _load_backbone(options: str, device: str) -> Backbone:
+    found = timm_backbone.load(BackboneConfig.model_validate_json(options))
+    found.module.to(device)
+    return found
 
 
-def load_backbone(config: BackboneConfig) -> Backbone:
-    """The frozen backbone, read once per process; treat it as read-only."""
-    return _load_backbone(config.model_dump_json())
+def load_backbone(config: BackboneConfig, device: str = "cpu") -> Backbone:
+    """The frozen backbone, read once per process and device; treat it as read-only."""
+    return _load_backbone(config.model_dump_json(), device)
 
 
 def own_copy(backbone: Backbone) -> Backbone:

@@ -131,6 +131,7 @@ class Attached:
     learning_rates: Mapping[str, float]  # role -> AdamW learning rate
     inert: int = 0  # scalars the method trains in name that provably change no output: held, counted, never sent
     forgets_moments: bool = False  # moments of its tensors start anew in every round, whatever train.moments says
+    stands_for: frozenset[str] = frozenset()  # the backbone's own tensors that its own take the place of, in part
     merge_refused: str = ""  # why this cannot be folded into weights, if so; compose asks before it folds anything
 
 
@@ -334,6 +335,7 @@ class Declaration:
     changes_base: bool = False  # `initial` then also holds the frozen weights, under the backbone's own names
     last_block: int | None = None  # the highest block it speaks of, which the backbone must have
     trains: Trains = lambda tag, round: True  # what is trained at all: freezing or alternating a factor  # noqa: ARG005
+    restarts_factors: bool = False  # factors of products come back in another basis, so moments of them are dropped
     plain_sgd: bool = False  # it reads gradients off the way that was gone: no other optimiser, no momentum
 
     @property

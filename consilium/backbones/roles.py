@@ -8,12 +8,12 @@ from torch import nn
 
 from consilium.protocols import ModuleRole
 
-_BLOCK = re.compile(r"^blocks\.(\d+)\.")
+_BLOCK = re.compile(r"^blocks\.(\d+)\.(.+)$")
 _LINEAR = {
-    "qkv": ("attn.qkv", "attn.q_proj", "attn.k_proj", "attn.v_proj"),
-    "proj": ("attn.proj",),
-    "fc1": ("mlp.fc1", "mlp.fc1_g", "mlp.fc1_x"),  # SwiGLU has a gate and a value in the first layer's place
-    "fc2": ("mlp.fc2",),
+    "qkv": (".attn.qkv", ".attn.q_proj", ".attn.k_proj", ".attn.v_proj"),
+    "proj": (".attn.proj",),
+    "fc1": (".mlp.fc1", ".mlp.fc1_g", ".mlp.fc1_x"),  # SwiGLU has a gate and a value in the first layer's place
+    "fc2": (".mlp.fc2",),
 }
 
 
@@ -22,7 +22,7 @@ def find(module: nn.Module) -> dict[str, ModuleRole]:
     found = {}
     for name, child in module.named_modules():
         match = _BLOCK.match(name)
-        role = _role(name, child, in_block=match is not None)
+        role = _role(name, child, match.group(2) if match else None)
         if role is not None:
             found[name] = ModuleRole(role, int(match.group(1)) if match else None)
     return found
@@ -33,12 +33,14 @@ def num_blocks(modules: dict[str, ModuleRole]) -> int:
     return len({place.block for place in modules.values() if place.block is not None})
 
 
-def _role(name: str, module: nn.Module, in_block: bool) -> str | None:
+def _role(name: str, module: nn.Module, inside: str | None) -> str | None:
     if _is_norm(module):
         last = name.rpartition(".")[2]
-        return last if in_block and last in ("norm1", "norm2") else "norm"
-    if isinstance(module, nn.Linear) and in_block:
-        return next((role for role, ends in _LINEAR.items() if name.endswith(tuple(f".{end}" for end in ends))), None)
+        return last if inside and last in ("norm1", "norm2") else "norm"
+    if (
+        isinstance(module, nn.Linear) and inside and ".rel_pos." not in name
+    ):  # a position bias may have an MLP of its own
+        return next((role for role, ends in _LINEAR.items() if f".{inside}".endswith(ends)), None)
     return "patch_embed" if name == "patch_embed.proj" else None
 
 

@@ -146,10 +146,10 @@ class Site:
 
     def _finish(self, request: Request) -> Reply:
         """Read the test split, once, with the models that will be used, and leave them on the site's disk."""
-        state = self._state(request)
+        held, state = self._held(request), self._state(request)
         models = dict(self.experiment.strategy.deploy(state.received, state.personal))
-        if state.sent:
-            before = self.experiment.strategy.deploy({**state.received, **state.sent}, state.personal)
+        if held.sent:  # beside what it was trained with: the last sum may have changed more than what was sent
+            before = self.experiment.strategy.deploy({**held.received, **held.sent}, held.personal)
             models["before_aggregation"] = before["personal"]
         tables: dict[str, pd.DataFrame] = {}
         for name, variables in models.items():
@@ -166,14 +166,17 @@ class Site:
     def _states(self) -> StateFolder:
         return StateFolder(self.folder, self.experiment.handshake.agreement)
 
-    def _state(self, request: Request) -> SiteState:
-        """The state this request builds on, with what the request brought."""
+    def _held(self, request: Request) -> SiteState:
+        """The state this request builds on."""
         if request.builds_on:
-            state = self._states.load(request.builds_on)
-        else:
-            initial, specs = self.experiment.initial(self.secret), self.experiment.model.specs
-            personal = self.experiment.strategy.init_site(initial, specs, self.data.name)
-            state = SiteState(0, self.experiment.common, personal)
+            return self._states.load(request.builds_on)
+        initial, specs = self.experiment.initial(self.secret), self.experiment.model.specs
+        personal = self.experiment.strategy.init_site(initial, specs, self.data.name)
+        return SiteState(0, self.experiment.common, personal)
+
+    def _state(self, request: Request) -> SiteState:
+        """The same with what the request brought."""
+        state = self._held(request)
         received = {**state.received, **request.tensors}
         return SiteState(state.round, received, state.personal, state.sent, state.moments)
 

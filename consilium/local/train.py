@@ -7,7 +7,7 @@ dropout) comes from (run seed, round, site, purpose). Optimiser moments start at
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -41,6 +41,7 @@ class Setting:
         default_factory=dict
     )  # weights of the backbone that are no variables of the model
     trains: Trains = lambda tag, round: True  # what the strategy leaves trained  # noqa: ARG005
+    anew: Set[str] = frozenset()  # what the strategy sends back in another basis: old moments say nothing of it
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Trainer:
                 _put(after_step({name: live[name].detach() for name in names}), live)
         mean_loss = float(torch.stack(losses).mean())
         self._finite(mean_loss)
-        optimizer.store(self.moments, self.setting.model.forgotten)
+        optimizer.store(self.moments, self.setting.model.forgotten | self.setting.anew)
         passes = sum(len(rows) for step in steps for rows in step)
         return Fitted(
             detach({name: live[name] for name in names}),
@@ -188,7 +189,8 @@ class Trainer:
         return {name: rate(name) for name in names}
 
     def _decays(self, names: Sequence[str]) -> dict[str, float]:
-        """Biases, norms, tokens, positions and what is not the model's (mixing weights) are not pulled to zero."""
+        """Biases, norms, the backbone's own tokens and positions, and what is not the model's (mixing weights) are not
+        pulled to zero; prompts and factors are, like weights."""
         decay = self.setting.config.weight_decay
         known = {name: spec for name, spec in self.setting.model.specs.items() if spec.tag.role != "embedding"}
         return {name: decay if name in known and len(known[name].shape) > 1 else 0.0 for name in names}

@@ -24,7 +24,7 @@ from consilium.registry import Options, register
 from consilium.strategies.fedavg import FedAvg, FedAvgOptions
 from consilium.strategies.federated_lora import LEFT, FactorOptions
 
-BEHIND_BLOCKS = ("norm", "fc_norm")  # modules of the backbone; what else lies outside of blocks comes before them
+BEHIND_BLOCKS = ("norm", "fc_norm", "attn_pool")  # modules of the backbone; what else lies outside comes before
 
 
 def nothing(tag: Tag) -> bool:  # noqa: ARG001
@@ -36,7 +36,9 @@ def below(personal_from_block: int | None) -> Selector:
     """Share everything but the head and, if a block is given, everything from that block on and behind the blocks."""
 
     def shares(tag: Tag) -> bool:
-        behind = tag.module in BEHIND_BLOCKS if tag.block is None else tag.block >= (personal_from_block or 0)
+        behind = (
+            tag.module.split(".")[0] in BEHIND_BLOCKS if tag.block is None else tag.block >= (personal_from_block or 0)
+        )
         return tag.role != "head" and not (personal_from_block is not None and behind)
 
     return shares

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from consilium.config import Config, from_dict
+from consilium.config import NO_EFFECT, Config, from_dict
 from consilium.errors import ConfigError
 from consilium.study import axes as varied
 from consilium.study import chosen
@@ -133,5 +133,5 @@ def essence(config: Config) -> str:
     """All that can change a result, as text."""
     plain: dict[str, Any] = config.to_dict()
     engine: Mapping[str, Any] = plain["engine"]
-    plain["engine"] = {key: value for key, value in engine.items() if key not in ("workers", "cache")}
+    plain["engine"] = {key: value for key, value in engine.items() if key not in NO_EFFECT}
     return json.dumps(plain, sort_keys=True)

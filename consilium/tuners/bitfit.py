@@ -84,7 +84,8 @@ class BitFit:
             linear.bitfit = QueryValueBias(linear)
             added |= {f"{name}.bitfit.{each}": value for each, value in linear.bitfit.named_parameters()}
         found = base.own_tensors(backbone, {**_whole(backbone), **added}, part, RATE, role="bias")
-        return replace(found, inert=tensors.num_elements(added) // 2)  # a key's part is as long as q or v
+        taken = frozenset(f"{name}.bias" for name in _split(backbone))
+        return replace(found, inert=tensors.num_elements(added) // 2, stands_for=taken)  # a key's part is as long as q
 
     def active(self, specs: Specs, round: int, site: str, seed: int) -> Selector:  # noqa: ARG002
         """Everything."""

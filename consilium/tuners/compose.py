@@ -87,7 +87,7 @@ def attach(
     tuners = sorted(tuners, key=lambda tuner: getattr(tuner, "precedence", 0))
     added = tuple(tuner.attach(backbone, declaration.parts, declaration.combination) for tuner in tuners)
     top = Head(head, backbone.num_features, num_outputs)
-    specs = _union([*(each.specs for each in added), top.specs])
+    specs = _union([*(each.specs for each in added), top.specs], [name for each in added for name in each.stands_for])
     if not specs:
         raise ConfigError("nothing is left to train", where="head.share", allowed="shared, personal", received="frozen")
     device = next(backbone.module.parameters()).device
@@ -123,10 +123,12 @@ def _tags(specs: Specs) -> set[Tag]:
     return {spec.tag for spec in specs.values()}
 
 
-def _union(all_specs: Sequence[Specs]) -> Specs:
-    twice = [name for name, times in Counter(name for specs in all_specs for name in specs).items() if times > 1]
+def _union(all_specs: Sequence[Specs], taken: Sequence[str]) -> Specs:
+    claims = Counter([*(name for specs in all_specs for name in specs), *taken])
+    twice = [name for name, times in claims.items() if times > 1]
     if twice:
-        raise ConfigError("two tuners claim the same tensor", where="tuner", received=sorted(twice)[:3])
+        remedy = "train each tensor with one of them"
+        raise ConfigError("two tuners claim the same tensor", where="tuner", received=sorted(twice)[:3], remedy=remedy)
     return dict(sorted(item for specs in all_specs for item in specs.items()))
 
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from consilium import registry
 from consilium.errors import ConfigError
@@ -50,4 +51,9 @@ def test_a_pair_does_what_the_table_says(tmp_path: Path, tuner: str, strategy: s
         return
     outcome = federation.run(tmp_path, settings, SITES)
     assert outcome.progress.server.round == 1
-    assert outcome.served("a").keys() >= {"head.weight", "head.bias"}
+    served, pieces = outcome.served("a"), outcome.experiment
+    assert served.keys() >= {"head.weight", "head.bias"}
+    start, active = pieces.initial(settings.seed), pieces.active(1, "a")
+    trained = {name for name, spec in pieces.model.specs.items() if active(spec.tag) and spec.tag.role != "head"}
+    assert all(name in served and not torch.equal(served[name], start[name]) for name in trained) or strategy == "flora"
+    assert {name for name in served if name in start and not torch.equal(served[name], start[name])}

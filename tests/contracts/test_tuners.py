@@ -65,13 +65,15 @@ def test_specs_describe_the_variables(case: Case) -> None:
 
 
 def test_gradients_reach_every_variable_that_is_active_in_some_round(case: Case) -> None:
-    live = {name: value.requires_grad_() for name, value in case.moved.items()}
-    case.model.forward(live, small.images()).square().sum().backward()
+    """In float64, where rounding does not pass for a gradient."""
+    case.backbone.module.double()
+    live = {name: value.double().requires_grad_() for name, value in case.moved.items()}
+    case.model.forward(live, small.images().double()).square().sum().backward()
     selectors = [case.model.active(round, "a", 0) for round in range(1, 30)]
     for name, spec in case.model.specs.items():
         assert any(chosen(spec.tag) for chosen in selectors), name
         assert live[name].grad is not None, name
-        assert live[name].grad.abs().max() > 0, name
+        assert live[name].grad.abs().max() > 1e-9, name
 
 
 def test_variables_change_the_output_and_nothing_else_moves(case: Case) -> None:

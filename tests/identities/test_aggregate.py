@@ -132,6 +132,19 @@ def test_product_svd_is_the_dense_truncated_mean(tmp_path: Path, tuner: str) -> 
         torch.testing.assert_close(_product(p, outcome.shared), best, rtol=1e-4, atol=1e-5 * float(s[0]))
 
 
+def test_one_step_on_pooled_data_is_the_mean_of_factors_and_not_of_products(tmp_path: Path) -> None:
+    """Both are exact, with respect to different things; whole batches, plain SGD, weights by examples."""
+    train = {**federation.SGD, "learning_rate": 1.0, "batch_size": 64, "rounds": 1}
+    pooled = {"pooled": federation.pooled(SITES)}
+    central = _run(tmp_path / "central", "local", pooled, tuner="prompts", secrets={"pooled": 3}, **train)
+    wanted = _acting(central, central.served("pooled"))
+    moved = _gap(wanted, _acting(central, central.experiment.model.initial(3)))
+    for name, same in (("fedit", True), ("fedex", False), ("flora", False)):
+        found = _run(tmp_path / name, name, tuner="prompts", **train)
+        gap = _gap(_acting(found, found.shared), wanted) / moved
+        assert gap < 1e-4 if same else gap > 1e-3, (name, gap)
+
+
 # ------------------------------------------------------------------------------------------------ names and pieces
 @pytest.mark.parametrize(
     ("name", "kind"), [("fedit", "mean"), ("flexlora", "product_svd"), ("flora", "stack"), ("fedex", "residual")]

@@ -75,7 +75,7 @@ class Book:
 
     def __post_init__(self) -> None:
         self.shared = dict(self.outcome.experiment.initial(3))
-        held: dict[str, dict[str, bytes]] = {site: {} for site in SITES}
+        held = {site: federation.bits(self.outcome.experiment.common) for site in SITES}
         updates: dict[str, Mapping[str, Tensor]] = {}
         requests = 0
         for way, site, data in [*self.outcome.wire, ("down", "", b"")]:

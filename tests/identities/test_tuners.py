@@ -31,7 +31,7 @@ def test_every_exchanged_tensor_moves_at_every_site_in_every_round_and_nothing_e
     settings = _settings(variant)
     frozen = digest_all(base.parameters(federation.assemble(settings).backbone.module))
     outcome = federation.run(tmp_path, settings, SITES)
-    pieces, known = outcome.experiment, {site: dict[str, torch.Tensor]() for site in SITES}
+    pieces, known = outcome.experiment, {site: dict(outcome.experiment.common) for site in SITES}
     rounds = set()
     for way, site, data in outcome.wire:
         message = outcome.decode(way, data)

@@ -236,3 +236,10 @@ def test_the_shared_checkpoint_loads(shared: Path, size: int) -> None:
     backbone = _load(name=TINY, weights=str(path), image_size=size)
     assert (backbone.num_blocks, backbone.num_features) == (12, 192)
     assert backbone.preprocessing.crop_fraction == 0.9
+
+
+def test_an_mlp_in_a_position_bias_is_no_mlp_of_the_block() -> None:
+    module = timm.create_model("vit_relpos_small_patch16_224", num_classes=0, depth=1, embed_dim=32, num_heads=2)
+    inside = [name for name in dict(module.named_modules()) if name.endswith("rel_pos.mlp.fc1")]
+    assert inside
+    assert not [name for name in roles.find(module) if "rel_pos" in name]

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consilium import config, coordinator, registry
+from consilium import config, coordinator, registry, tensors
 from consilium.check import check, predicted_bytes
 from consilium.errors import ConfigError, DataError
+from consilium.experiment import Experiment
 from consilium.protocols import Declaration
 from consilium.run import reference_config
 from consilium.sites import audit
@@ -120,20 +121,30 @@ def test_bytes_of_full_participation_by_hand(serve: str) -> None:
     one = found["up"]["per_site"]["a"] // 3
     scalars = sum(math.prod(size or 0 for size in spec.shape) for spec in pieces.model.specs.values())
     assert 4 * scalars < one < 4 * scalars + 120 * len(pieces.model.specs)
-    messages = 3 + (2 if serve == "best" else 1)
+    down = _first(pieces) + one * (3 if serve == "last" else 4)
     assert found["up"] == {"total": 6 * one, "per_site": {"a": 3 * one, "b": 3 * one}}
-    assert found["down"] == {"total": 2 * messages * one, "per_site": {"a": messages * one, "b": messages * one}}
+    assert found["down"] == {"total": 2 * down, "per_site": {"a": down, "b": down}}
+
+
+def _first(pieces: Experiment) -> int:
+    """Bytes of the first message: zeros and weights of the site's own backbone need not be sent."""
+    specs = pieces.model.specs
+    assert {"head.bias", "blocks.0.attn.qkv.lora.shared.b"} <= pieces.common.keys()
+    assert not {"head.weight", "blocks.0.attn.qkv.lora.shared.a"} & pieces.common.keys()
+    return tensors.serialised_size({n: (specs[n].shape, specs[n].dtype) for n in specs.keys() - pieces.common.keys()})
 
 
 def test_a_site_that_was_away_gets_the_newest_only() -> None:
     settings = _train(rounds=6, participation=0.5)
-    found = predicted_bytes(federation.assemble(settings), ["a", "b"])
+    pieces = federation.assemble(settings)
+    found = predicted_bytes(pieces, ["a", "b"])
     drawn = [coordinator.drawn_sites(0.5, ["a", "b"], settings.seed, number) for number in range(1, 7)]
     one = found["up"]["total"] // 6
     for site in ("a", "b"):
         rounds = sum(site in names for names in drawn)
         assert found["up"]["per_site"][site] == rounds * one
-        assert found["down"]["per_site"][site] == (rounds + 1) * one
+        saved = one - _first(pieces) if site in drawn[0] else 0
+        assert found["down"]["per_site"][site] == (rounds + 1) * one - saved
 
 
 def test_what_is_not_trained_goes_out_once_and_never_comes_back() -> None:

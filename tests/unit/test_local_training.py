@@ -278,6 +278,18 @@ def test_moments_of_a_tuner_that_forgets_are_not_kept() -> None:
     assert {key.rpartition("/")[2] for key in moments} == {"head.bias", "head.weight"}
 
 
+@pytest.mark.parametrize(
+    ("aggregate", "kept"), [("mean", True), ("residual", True), ("product_svd", False), ("stack", False)]
+)
+def test_moments_of_factors_that_come_back_in_another_basis_are_not_kept(aggregate: str, kept: bool) -> None:
+    pieces = federation.assemble(federation.configure(strategy={"name": "fedavg", "aggregate": aggregate}))
+    moments: dict[str, Tensor] = {}
+    trainer = _trainer(1, moments, moments="keep", **ADAMW)
+    replace(trainer, setting=replace(pieces.setting, config=trainer.setting.config)).fit(pieces.model.initial(3))
+    assert any("lora" in key for key in moments) == kept
+    assert any("head" in key for key in moments)
+
+
 def test_a_strategy_may_leave_some_of_it_untrained() -> None:
     trainer = _trainer()
     setting = replace(trainer.setting, trains=lambda tag, round: tag.role == "lora_b" and round == 2)

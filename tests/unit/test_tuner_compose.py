@@ -174,3 +174,10 @@ def test_a_hybrid_is_one_function_in_any_order_and_merges_to_it(mix: str, make: 
     assert all(torch.equal(outputs[0], each) for each in outputs)
     assert all(torch.equal(merged[0], each) for each in merged)
     torch.testing.assert_close(merged[0], outputs[0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_bias_in_parts_and_as_a_whole_is_claimed_twice() -> None:
+    for other in (("stochastic_block", {"targets": ["qkv"]}), ("attention", {})):
+        built = [registry.build("tuners", name, options) for name, options in (("bitfit", {}), other)]
+        with pytest.raises(ConfigError, match=r"claim the same tensor(.|\n)*qkv\.bias|claim the same tensor"):
+            compose.attach(small.backbone(), built, HeadConfig(), 4, Declaration(), 0)

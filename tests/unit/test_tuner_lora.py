@@ -258,6 +258,14 @@ def test_a_row_of_zeros_has_no_direction_and_stays_finite() -> None:
     assert all(torch.isfinite(value.grad).all() for n, value in variables.items() if "lora" in n)
 
 
+def test_norms_are_never_taken_in_half_precision() -> None:
+    weight, a, b = torch.randn(3, 20, 8, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = low_rank.norm(weight, a[:2], b[:, :2], 0.5)
+    assert half.dtype == torch.float32
+    assert torch.equal(half, low_rank.norm(weight, a[:2], b[:, :2], 0.5))
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_blocks_that_are_computed_again_give_the_same_gradients(dora: bool) -> None:
     gradients = []
