@@ -37,9 +37,8 @@ def _role(name: str, module: nn.Module, inside: str | None) -> str | None:
     if _is_norm(module):
         last = name.rpartition(".")[2]
         return last if inside and last in ("norm1", "norm2") else "norm"
-    if (
-        isinstance(module, nn.Linear) and inside and ".rel_pos." not in name
-    ):  # a position bias may have an MLP of its own
+    biases_positions = ".rel_pos." in name  # by an MLP of its own
+    if isinstance(module, nn.Linear) and inside and not biases_positions:
         return next((role for role, ends in _LINEAR.items() if f".{inside}".endswith(ends)), None)
     return "patch_embed" if name == "patch_embed.proj" else None
 

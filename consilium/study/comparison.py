@@ -63,6 +63,7 @@ class Ranking:
     statistic: float | None = None
     p: float | None = None
     smallest_p: float | None = None
+    tested_blocks: int = 0  # of Friedman's test: seeds of a group share their patients and count once
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,11 @@ def _pooled(group: Group, drawn: Sequence[tuple[Draws, int]]) -> Pooled | None:
 
 # ------------------------------------------------------------------------------------------------ ranks
 def ranking(all_groups: Sequence[Group], metric: str) -> Ranking:
-    """Ranks over (group, seed); where that is a single block, over its sites."""
+    """Ranks over (group, seed); where that is a single block, over its sites.
+
+    Seeds of a group share their test patients, so Friedman's test takes the mean over seeds: its blocks are groups or,
+    of a single group, sites.
+    """
     methods = list(dict.fromkeys(name for group in all_groups for name in group.methods))
     blocks = {
         f"{group.name}, seed {seed}": _block(group, group.level, at, methods)
@@ -224,11 +229,26 @@ def ranking(all_groups: Sequence[Group], metric: str) -> Ranking:
         return Ranking([], [], [], left_out)
     sign = -1 if metric in LOWER_IS_BETTER else 1
     ranked = statistics.ranks(sign * values[np.ix_(rows, columns)])
-    if len(whole) < 2:
+    apart = sign * _apart(all_groups, kept)
+    apart = apart[np.isfinite(apart).all(axis=1)]
+    if len(apart) < 2:
         return Ranking(whole, kept, ranked.tolist(), left_out)
-    tested = statistics.friedman(ranked)
-    smallest = statistics.smallest_friedman(len(whole), len(kept))
-    return Ranking(whole, kept, ranked.tolist(), left_out, *tested, smallest)
+    tested = statistics.friedman(statistics.ranks(apart))
+    smallest = statistics.smallest_friedman(len(apart), len(kept))
+    return Ranking(whole, kept, ranked.tolist(), left_out, *tested, smallest, len(apart))
+
+
+def _apart(all_groups: Sequence[Group], methods: Sequence[str]) -> Array:
+    """[blocks, M] values whose blocks are other patients, or the same under another partition: means over seeds."""
+    levels = [(group, group.level) for group in all_groups]
+    if len(all_groups) == 1:
+        levels = [(group, f"site:{site}") for group in all_groups for site in group.sites]
+    return np.stack(
+        [
+            np.mean([_block(group, level, at, methods) for at in range(len(group.seeds))], axis=0)
+            for group, level in levels
+        ]
+    )
 
 
 def complete(known: Array) -> tuple[list[int], list[int]]:

@@ -232,12 +232,15 @@ def _about_ranks(ranked: Ranking | None) -> str:
     said += f" Left out as incomplete: {', '.join(ranked.left_out)}." if ranked.left_out else ""
     if ranked.p is None or ranked.smallest_p is None:
         return said + " A Friedman test needs two blocks at least."
-    said += f" Friedman's test, by permutation within blocks: statistic {ranked.statistic:.2f}, p = {ranked.p:.4f}."
+    said += (
+        f" Friedman's test, by permutation within {ranked.tested_blocks} blocks (means over seeds, which share their "
+        f"patients): statistic {ranked.statistic:.2f}, p = {ranked.p:.4f}."
+    )
     if ranked.smallest_p > 0.05:
         said += (
             f" With so few blocks and methods p cannot fall below {ranked.smallest_p:.3f}: it cannot be significant."
         )
-    return said + " Blocks that share patients are no independent evidence about patients."
+    return said + " Groups whose test images overlap are no independent evidence about patients."
 
 
 def _about_pairs(compared: Compared) -> str:
