@@ -183,6 +183,7 @@ _BY_PRODUCT: Mapping[str, Callable[[Sequence[Product], Terms, Tensors], dict[str
     "residual": residual,
 }
 _CHANGES_BASE = ("stack", "residual")
+_RESTARTS = ("stack", "product_svd")  # factors come back as they began, or in another basis
 _ROBUST = ("median", "trimmed_mean")
 
 
@@ -215,7 +216,7 @@ class Aggregation:
             raise ConfigError("this aggregation needs adapters that are summed", received=received)
         alone = declaration.needs_individual_updates or self.kind != "mean"
         changes = declaration.changes_base or self.kind in _CHANGES_BASE
-        anew = declaration.restarts_factors or self.kind in ("product_svd", "stack")
+        anew = declaration.restarts_factors or self.kind in _RESTARTS
         return replace(declaration, needs_individual_updates=alone, changes_base=changes, restarts_factors=anew)
 
     def products(self, specs: Specs, shared: Specs) -> tuple[Product, ...]:

@@ -219,17 +219,17 @@ def test_options_survive_writing_out_and_reading_again(options: dict[str, Any]) 
 
 def test_a_strategy_declares_what_its_sum_needs() -> None:
     told = {
-        kind: (strategy.declares.needs_individual_updates, strategy.declares.changes_base)
+        kind: (told.needs_individual_updates, told.changes_base, told.restarts_factors)
         for kind in ("mean", "median", "trimmed_mean", "product_svd", "stack", "residual")
-        for strategy in [FedAvg(aggregate=Aggregation(kind))]
+        for told in [FedAvg(aggregate=Aggregation(kind)).declares]
     }
     assert told == {
-        "mean": (False, False),
-        "median": (True, False),
-        "trimmed_mean": (True, False),
-        "product_svd": (True, False),
-        "stack": (True, True),
-        "residual": (True, True),
+        "mean": (False, False, False),
+        "median": (True, False, False),
+        "trimmed_mean": (True, False, False),
+        "product_svd": (True, False, True),
+        "stack": (True, True, True),
+        "residual": (True, True, False),
     }
     assert FedAvg(declares=Declaration(needs_individual_updates=True)).declares.needs_individual_updates
     for kind in ("stack", "residual"):
