@@ -95,8 +95,8 @@ class FedAvg:
         """Train shared and personal tensors together on the base as it is; send the shared ones that were trained."""
         shared = {name: value for name, value in received.items() if name in training.specs}
         base = {name: value for name, value in received.items() if name not in shared}
-        objective = self.objective_for(shared, training)
-        fitted = training.fit({**shared, **personal.tensors}, objective=objective, fixed=base)
+        minimised = self.objective_for(shared, training)
+        fitted = training.fit({**shared, **personal.tensors}, objective=minimised, fixed=base)
         update = {name: fitted.variables[name] for name in shared if training.active(training.specs[name].tag)}
         kept = Personal({name: fitted.variables[name] for name in personal.tensors})
         return Learned(update, kept, fitted.loss, fitted.num_steps, fitted.image_passes)
@@ -121,11 +121,7 @@ class FedAvg:
     options=FedAvgOptions,
     summary="all trained tensors are averaged in every round",
     source="McMahan et al., AISTATS 2017, arXiv 1602.05629",
-    facts={
-        "leaves the site": "all trained tensors",
-        "stays": "nothing but the data",
-        "exact": "mean of tensors, so of factors and not of their products; aggregate chooses another sum",
-    },
+    facts={"leaves the site": "all trained tensors", "stays": "nothing but the data", "exact": "mean of each tensor"},
 )
 def fedavg(options: FedAvgOptions) -> FedAvg:
     """FedAvg, weighted by examples or uniformly, or with another sum."""
