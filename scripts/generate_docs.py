@@ -85,7 +85,9 @@ def _model_of(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def _comments(model: type[BaseModel]) -> dict[str, str]:
-    found = re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(model), flags=re.MULTILINE)
+    own = [base for base in reversed(model.__mro__) if issubclass(base, BaseModel) and base is not BaseModel]
+    source = "\n".join(inspect.getsource(base) for base in own)
+    found = re.findall(r"^    (\w+): .*?  # (.+)$", source, flags=re.MULTILINE)
     return {name: comment.replace("None:", "left out:") for name, comment in found}
 
 
