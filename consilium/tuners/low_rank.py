@@ -1,7 +1,8 @@
 """Stage 3, tuners. In: a linear layer, its factors. Out: what LoRA needs beside its formula: ranks, start, DoRA's norm.
 
 DoRA: Liu et al., arXiv 2402.09353, eq. 5: W' = m (W + s B A) / ||W + s B A||, norms of rows of timm's weights [out, in]
-(outputs, the paper's columns), taken as a constant for gradients as in section 4.3.
+(outputs, the paper's columns), taken as a constant for gradients as in section 4.3. Products act inside the norm, so
+what an aggregation says of them holds for the direction; magnitudes get a mean of their own.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -205,6 +206,31 @@ def test_safetensors_over_another_backbone_are_refused(weights: Callable[[str], 
     out = export(_run(tmp_path / "run", backbone, {"name": "lora"}), "safetensors", tmp_path / "out")
     with pytest.raises(StateError, match="not the one this run was trained on"):
         load(out, weights="random")
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("format", "number"), [("peft", 0), ("timm", 1), ("safetensors", 2)])
+def test_the_page_on_export_reads_each_format(
+    format: Any, number: int, weights: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = {"name": VIT, "weights": str(weights(VIT)), "image_size": 32}
+    run = _run(tmp_path / "run", backbone, {"name": "lora", "dora": True})
+    export(run, format, tmp_path / ("adapter", "merged", "tuned")[number])
+    shutil.copy(weights(VIT), tmp_path / "backbone.safetensors")
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)[number], found)
+    with torch.no_grad():
+        torch.testing.assert_close(found["model"](_images(32)), _logits(run, None, 32), rtol=1e-3, atol=1e-4)
+
+
+def test_the_page_on_export_names_the_keys_of_the_manifest(tmp_path: Path) -> None:
+    run = _run(tmp_path / "run", {"name": VIT, "weights": "random", "image_size": 32}, {"name": "lora"})
+    _, manifest = checkpoint.load(export(run, "safetensors", tmp_path / "out") / ADAPTER)
+    named = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", PAGE.partition("## The manifest")[2], re.M)))
+    assert set(named) == manifest.keys()
 
 
 def test_a_frozen_head_is_exported_too(weights: Callable[[str], Path], tmp_path: Path) -> None:
