@@ -51,9 +51,7 @@ def check_keys(found: Sequence[Axis]) -> None:
     for axis in found:
         for key in keys(axis):
             if key == "seed":
-                raise ConfigError(
-                    "the seed is no axis", where=axis.name, remedy="list the seeds of the runs in `seeds`"
-                )
+                raise _seed_is_no_axis(axis.name)
     for one, other in itertools.combinations(found, 2):
         for key, again in itertools.product(keys(one), keys(other)):
             if _overlap(key, again):
@@ -109,9 +107,15 @@ def _of_key(key: str, values: Sequence[Any]) -> Axis:
 
 
 def _check_name(name: str) -> None:
-    if not name.strip() or name in RESERVED or (name.split(".")[0] in RESERVED and name != "seed"):
+    if name == "seed":
+        raise _seed_is_no_axis("axes")
+    if not name.strip() or name.split(".")[0] in RESERVED:
         remedy = "give the axis another name"
         raise ConfigError("this name is a column of every study's tables", where="axes", received=name, remedy=remedy)
+
+
+def _seed_is_no_axis(where: str) -> ConfigError:
+    return ConfigError("the seed is no axis", where=where, remedy="list the seeds of the runs in `seeds`")
 
 
 def assignments(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -136,7 +140,12 @@ def _check_exclude(found: Sequence[Axis], exclude: Sequence[Table]) -> None:
                 raise ConfigError("no such axis", where="exclude", allowed=", ".join(known), received=name)
             unknown = [one for one in _many(value) if one not in known[name]]
             if unknown:
-                raise ConfigError("no such value", where=f"exclude.{name}", allowed=known[name], received=unknown[0])
+                raise ConfigError(
+                    "no such value",
+                    where=f"exclude.{name}",
+                    allowed=", ".join(map(str, known[name])),
+                    received=unknown[0],
+                )
         if not rule:
             raise ConfigError("this would exclude everything", where="exclude", remedy="name an axis and its value")
 

@@ -67,6 +67,12 @@ class Collection:
             self._numbers[run] = _numbers(result, self._majority(result))
             self._tidy[run] = list(_tidy(result, ("val",) if self.selects else results.SPLITS))
 
+    def stopped(self) -> None:
+        """Note that what ran was ended, and can be resumed."""
+        for run in [run for run, outcome in self.outcomes.items() if outcome.status == "running"]:
+            self.mark(run, "waiting")
+        self.write()
+
     def count(self, status: Status) -> int:
         """Number of runs that stand so."""
         return sum(outcome.status == status for outcome in self.outcomes.values())

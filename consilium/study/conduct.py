@@ -24,6 +24,7 @@ from consilium.study.plan import Plan, plan
 from consilium.study.prepare import Job, prepare
 from consilium.study.runner import Room, carry_out, room_here
 
+LOCK = ".lock"
 SAME = ("config_hash", "data_digest", "split_hash")  # what a run of an older version shares with one of this version
 
 
@@ -49,9 +50,14 @@ def conduct(path: Path, overrides: Sequence[str] = (), options: Options | None =
         folders, old = _folders(jobs, out, options.keep_old)
         collection = Collection(planned, out, jobs, folders, [*warnings, *old])
         todo = _begin(collection)
-        room = room or room_here(resources(planned, options), todo)
+        allowed = resources(planned, options)
+        room = room_here(allowed, todo) if room is None else room.within(allowed)
         with board.shown(len(todo), out, options.quiet) as shown:
-            carry_out(todo, out, room, pool, _Watch(collection, shown))
+            try:
+                carry_out(todo, out, room, pool, _Watch(collection, shown))
+            except BaseException:  # nothing runs any more
+                collection.stopped()
+                raise
         collection.select()
         page = importlib.import_module("consilium.study.page")
         page.write(out)
@@ -146,17 +152,27 @@ def _claimed(out: Path, name: str) -> Iterator[None]:
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with FileLock(out / ".lock", timeout=0):
-            yield
+        with FileLock(out / LOCK, timeout=0):
+            try:
+                yield
+            finally:
+                _leave(out)
     except Timeout as error:
         raise StateError("another process works on this study", where=str(out), remedy="wait for it") from error
     except OSError as error:
         raise checkpoint.not_written(out, error) from error
 
 
+def _leave(out: Path) -> None:
+    """Nothing is left of a study that never began."""
+    if _begun(out):
+        (out / LOCK).unlink(missing_ok=True)
+        out.rmdir()
+
+
 def _begun(out: Path) -> bool:
-    """Whether a study was interrupted there before it wrote anything."""
-    return {path.name for path in out.iterdir()} == {".lock"}
+    """Whether a study was claimed there and wrote nothing yet."""
+    return {path.name for path in out.iterdir()} <= {LOCK}
 
 
 @contextmanager

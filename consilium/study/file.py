@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ByteSize, Field, ValidationError, field_validator
+from pydantic import BeforeValidator, ByteSize, Field, ValidationError, field_validator
 
 from consilium import config_file, paths
 from consilium.config import Config
 from consilium.errors import ConfigError
 from consilium.registry import Options, options_error
 
-Auto = Literal["auto"]
 Table = dict[str, Any]
 Seed = Annotated[int, Field(ge=0)]
 
@@ -49,11 +48,15 @@ class SelectConfig(Options):
     over: Annotated[tuple[str, ...], Field(min_length=1)]
 
 
-class ResourcesConfig(Options):
-    """How much of this machine the runs may take together."""
+def _unless_auto(value: object) -> object:
+    return None if value == "auto" else value
 
-    workers: Annotated[int, Field(ge=1)] | Auto = "auto"
-    memory: ByteSize | Auto = "auto"  # "12GB", or a number of bytes
+
+class ResourcesConfig(Options):
+    """How much of this machine the runs may take together; "auto" or None: as much as is free."""
+
+    workers: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_unless_auto)] = None
+    memory: Annotated[ByteSize | None, BeforeValidator(_unless_auto)] = None  # "12GB", or a number of bytes
 
 
 class StudyFile(Options):
@@ -74,7 +77,10 @@ class StudyFile(Options):
     @field_validator("name")
     @classmethod
     def _names_a_folder(cls, name: str) -> str:
-        return Config(name=name).name
+        try:
+            return Config(name=name).name
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
 
     @field_validator("grid", mode="before")
     @classmethod
@@ -99,7 +105,8 @@ class Loaded:
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
-    """Read and validate; `a.b=value` changes the study where `a` is one of its keys, else the base configuration."""
+    """Read and validate; `a.b=value` changes the study where `a` is one of its keys, else the base configuration, as
+    `base.a.b=value` always does."""
     table, home = config_file.read(path), path.resolve().parent
     own = [text for text in overrides if _is_own(text)]
     for text in own:
@@ -108,14 +115,15 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
         study = StudyFile.model_validate(paths.absolute(table, StudyFile, home))
     except ValidationError as error:
         raise options_error(f"study {path}", error, _model_at(error)) from error
-    base = _base(study, home, [text for text in overrides if text not in own])
+    base = _base(study, home, [text.strip().removeprefix("base.") for text in overrides if text not in own])
     if "seed" in base and "seeds" not in study.model_fields_set:
         study = study.model_copy(update={"seeds": (base["seed"],)})
     return Loaded(study, base, home)
 
 
 def _is_own(text: str) -> bool:
-    return text.partition("=")[0].strip().split(".")[0] in StudyFile.model_fields
+    first, *deeper = text.partition("=")[0].strip().split(".")
+    return first in StudyFile.model_fields and not (first == "base" and deeper)
 
 
 def _model_at(error: ValidationError) -> type[Options]:

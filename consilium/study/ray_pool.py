@@ -7,6 +7,8 @@ Needs the extra `consilium[ray]`; nothing else imports Ray.
 from __future__ import annotations
 
 import os
+import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -83,11 +85,17 @@ def _imported() -> Any:
 
 
 def _connect(ray: Any, address: str) -> None:
+    if (found := _PORT.fullmatch(address)) is not None:  # Ray itself would wait for a minute
+        socket.create_connection((found["host"], int(found["port"])), _PATIENCE_SECONDS).close()
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if address == LOCAL:
         ray.init(address=LOCAL, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
     else:
         ray.init(address=address, **quiet)
+
+
+_PORT = re.compile(r"(ray://)?(?P<host>[^:/]+):(?P<port>\d+)")
+_PATIENCE_SECONDS = 10
 
 
 def _room(ray: Any) -> Room:

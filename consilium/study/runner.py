@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -45,6 +45,11 @@ class Room:
             and sum(each.memory_bytes for each in jobs) <= self.memory_bytes
             and sum(each.memory_bytes for each in jobs if each.device != "cpu") <= self.gpu_bytes
         )
+
+    def within(self, resources: ResourcesConfig) -> Room:
+        """No more than the study may take."""
+        runs = min(self.runs, resources.workers or self.runs)
+        return replace(self, runs=runs, memory_bytes=min(self.memory_bytes, resources.memory or self.memory_bytes))
 
 
 class Watch(Protocol):
@@ -95,8 +100,8 @@ def room_here(resources: ResourcesConfig, jobs: Sequence[Job]) -> Room:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     on_gpu = any(job.device != "cpu" for job in jobs)
     gpu = round(SPARE * torch.cuda.mem_get_info()[0]) if on_gpu else 0
-    memory = round(SPARE * free_memory()) if resources.memory == "auto" else int(resources.memory)
-    if resources.workers == "auto":
+    memory = round(SPARE * free_memory()) if resources.memory is None else int(resources.memory)
+    if resources.workers is None:
         return Room(len(jobs) or 1, cores, memory, gpu)
     return Room(
         resources.workers, max(cores, sum(sorted(job.cores for job in jobs)[-resources.workers :])), memory, gpu
