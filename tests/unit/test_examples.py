@@ -1,29 +1,55 @@
-"""Every configuration that is shipped can be read."""
+"""Every configuration and every study that is shipped can be read."""
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from consilium import config, experiment
+from consilium.study.plan import plan
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").rglob("*.toml"))
+FILES = sorted((Path(__file__).parents[2] / "examples").rglob("*.toml"))
+STUDIES = [path for path in FILES if "base" in tomllib.loads(path.read_text())]
+RUNS = [path for path in FILES if path not in STUDIES]
+PARTS = ("base", "base-reduced", "in-domain")  # of the tuner study: no run of their own, or no federation
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_a_shipped_configuration_is_valid(path: Path) -> None:
     loaded = config.load(path)
-    assert loaded.name == f"{path.parent.name}-{path.stem}"
-    assert set(loaded.evaluation.references) == {"local", "pooled"}
+    if path.stem not in PARTS:
+        assert loaded.name == f"{path.parent.name}-{path.stem}"
+        assert set(loaded.evaluation.references) == {"local", "pooled"}
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_the_pieces_of_a_shipped_configuration_fit(path: Path) -> None:
     loaded = config.load(path, ["backbone.weights=random", "backbone.image_size=32"])
     pieces = experiment.assemble(loaded, loaded.task.classes or ())
-    assert len(pieces.up(1)) > 0 or path.stem == "fedper-linear"
+    assert len(pieces.up(1)) > 0 or path.stem in ("fedper-linear", "in-domain")
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_shipped_study_is_valid_and_gives_every_method_as_many_runs(path: Path) -> None:
+    cells = plan(path).cells
+    methods = [cell.settings["tuner"] for cell in cells]
+    assert not [cell.refused for cell in cells if cell.refused]
+    assert len({methods.count(name) for name in methods}) == 1
+
+
+def test_the_study_has_every_tuner() -> None:
+    used = {table.name for cell in plan(_named("study")).cells if cell.config for table in cell.config.tuner}
+    assert used == {path.stem for path in (Path(__file__).parents[2] / "consilium" / "tuners").glob("*.py")} - {
+        "__init__", "base", "compose", "head", "low_rank", "scaling", "tokens"
+    }  # fmt: skip
+
+
+def _named(stem: str) -> Path:
+    return next(path for path in STUDIES if path.stem == stem)
 
 
 def test_there_are_examples() -> None:
-    assert {path.stem for path in EXAMPLES} == {"fedavg-linear", "fedavg-lora", "fedper-linear", "fedper-lora"}
+    assert {path.stem for path in RUNS} >= {"fedavg-linear", "fedavg-lora", "fedper-linear", "fedper-lora"}
+    assert {path.stem for path in STUDIES} == {"study", "starts", "tune"}
