@@ -7,6 +7,7 @@ axes, then over those) wins; a point that lacks a run cannot. Equal budget: ever
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +121,7 @@ def write(folder: Path, found: Sequence[Point], searched: Sequence[Axis], facts:
     at_edge = edges(found, chosen, over)
     lines = ["# Values chosen on validation images; another study applies them with `use`.", *_rows(facts)]
     for method, point in chosen.items():
-        lines += ["", f"[values.{_text(str(method))}]", *_rows(_keys(searched, point.values))]
+        lines += ["", f"[values.{_key(str(method))}]", *_rows(_keys(searched, point.values))]
     lines += ["", "[at_edge]  # chosen at an end of the searched range: search wider"]
     lines += _rows({str(method): keys for method, keys in at_edge.items()})
     for point in found:
@@ -138,7 +139,11 @@ def _keys(searched: Sequence[Axis], values: Values) -> Table:
 
 
 def _rows(values: Mapping[str, Any]) -> list[str]:
-    return [f"{_text(key)} = {_text(value)}" for key, value in values.items() if value is not None]
+    return [f"{_key(key)} = {_text(value)}" for key, value in values.items() if value is not None]
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
 
 
 def _text(value: Any) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from consilium import config_file
 from consilium.study.axes import named
 from consilium.study.chosen import FILE
 from consilium.study.collect import Collection
@@ -27,6 +28,7 @@ def summary(made: Collection) -> dict[str, Any]:
         "folder": str(made.out),
         "report": str(made.out / "report.html"),
         "selected": str(made.out / FILE) if made.selects else None,
+        "at_edge": _at_edge(made) if made.selects else {},
         "done": made.count("done"),
         "failed": [row for row in rows if row["status"] == "failed"],
         "refused": [row for row in rows if row["status"] == "refused"],
@@ -42,8 +44,20 @@ def text(made: Collection) -> str:
     lines += [f"refused: {text}" for text in dict.fromkeys(_brief(row) for row in found["refused"])]
     for row in found["failed"]:
         lines += [f"failed: {_brief(row)}", f"  log: {row['log']}"]
-    lines += [f"selected: {found['selected']}"] if found["selected"] else []
+    lines += _selected(made) if made.selects else []
     return "\n".join([*lines, f"tables: {made.out}", f"report: {found['report']}"])
+
+
+def _at_edge(made: Collection) -> dict[str, list[str]]:
+    """Keys whose chosen value is the first or the last tried, for each method."""
+    found: dict[str, list[str]] = config_file.read(made.out / FILE)["at_edge"]
+    return {method: keys for method, keys in found.items() if keys}
+
+
+def _selected(made: Collection) -> list[str]:
+    edges = [f"{method}: {', '.join(keys)}" for method, keys in _at_edge(made).items()]
+    warning = [f"warning: chosen at an end of the searched range, so search wider: {'; '.join(edges)}"] if edges else []
+    return [f"selected: {made.out / FILE}", *warning]
 
 
 def _brief(row: dict[str, Any]) -> str:
