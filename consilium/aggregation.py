@@ -226,8 +226,8 @@ class Aggregation:
         if (self.of_factors and not found) or (self.kind in _BY_PRODUCT and not whole):
             raise ConfigError(
                 "nothing that this strategy sums is a product of two factors",
-                where="strategy.aggregate",
-                allowed="lora or low_rank_prompts, with both factors shared; or aggregate = mean, median, trimmed_mean",
+                where="strategy" if self.of_factors else "strategy.aggregate",
+                allowed="lora or low_rank_prompts" + (", with both factors shared" if found else ""),
                 received=f"{self.kind} of tensors with the roles {sorted({spec.tag.role for spec in specs.values()})}",
             )
         return whole

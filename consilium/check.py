@@ -1,8 +1,9 @@
 """Composition: a run before it runs. In: a configuration. Out: what would be trained, sent and needed.
 
 The bytes are those of the serialised tensors, computed from the declared shapes and the same draws of sites that the
-run will make, so they equal what the run then measures; a tensor that training leaves as it was to the last bit is not
-sent again, which no prediction can know. Nothing is trained.
+run will make, so they equal what the run then measures. A tensor that training or a sum leaves as it was to the last
+bit (the base under `residual`, where one site replied or a factor is frozen) is not sent again: then they are a bound.
+Nothing is trained.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from consilium.coordinator import drawn_sites, predicted_passes
 from consilium.experiment import Experiment, assemble
 from consilium.protocols import Specs
 from consilium.sites import audit
-from consilium.sites.federation import Federation
 from consilium.tensors import serialised_size
 
 Table = dict[str, Any]
@@ -29,7 +29,7 @@ class Check:
 
     name: str
     parameters: Mapping[str, int]
-    bytes_per_round: Mapping[str, Table]  # a full round: {"up", "down"}: {"total", "per_site"}
+    bytes_per_round: Mapping[str, Table]  # sent in round 1; received by a site that lacks everything: total, per_site
     bytes: Mapping[str, Table]  # of the whole run, as result.json will say
     image_passes: Mapping[str, int]
     memory_bytes: Mapping[str, int]
@@ -53,18 +53,19 @@ def check(config: Config) -> Check:
     run.check_serving(config, prepared)
     experiment = assemble(config, prepared.classes)
     specs = experiment.model.specs
-    up, down = experiment.up(1), experiment.down(1)
+    names = sorted(prepared.sites)
+    up, down = {site: _size(experiment.sent(1, site)) for site in names}, _size(experiment.down(1))
     sent, received = results.both_ways(experiment)
     passes = predicted_passes(config, {name: len(data.train) for name, data in prepared.sites.items()})
     return Check(
         name=config.name,
         parameters=results.parameters(experiment),
-        bytes_per_round={"up": _full(up, prepared), "down": _full(down, prepared)},
-        bytes=predicted_bytes(experiment, sorted(prepared.sites)),
+        bytes_per_round={"up": _full(up), "down": _full(dict.fromkeys(names, down))},
+        bytes=predicted_bytes(experiment, names),
         image_passes=passes,
         memory_bytes=_memory(experiment),
         wire={"up": results.wire(sent), "down": results.wire(received)},
-        kept_at_site=results.wire({name: spec for name, spec in specs.items() if name not in sent}),
+        kept_at_site=results.wire({n: spec for n, spec in specs.items() if n not in sent and n not in received}),
         numbers=results.numbers(experiment),
         individual_updates=experiment.strategy.declares.needs_individual_updates,
         sites={name: results.site_table(data, prepared.classes) for name, data in prepared.sites.items()},
@@ -80,9 +81,8 @@ def _size(specs: Specs) -> int:
     )
 
 
-def _full(specs: Specs, prepared: Federation) -> Table:
-    per_site = dict.fromkeys(sorted(prepared.sites), _size(specs))
-    return {"total": sum(per_site.values()), "per_site": per_site}
+def _full(per_site: Mapping[str, int]) -> Table:
+    return {"total": sum(per_site.values()), "per_site": dict(per_site)}
 
 
 def predicted_bytes(experiment: Experiment, sites: Iterable[str]) -> dict[str, Table]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from consilium.study.collect import Collection
     from consilium.study.conduct import Options
 
-StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="TOML file: base, seeds, [grid], [axes], [compare].")]
+StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="TOML file with base, seeds, axes or grid, compare.")]
 
 
 def study(

@@ -222,7 +222,9 @@ class EngineConfig(Options):
 
 
 def _one_or_many(value: object) -> object:
-    return [value] if isinstance(value, Mapping) else value
+    """A table, a name, or several of either: `tuner = ["lora", "prompts"]`."""
+    many = value if isinstance(value, (list, tuple)) else [value]
+    return [{"name": each} if isinstance(each, str) else each for each in many]
 
 
 class Config(BaseModel):

@@ -62,7 +62,8 @@ class Experiment:
 
     def up(self, round: int) -> Specs:
         """What may leave a site in this round; ConfigError where the strategy would send what is personal."""
-        return _impersonal(self.strategy.up(self.model.specs, round), self.model.specs, self.strategy)
+        found = _impersonal(self.strategy.up(self.model.specs, round), self.model.specs, self.strategy)
+        return {name: spec for name, spec in found.items() if name not in self.model.never_trained}
 
     def down(self, round: int) -> Specs:
         """What may reach a site in this round; ConfigError where the strategy would send what is personal."""

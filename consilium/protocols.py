@@ -131,6 +131,7 @@ class Attached:
     learning_rates: Mapping[str, float]  # role -> AdamW learning rate
     inert: int = 0  # scalars the method trains in name that provably change no output: held, counted, never sent
     forgets_moments: bool = False  # moments of its tensors start anew in every round, whatever train.moments says
+    never_trained: frozenset[str] = frozenset()  # of its own: drawn from the run's seed, sent to sites, never sent back
     stands_for: frozenset[str] = frozenset()  # the backbone's own tensors that its own take the place of, in part
     merge_refused: str = ""  # why this cannot be folded into weights, if so; compose asks before it folds anything
 
@@ -168,6 +169,10 @@ class Model(Protocol):
     @property
     def inert(self) -> int:
         """Scalars that the tuners train in name only, see `Attached.inert`."""
+
+    @property
+    def never_trained(self) -> frozenset[str]:
+        """Variables that no round trains."""
 
     @property
     def forgotten(self) -> frozenset[str]:

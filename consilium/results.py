@@ -97,7 +97,7 @@ def write(out: Path, experiment: Experiment, federation: Federation, plans: Sequ
         "parameters": parameters(experiment),
         **summary,
         "wire": {"up": wire(up), "down": wire(down)},
-        "kept_at_site": wire({name: spec for name, spec in specs.items() if name not in up}),
+        "kept_at_site": wire({n: spec for n, spec in specs.items() if n not in up and n not in down}),
         "numbers": numbers(experiment),
         "peak_memory_bytes": peak_memory(),
         "rounds": config.train.rounds,

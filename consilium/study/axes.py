@@ -54,7 +54,7 @@ def check_keys(found: Sequence[Axis]) -> None:
                 raise _seed_is_no_axis(axis.name)
     for one, other in itertools.combinations(found, 2):
         for key, again in itertools.product(keys(one), keys(other)):
-            if _overlap(key, again):
+            if overlap(key, again):
                 raise ConfigError(
                     "a configuration key is given twice",
                     where=f"{one.name} and {other.name}",
@@ -128,7 +128,7 @@ def assignments(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _overlap(key: str, other: str) -> bool:
+def overlap(key: str, other: str) -> bool:
     return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 

@@ -118,13 +118,16 @@ def subsets(group: Group) -> list[tuple[str, list[str]]]:
     return found + ([("without head-only and full", [*heads, *whole])] if heads and whole else [])
 
 
+MIN_DECADES = 0.5  # methods that cost nearly the same say nothing of tenfold the cost
+
+
 def _slope(group: Group, cost: str, subset: str, without: Sequence[str]) -> Slope:
     x, y = group.log_cost(cost), group.main
     usable = np.isfinite(x) & np.isfinite(y.joint[:, 0])
     kept = [index for index, name in enumerate(group.methods) if usable[index] and name not in without]
     methods = [group.methods[index] for index in kept]
     left_out = [name for index, name in enumerate(group.methods) if not usable[index] and name not in without]
-    if len(kept) < 2:
+    if len(kept) < 2 or np.ptp(x[kept]) < MIN_DECADES:
         return Slope(cost, subset, methods, Estimate(None), left_out=left_out)
     x, joint, seeds = x[kept], y.joint[kept], y.seeds[kept]
     draws = Draws(statistics.slopes(joint, x), statistics.slopes(seeds, x))

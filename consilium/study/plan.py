@@ -6,6 +6,7 @@ only some combination makes impossible is refused there and noted, and the rest 
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ def plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
     if study.use is not None:
         axes = chosen.use(axes, study.use)
     varied.check_keys(axes)
+    _check_overrides(overrides, axes)
     compare = _compare(study, axes)
     kept, excluded = varied.cells(axes, study.exclude)
     if not kept:
@@ -59,6 +61,15 @@ def plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
     if study.select is not None:
         chosen.check_budget([cell.settings for cell in made.cells if not cell.refused], compare, study.select)
     return made
+
+
+def _check_overrides(overrides: Sequence[str], axes: Sequence[Axis]) -> None:
+    """ConfigError where --set gives a key that the study varies, which would have no effect."""
+    given = [text.partition("=")[0].strip() for text in overrides]
+    for axis, key in itertools.product(axes, given):
+        if any(varied.overlap(key, own) for own in varied.keys(axis)):
+            remedy = f"change the axis {axis.name!r}, or leave this out"
+            raise ConfigError("the study varies this key itself", where="--set", received=key, remedy=remedy)
 
 
 def _compare(study: StudyFile, axes: Sequence[Axis]) -> CompareConfig:

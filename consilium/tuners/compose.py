@@ -60,6 +60,11 @@ class TunedModel:
         return sum(each.inert for each in self.attached)
 
     @property
+    def never_trained(self) -> frozenset[str]:
+        """Variables that no round trains."""
+        return frozenset(name for each in self.attached for name in each.never_trained)
+
+    @property
     def forgotten(self) -> frozenset[str]:
         """Variables whose optimiser moments never outlive a round."""
         return frozenset(name for each in self.attached if each.forgets_moments for name in each.specs)

@@ -147,13 +147,13 @@ class Lora:
             for variable, value in linear.lora.named_parameters():
                 tag = Tag(name, *low_rank.role_and_part(variable, parts), block=places[name].block)
                 factor = None if combination == "router" else low_rank.side(tag)
-                scale = self.options.scale(rank)
-                specs[f"{name}.lora.{variable}"] = Spec(tuple(value.shape), tag, scale=scale, factor=factor)
+                specs[f"{name}.lora.{variable}"] = Spec(tuple(value.shape), tag, scale=linear.lora.scale, factor=factor)
             if self.options.dora:
                 magnitudes[f"{name}.lora.magnitude"] = linear.weight.norm(dim=1).float()
         refused, kind = low_rank.NO_MERGE if combination == "router" else "", self.options.start
         start = lambda seed: {**low_rank.initial(specs, kind, seed), **magnitudes}  # noqa: E731
-        return Attached(specs, start, RATES, merge_refused=refused)
+        held = frozenset(n for n, spec in specs.items() if self.options.freeze_a and spec.tag.role == "lora_a")
+        return Attached(specs, start, RATES, merge_refused=refused, never_trained=held)
 
     def active(self, specs: Specs, round: int, site: str, seed: int) -> Selector:  # noqa: ARG002
         """Everything, or all but A."""

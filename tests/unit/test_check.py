@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from consilium import config, coordinator, registry, tensors
 from consilium.check import check, predicted_bytes
-from consilium.errors import ConfigError, DataError
+from consilium.errors import ConfigError, DataError, WireError
 from consilium.experiment import Experiment
+from consilium.messages import Reply, encode
 from consilium.protocols import Declaration
 from consilium.run import reference_config
 from consilium.sites import audit
@@ -155,6 +156,14 @@ def test_what_is_not_trained_goes_out_once_and_never_comes_back() -> None:
     assert personal["down"]["total"] <= frozen["down"]["total"] < whole["down"]["total"]
     local = predicted_bytes(federation.assemble(federation.configure(strategy={"name": "local"})), ["a", "b"])
     assert (local["up"]["total"], local["down"]["total"]) == (0, 0)
+
+
+def test_a_frozen_factor_goes_down_once_and_is_neither_sent_nor_kept_secret() -> None:
+    pieces = federation.assemble(federation.configure(tuner=[{"name": "lora", "freeze_a": True}]))
+    assert not [name for name in pieces.up(1) if name.endswith(".a")]
+    assert [name for name in pieces.down(1) if name.endswith(".a")]
+    with pytest.raises(WireError):
+        encode(Reply("a", 1, 3, pieces.model.initial(0)), pieces.up(1))
 
 
 # ------------------------------------------------------------------------------------------------ the whole verb

@@ -12,8 +12,6 @@ from consilium import config, config_file, registry
 from consilium.data import Preprocessing
 from consilium.errors import ConfigError
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").rglob("*.toml"))
-
 
 def _table(text: str = "") -> dict[str, Any]:
     return tomllib.loads(text)
@@ -27,11 +25,6 @@ def _refused(text: str) -> ConfigError:
 
 def test_the_quick_start_is_a_valid_configuration() -> None:
     assert config.load(None).sites.source == "phantom"
-
-
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_every_shipped_configuration_is_valid(path: Path) -> None:
-    assert config.load(path).name
 
 
 @pytest.mark.parametrize(
@@ -242,3 +235,11 @@ def test_images_prepared_otherwise_change_both_hashes_whoever_says_so(change: di
 
 def test_a_default_written_out_is_the_same_configuration() -> None:
     assert _hashes() == _hashes(train={"rounds": 10}, head={"kind": "linear"})
+
+
+def test_tuners_may_be_named_in_a_list() -> None:
+    short, tables = (
+        config.from_dict({"tuner": t}) for t in (["lora", "prompts"], [{"name": "lora"}, {"name": "prompts"}])
+    )
+    assert short == tables
+    assert config.from_dict({"tuner": "bitfit"}).tuner[0].name == "bitfit"

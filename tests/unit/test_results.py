@@ -61,6 +61,9 @@ class _InTurn(FedAvg):
     def up(self, specs: Specs, round: int) -> Specs:
         return {name: spec for name, spec in specs.items() if (spec.tag.role == "head") == (round == 2)}
 
+    def down(self, specs: Specs, round: int) -> Specs:
+        return self.up(specs, round)
+
 
 def test_what_travels_in_any_round_is_listed() -> None:
     for rounds, both in ((1, False), (2, True)):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from consilium.errors import ConfigError
+from consilium.study.file import StudyFile
 from consilium.study.plan import Plan, plan
 
 BASE = """
@@ -153,3 +155,23 @@ def test_all_axes_but_the_method_and_the_searched_are_held_fixed(tmp_path: Path)
     made = planned(tmp_path, STUDY + '[grid]\n"train.rounds" = [1, 2]\n[select]\nover = ["train.rounds"]\n')
     assert (made.compare.method, made.compare.within, made.compare.split) == ("tuner", ("where",), "val")
     assert planned(tmp_path).compare.split == "test"
+
+
+@pytest.mark.parametrize("setting", ["tuner.rank=3", 'sites.partition={ kind = "natural" }', "sites.partition.seed=4"])
+def test_a_setting_that_the_study_varies_is_refused(tmp_path: Path, setting: str) -> None:
+    with pytest.raises(ConfigError, match="the study varies this key itself"):
+        planned(tmp_path, STUDY, setting)
+
+
+PAGE = (Path(__file__).parents[2] / "docs/study.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("text", re.findall(r"```toml\n(.*?)```", PAGE, flags=re.DOTALL))
+def test_the_studies_on_the_page_are_valid(text: str, tmp_path: Path) -> None:
+    made = planned(tmp_path, text)
+    assert not any(cell.refused for cell in made.cells)
+
+
+def test_the_page_names_every_key_and_file() -> None:
+    assert [key for key in StudyFile.model_fields if f"`{key}`" not in PAGE and f"[{key}" not in PAGE] == []
+    assert all(f"`{name}`" in PAGE for name in ("study.json", "selected.toml", "report.html"))
