@@ -9,12 +9,14 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from consilium import progress
@@ -29,9 +31,10 @@ class Board:
 
     def __init__(self, console: Console, total: int, out: Path) -> None:
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
-        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        self._progress = Progress(*columns, *times, console=console, speed_estimate_period=24 * 3600)
-        self._bar = self._progress.add_task("runs", total=total)
+        times = (TimeElapsedColumn(), TextColumn("left {task.fields[left]}", markup=False))
+        self._progress = Progress(*columns, *times, console=console)
+        self._bar = self._progress.add_task("runs", total=total, left="-:--:--")
+        self._began, self._before = monotonic(), 0.0
         self._console, self._out = console, out
         self._running: dict[str, Job] = {}
         self._ended, self._total, self._failed = 0, total, 0
@@ -39,6 +42,7 @@ class Board:
     def started(self, job: Job) -> None:
         """A run began, or went on."""
         self._running[job.run] = job
+        self._before += self._share(job)
         if not self._console.is_terminal:
             self._say(f"start {job.run}: {job.words}")
 
@@ -54,6 +58,17 @@ class Board:
         elif not self._console.is_terminal:
             self._say(f"done {self._ended} of {self._total}, {job.run}: {job.words}: {last.words}")
 
+    def _share(self, job: Job) -> float:
+        """How much of a run is done."""
+        return far(job.folder(self._out)).round / job.config.train.rounds if job.config is not None else 0.0
+
+    def _left(self) -> str:
+        """Time left at the pace so far; what earlier processes did of these runs says nothing about the pace."""
+        done = self._ended + sum(map(self._share, list(self._running.values())))
+        if done <= self._before:
+            return "-:--:--"
+        return clock((self._total - done) * (monotonic() - self._began) / (done - self._before))
+
     def _say(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
@@ -63,7 +78,13 @@ class Board:
             last = far(job.folder(self._out))
             rounds = job.config.train.rounds if job.config is not None else 0
             table.add_row(job.run, job.words, f"{last.round} of {rounds}", estimate(last.value))
+        self._progress.update(self._bar, left=self._left())
         return Group(self._progress, table)
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 @dataclass(frozen=True)
