@@ -14,6 +14,6 @@ esac
 case $what in
     study) set -- --set 'axes.start.in_domain.backbone.weights="made/in-domain-reduced/model.safetensors"' \
         --set 'exclude=[{start="in_domain", partition=["iid", "dirichlet"]}, {tuner=["dora", "low_rank_basis"]}]' "$@" ;;
-    starts) set -- --set 'exclude=[{tuner=["bitfit", "prompts_deep"]}]' "$@" ;;
+    starts) set -- --set 'exclude=[{tuner=["bitfit", "prompts_deep"]}, {start="pretrained"}]' "$@" ;;
 esac
 consilium study "$here/$what.toml" --out "runs/$what-reduced" --set base=base-reduced.toml "$@"
