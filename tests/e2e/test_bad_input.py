@@ -62,7 +62,7 @@ def _refused(done: Done, *words: str) -> None:
         ("train=5", ("train", "received: 5")),
         ("tuner=[]", ("tuner", "at least 1")),
         ("seed=-1", ("seed", "received: -1")),
-        ("tuner.name=loar", ("tuners", "allowed: full, linear, lora", "received: loar")),
+        ("tuner.name=loar", ("tuners", "full, ia3, linear, lora", "received: loar")),
         ("strategy.name=fedagv", ("strategies", "fedavg", "received: fedagv")),
         ("sites.source=manifset", ("sources", "manifest", "received: manifset")),
         ("task.name=clasification", ("tasks", "classification", "received: clasification")),
