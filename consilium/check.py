@@ -63,7 +63,7 @@ def check(config: Config) -> Check:
         bytes_per_round={"up": _full(up), "down": _full(dict.fromkeys(names, down))},
         bytes=predicted_bytes(experiment, names),
         image_passes=passes,
-        memory_bytes=_memory(experiment),
+        memory_bytes=memory(experiment),
         wire={"up": results.wire(sent), "down": results.wire(received)},
         kept_at_site=results.wire({n: spec for n, spec in specs.items() if n not in sent and n not in received}),
         numbers=results.numbers(experiment),
@@ -122,7 +122,7 @@ def predicted_bytes(experiment: Experiment, sites: Iterable[str]) -> dict[str, T
     return {way: {"total": sum(rows.values()), "per_site": rows} for way, rows in totals.items()}
 
 
-def _memory(experiment: Experiment) -> dict[str, int]:
+def memory(experiment: Experiment) -> dict[str, int]:
     """An estimate: weights once per process, trained tensors with gradient and moments, activations of a batch."""
     backbone, config = experiment.backbone, experiment.config
     module: Any = backbone.module

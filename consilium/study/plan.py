@@ -65,7 +65,8 @@ def plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
 
 def _check_overrides(overrides: Sequence[str], axes: Sequence[Axis]) -> None:
     """ConfigError where --set gives a key that the study varies, which would have no effect."""
-    given = [text.partition("=")[0].strip() for text in overrides]
+    words = [text.partition("=")[0].strip().removeprefix("base.").split(".") for text in overrides]
+    given = [".".join(word for word in key if not word.isdecimal()) for key in words]
     for axis, key in itertools.product(axes, given):
         if any(varied.overlap(key, own) for own in varied.keys(axis)):
             remedy = f"change the axis {axis.name!r}, or leave this out"

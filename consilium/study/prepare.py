@@ -124,7 +124,7 @@ def _facts(config: Config, data: Federation) -> Facts | ConsiliumError:
         parameters=results.parameters(experiment),
         bytes={way: sent[way]["total"] for way in ("up", "down")},
         image_passes=sum(predicted_passes(config, images).values()),
-        memory_bytes=round(SAFETY * check._memory(experiment)["total"]) + PROCESS_BYTES,
+        memory_bytes=round(SAFETY * check.memory(experiment)["total"]) + PROCESS_BYTES,
         cores=config.engine.threads * num_workers(config.engine.workers, len(data.sites)),
         device=device,
         identity=_identity(data, device),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterable
 
+from timm.layers.attention import Attention, AttentionRope
 from torch import nn
 
 from consilium import tensors
@@ -102,3 +103,9 @@ def only_part(tuner: str, parts: Iterable[Part], combination: Combination) -> Pa
             received=f"{tuner} with parts {[part.name for part in listed]}",
         )
     return listed[0]
+
+
+def ignores_a_shift_of_keys(backbone: Backbone, attention: nn.Module) -> bool:
+    """Plain attention: what comes after the keys is their product with queries, then a softmax over keys."""
+    plain = isinstance(attention, Attention | AttentionRope) and isinstance(attention.k_norm, nn.Identity)
+    return plain and getattr(backbone.module, "rope", None) is None

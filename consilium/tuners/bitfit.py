@@ -21,7 +21,6 @@ from dataclasses import replace
 from typing import ClassVar, cast
 
 import torch
-from timm.layers.attention import Attention, AttentionRope
 from torch import Tensor, nn
 
 from consilium import registry, tensors
@@ -111,14 +110,6 @@ def _whole(backbone: Backbone) -> dict[str, nn.Parameter]:
 
 def _split(backbone: Backbone) -> dict[str, nn.Linear]:
     """The fused qkv layers whose keys' bias is without effect, by name."""
-    if getattr(backbone.module, "rope", None) is not None:
-        return {}
-    layers = {f"{name}.qkv": _without_key_bias(module) for name, module in backbone.module.named_modules()}
-    return {name: linear for name, linear in layers.items() if linear is not None}
-
-
-def _without_key_bias(module: nn.Module) -> nn.Linear | None:
-    """The qkv layer of an attention in which the keys' bias cancels; of a kind not known here, it may not."""
-    if not isinstance(module, Attention | AttentionRope) or not isinstance(module.k_norm, nn.Identity):
-        return None
-    return module.qkv if module.qkv is not None and module.qkv.bias is not None else None
+    blind = [(n, each) for n, each in backbone.module.named_modules() if base.ignores_a_shift_of_keys(backbone, each)]
+    layers = {f"{name}.qkv": cast(nn.Linear | None, each.qkv) for name, each in blind}
+    return {name: linear for name, linear in layers.items() if linear is not None and linear.bias is not None}

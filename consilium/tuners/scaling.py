@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-from timm.layers.attention import Attention, AttentionRope
 from torch import Tensor, nn
 
 from consilium.errors import ConfigError
@@ -61,9 +60,3 @@ def fold(backbone: Backbone, name: str, scale: Tensor, shift: Tensor) -> None:
         q, _, v = (scale * apart.double() + shift).chunk(3)
         values |= {f"{parent}.q_bias": q, f"{parent}.v_bias": v}
     base.replace(backbone.module, values)
-
-
-def ignores_a_shift_of_keys(backbone: Backbone, attention: nn.Module) -> bool:
-    """Plain attention: what comes after the keys is their product with queries, then a softmax over keys."""
-    plain = isinstance(attention, Attention | AttentionRope) and isinstance(attention.k_norm, nn.Identity)
-    return plain and getattr(backbone.module, "rope", None) is None

@@ -33,7 +33,6 @@ from consilium.tuners.scaling import (
     bias_apart,
     combined,
     fold,
-    ignores_a_shift_of_keys,
     require_sum,
     rescaled,
 )
@@ -178,7 +177,7 @@ def _shifted(backbone: Backbone, name: str, place: ModuleRole) -> tuple[Pieces, 
     """Which pieces of a module's output are shifted, and how many scalars that is short of the published shift."""
     module, attention = backbone.module.get_submodule(name), _parent(backbone, name)
     has_bias = getattr(module, "bias", None) is not None
-    unseen = has_bias and place.role == "qkv" and ignores_a_shift_of_keys(backbone, attention)
+    unseen = has_bias and place.role == "qkv" and base.ignores_a_shift_of_keys(backbone, attention)
     size = len(cast(Tensor, module.weight))
     if name.endswith(".qkv") and (unseen or bias_apart(attention) is not None):
         return (True, False, True), size // 3 if unseen else 0

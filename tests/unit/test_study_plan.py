@@ -157,7 +157,16 @@ def test_all_axes_but_the_method_and_the_searched_are_held_fixed(tmp_path: Path)
     assert planned(tmp_path).compare.split == "test"
 
 
-@pytest.mark.parametrize("setting", ["tuner.rank=3", 'sites.partition={ kind = "natural" }', "sites.partition.seed=4"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "tuner.rank=3",
+        "tuner.0.rank=3",
+        "base.tuner.rank=3",
+        'sites.partition={ kind = "natural" }',
+        "sites.partition.seed=4",
+    ],
+)
 def test_a_setting_that_the_study_varies_is_refused(tmp_path: Path, setting: str) -> None:
     with pytest.raises(ConfigError, match="the study varies this key itself"):
         planned(tmp_path, STUDY, setting)
