@@ -12,13 +12,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from consilium import results, run
+from consilium import payload, results, run
 from consilium.config import Config
 from consilium.coordinator import drawn_sites, predicted_passes
 from consilium.experiment import Experiment, assemble
 from consilium.protocols import Specs
 from consilium.sites import audit
-from consilium.tensors import serialised_size
 
 Table = dict[str, Any]
 
@@ -54,7 +53,8 @@ def check(config: Config) -> Check:
     experiment = assemble(config, prepared.classes)
     specs = experiment.model.specs
     names = sorted(prepared.sites)
-    up, down = {site: _size(experiment.sent(1, site)) for site in names}, _size(experiment.down(1))
+    up = {site: payload.num_bytes(experiment.up(1), experiment.sent(1, site)) for site in names}
+    down = payload.num_bytes(experiment.down(1), experiment.down(1))
     sent, received = results.both_ways(experiment)
     passes = predicted_passes(config, {name: len(data.train) for name, data in prepared.sites.items()})
     return Check(
@@ -75,12 +75,6 @@ def check(config: Config) -> Check:
     )
 
 
-def _size(specs: Specs) -> int:
-    return serialised_size(
-        {name: (tuple(size or 0 for size in spec.shape), spec.dtype) for name, spec in specs.items()}
-    )
-
-
 def _full(per_site: Mapping[str, int]) -> Table:
     return {"total": sum(per_site.values()), "per_site": dict(per_site)}
 
@@ -97,8 +91,8 @@ def predicted_bytes(experiment: Experiment, sites: Iterable[str]) -> dict[str, T
 
     def send(site: str, number: int) -> None:
         down = strategy.down(specs, number)
-        news = {name: spec for name, spec in down.items() if have[site].get(name) != version[name]}
-        totals["down"][site] += _size(news)
+        news = [name for name in down if have[site].get(name) != version[name]]
+        totals["down"][site] += payload.num_bytes(down, news)
         have[site] |= {name: version[name] for name in news}
 
     for number in range(1, config.train.rounds + 1):
@@ -107,18 +101,15 @@ def predicted_bytes(experiment: Experiment, sites: Iterable[str]) -> dict[str, T
             send(site, number)
         for site in drawn:
             sent = experiment.sent(number, site)
-            totals["up"][site] += _size(sent)
+            totals["up"][site] += payload.num_bytes(experiment.up(number), sent)
             changed = bases - specs.keys() | (sent.keys() & version.keys()) - bases if sent else ()
             version |= dict.fromkeys(changed, number)
-    last = {
-        name: spec
-        for name, spec in strategy.down(specs, config.train.rounds).items()
-        if version[name] == config.train.rounds
-    }
+    down = strategy.down(specs, config.train.rounds)
+    last = [name for name in down if version[name] == config.train.rounds]
     for site in names:
         send(site, config.train.rounds)
         if config.evaluation.serve == "best":  # the chosen round's tensors go out once more
-            totals["down"][site] += _size(last)
+            totals["down"][site] += payload.num_bytes(down, last)
     return {way: {"total": sum(rows.values()), "per_site": rows} for way, rows in totals.items()}
 
 

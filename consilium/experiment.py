@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from consilium.backbones import recompute, timm_backbone
 from consilium.config import BackboneConfig, Config, agreement_hash
 from consilium.errors import ConfigError
 from consilium.local.train import Setting
-from consilium.messages import Handshake
+from consilium.messages import Handshake, envelope_of, rows
 from consilium.protocols import Backbone, Model, Selector, Slot, Specs, Strategy, Tag, Task, Tuner
 from consilium.tensors import Tensors, detach
 from consilium.tuners import base, compose
@@ -68,6 +69,12 @@ class Experiment:
     def down(self, round: int) -> Specs:
         """What may reach a site in this round; ConfigError where the strategy would send what is personal."""
         return _impersonal(self.strategy.down(self.model.specs, round), self.model.specs, self.strategy)
+
+    def contents(self, direction: Literal["up", "down"], message: bytes) -> list[dict[str, Any]]:
+        """What a recorded message holds, a row per tensor: name, shape, dtype, bytes. WireError where it is not whole
+        or belongs to another experiment."""
+        allowed = self.up if direction == "up" else self.down
+        return rows(message, allowed(int(envelope_of(message)["round"])))
 
 
 def assemble(config: Config, classes: Sequence[str]) -> Experiment:

@@ -1,7 +1,7 @@
 """Common: what crosses the wire. In: a request or a reply. Out: bytes, and back; both ends check every tensor.
 
 A message is a checksum, an envelope (JSON: who, which round, what it builds on, digests, numbers) and a payload
-(safetensors). Only tensors that the strategy declared for this direction and round can be put in or are accepted.
+(`payload.py`). Only tensors that the strategy declared for this direction and round can be put in or are accepted.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import consilium
+from consilium import payload
 from consilium.errors import TrainingError, WireError
 from consilium.protocols import Failure, Spec, Specs
-from consilium.tensors import Tensors, dumps, loads, non_finite
+from consilium.tensors import Tensors, non_finite
 
 RequestKind = Literal["describe", "round", "evaluate", "finish"]
 
@@ -96,13 +97,11 @@ def encode(message: Request | Reply, allowed: Specs) -> bytes:
     check(message.tensors, allowed, where=f"sending, site {message.site}, round {message.round}")
     envelope = {key: value for key, value in vars(message).items() if key != "tensors"}
     text = json.dumps(envelope, default=asdict, sort_keys=True).encode()
-    body = struct.pack("<Q", len(text)) + text + payload(message.tensors)
-    return hashlib.sha256(body).digest() + body
-
-
-def payload(tensors: Tensors) -> bytes:
-    """The serialised tensors; nothing at all where there are none."""
-    return dumps(tensors) if tensors else b""
+    body = [struct.pack("<Q", len(text)), text, *payload.chunks(message.tensors, allowed)]
+    checksum = hashlib.sha256()
+    for piece in body:
+        checksum.update(piece)
+    return b"".join([checksum.digest(), *body])
 
 
 def size(data: bytes) -> Size:
@@ -118,20 +117,30 @@ def envelope_of(data: bytes) -> dict[str, Any]:
 
 def decode_request(data: bytes, allowed: Specs) -> Request:
     """A request whose tensors are all declared."""
-    fields, tensors = _open(data)
-    request: Request = _build(Request, {**fields, "handshake": _build(Handshake, fields.get("handshake"))}, tensors)
-    check(request.tensors, allowed, where=f"receiving at site {request.site}, round {request.round}")
+    fields, found = _open(data)
+    where = f"receiving at site {fields.get('site')}, round {fields.get('round')}"
+    handshake = _build(Handshake, fields.get("handshake"))
+    request: Request = _build(Request, {**fields, "handshake": handshake}, payload.loads(found, allowed, where))
+    check(request.tensors, allowed, where)
     return request
 
 
 def decode_reply(data: bytes, allowed: Specs) -> Reply:
     """A reply whose tensors are all declared."""
-    fields, tensors = _open(data)
+    fields, found = _open(data)
+    where = f"receiving from site {fields.get('site')}, round {fields.get('round')}"
     failure = fields.get("failure")
+    tensors = payload.loads(found, allowed, where)
     reply: Reply = _build(Reply, {**fields, "failure": failure and _build(Failure, failure)}, tensors)
     _check_envelope(reply)
-    check(reply.tensors, allowed, where=f"receiving from site {reply.site}, round {reply.round}")
+    check(reply.tensors, allowed, where)
     return reply
+
+
+def rows(data: bytes, allowed: Specs) -> list[dict[str, Any]]:
+    """One row per tensor in an encoded message: name, shape, dtype, bytes. `allowed`: as for decoding it."""
+    fields, found = _open(data)
+    return payload.rows(found, allowed, where=f"site {fields.get('site')}, round {fields.get('round')}")
 
 
 def _check_envelope(reply: Reply) -> None:
@@ -182,14 +191,14 @@ def is_count(value: object) -> bool:
 _CHECKSUM, _LENGTH = 32, 8  # bytes: SHA-256 of all that follows, then the length of the envelope
 
 
-def _open(data: bytes) -> tuple[dict[str, Any], bytes]:
+def _open(data: bytes) -> tuple[dict[str, Any], memoryview]:
     """Envelope and payload of a message that arrived as it was sent."""
-    body = data[_CHECKSUM:]
+    body = memoryview(data)[_CHECKSUM:]
     if len(body) < _LENGTH or hashlib.sha256(body).digest() != data[:_CHECKSUM]:
         raise WireError("these bytes are no whole message", received=f"{len(data)} bytes", remedy="send it again")
     end = _LENGTH + int(struct.unpack("<Q", body[:_LENGTH])[0])
     try:
-        fields = json.loads(body[_LENGTH:end])
+        fields = json.loads(bytes(body[_LENGTH:end]))
     except ValueError as error:
         raise WireError("the envelope of this message is not JSON", received=str(error)) from error
     if end > len(body) or not isinstance(fields, dict):
@@ -197,9 +206,9 @@ def _open(data: bytes) -> tuple[dict[str, Any], bytes]:
     return fields, body[end:]
 
 
-def _build(kind: Callable[..., Any], fields: Any, tensors: bytes | None = None) -> Any:
+def _build(kind: Callable[..., Any], fields: Any, tensors: Tensors | None = None) -> Any:
     try:
-        return kind(**fields) if tensors is None else kind(**fields, tensors=loads(tensors) if tensors else {})
+        return kind(**fields) if tensors is None else kind(**fields, tensors=tensors)
     except TypeError as error:
         remedy = "sender and receiver need the same version of the package"
         raise WireError("this message has other fields than expected", received=str(error), remedy=remedy) from error

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -73,23 +72,25 @@ def equal(first: Tensors, second: Tensors) -> bool:
 
 def digest(tensor: Tensor) -> str:
     """16 hexadecimal digits of SHA-256 over type, shape and bytes: the version of one tensor."""
-    plain = tensor.detach().cpu().contiguous()
-    head = f"{plain.dtype}{tuple(plain.shape)}".encode()
-    return hashlib.sha256(head + _raw(plain)).hexdigest()[:16]
+    total = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    total.update(raw(tensor))
+    return total.hexdigest()[:16]
 
 
 def digest_all(tensors: Tensors) -> str:
     """64 hexadecimal digits over all names, types, shapes and bytes."""
     total = hashlib.sha256()
     for name in sorted(tensors):
-        plain = tensors[name].detach().cpu().contiguous()
-        total.update(f"{name}|{plain.dtype}{tuple(plain.shape)}|".encode())
-        total.update(_raw(plain))
+        tensor = tensors[name]
+        total.update(f"{name}|{tensor.dtype}{tuple(tensor.shape)}|".encode())
+        total.update(raw(tensor))
     return total.hexdigest()
 
 
-def _raw(plain: Tensor) -> bytes:
-    return plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, row by row; they share its memory where it lies so on the CPU already."""
+    plain = tensor.detach().cpu().contiguous()
+    return memoryview(plain.reshape(-1).view(torch.uint8).numpy())
 
 
 def num_elements(tensors: Tensors) -> int:
@@ -129,29 +130,3 @@ def select(tensors: Tensors, names: Iterable[str]) -> dict[str, Tensor]:
     if missing:
         raise WireError("tensors are missing", allowed=sorted(tensors)[:5], received=missing[:5])
     return {name: tensors[name] for name in wanted}
-
-
-def serialised_size(shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
-    """Bytes that `dumps` without meta would give for tensors of these shapes and types; 0 for none."""
-    if not shapes:
-        return 0
-    header: dict[str, object] = {}
-    end = 0
-    order = list(_SAFE_NAMES)
-    for name, (shape, dtype) in sorted(shapes.items(), key=lambda item: (order.index(item[1][1]), item[0])):
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _SAFE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + -(-text // 8) * 8 + end
-
-
-_SAFE_NAMES = {  # in the order in which safetensors lays tensors out
-    torch.int64: "I64",
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}

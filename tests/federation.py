@@ -16,7 +16,7 @@ from consilium.coordinator import Coordinator, Progress, Transport
 from consilium.data import Examples, SiteData
 from consilium.engines.simulate import Federation, Simulation, secrets_of
 from consilium.experiment import Experiment
-from consilium.messages import decode_reply, decode_request
+from consilium.messages import decode_reply, decode_request, envelope_of
 from consilium.protocols import Failure, Strategy, Tuner
 from consilium.tensors import Tensors
 
@@ -106,10 +106,8 @@ class Outcome:
         return found
 
     def decode(self, way: str, data: bytes) -> Any:
-        rounds = range(self.experiment.config.train.rounds + 1)
         decode = decode_request if way == "down" else decode_reply
-        allowed = {n: s for r in rounds for n, s in getattr(self.experiment, way)(r).items()}
-        return decode(data, allowed)
+        return decode(data, getattr(self.experiment, way)(envelope_of(data)["round"]))
 
 
 Wrap = Callable[[Transport], Transport]

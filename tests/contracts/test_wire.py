@@ -256,8 +256,8 @@ def _coordinator(folder: Path, answer: bytes) -> Coordinator:
 @pytest.mark.parametrize(
     ("reply", "reason"),
     [
-        (Reply("a", 1, 9, {"head.weight": torch.ones(3, 64)}), "refused, tensor 'head.weight' is not declared"),
-        (Reply("a", 1, 9, {"blocks.0.attn.qkv.lora.shared.a": torch.ones(3, 64)}), "refused, .* another form"),
+        (Reply("a", 1, 9, {"head.weight": torch.ones(3, 64)}), "refused, sender and receiver declare other tensors"),
+        (Reply("a", 1, 9, {"blocks.0.attn.qkv.lora.shared.a": torch.ones(3, 64)}), "refused, .* other tensors"),
         (Reply("b", 1, 9), "stale, asked a for round 1, got an answer of b"),
         (Reply("a", 7, 9), "stale, .* for round 7"),
         (b"not a message at all", "refused, these bytes are no whole message"),
@@ -342,7 +342,7 @@ def test_class_counts_that_are_none_are_refused(counts: Any) -> None:
 
 def test_numbers_that_are_not_finite_stop_the_run_with_the_sites_name(tmp_path: Path) -> None:
     name = "blocks.0.attn.qkv.lora.shared.a"
-    reply = encode(Reply("a", 1, 9, {name: torch.ones(4, 64)}), _pieces().model.specs)
+    reply = encode(Reply("a", 1, 9, {name: torch.ones(4, 64)}), _pieces(FedAvg(shares=below(None))).up(1))
     broken = bytearray(reply)
     one = torch.ones(64).numpy().tobytes()
     broken[broken.index(one) : broken.index(one) + 4] = torch.tensor([float("nan")]).numpy().tobytes()

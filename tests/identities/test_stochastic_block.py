@@ -5,6 +5,7 @@ A second book is kept of every run from its messages alone, in plain arithmetic,
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from torch import Tensor
 from consilium.check import predicted_bytes
 from consilium.coordinator import Transport
 from consilium.protocols import Failure
-from consilium.tensors import equal, serialised_size
+from consilium.tensors import equal
 from tests import federation
 
 SIZES = {"a": 9, "b": 14, "c": 12, "d": 7}
@@ -81,7 +82,7 @@ class Book:
         for way, site, data in [*self.outcome.wire, ("down", "", b"")]:
             if way == "up":
                 updates[site] = self.outcome.decode(way, data).tensors
-                self.bytes[way][site] += _size(updates[site])
+                self.bytes[way][site] += self._size(updates[site])
                 continue
             if updates:  # the round is over
                 requests += 1
@@ -93,11 +94,11 @@ class Book:
                 self.sent[requests, site] = set(self.outcome.decode(way, data).tensors)
                 new = {name for name, raw in federation.bits(self.shared).items() if held[site].get(name) != raw}
                 self.lacking[requests, site] = new
-                self.bytes[way][site] += _size({name: self.shared[name] for name in new})
+                self.bytes[way][site] += self._size({name: self.shared[name] for name in new})
 
-
-def _size(tensors: Mapping[str, Tensor]) -> int:
-    return serialised_size({name: (tuple(value.shape), value.dtype) for name, value in tensors.items()})
+    def _size(self, tensors: Mapping[str, Tensor]) -> int:
+        head = 9 + math.ceil(len(self.outcome.experiment.model.specs) / 8)
+        return head + sum(value.nbytes for value in tensors.values()) if tensors else 0
 
 
 def _means(updates: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

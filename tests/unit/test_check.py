@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consilium import config, coordinator, registry, tensors
+from consilium import config, coordinator, payload, registry
 from consilium.check import check, predicted_bytes
 from consilium.errors import ConfigError, DataError, WireError
 from consilium.experiment import Experiment
@@ -121,7 +121,7 @@ def test_bytes_of_full_participation_by_hand(serve: str) -> None:
     found = predicted_bytes(pieces, ["b", "a"])
     one = found["up"]["per_site"]["a"] // 3
     scalars = sum(math.prod(size or 0 for size in spec.shape) for spec in pieces.model.specs.values())
-    assert 4 * scalars < one < 4 * scalars + 120 * len(pieces.model.specs)
+    assert one == 9 + math.ceil(len(pieces.model.specs) / 8) + 4 * scalars
     down = _first(pieces) + one * (3 if serve == "last" else 4)
     assert found["up"] == {"total": 6 * one, "per_site": {"a": 3 * one, "b": 3 * one}}
     assert found["down"] == {"total": 2 * down, "per_site": {"a": down, "b": down}}
@@ -132,7 +132,7 @@ def _first(pieces: Experiment) -> int:
     specs = pieces.model.specs
     assert {"head.bias", "blocks.0.attn.qkv.lora.shared.b"} <= pieces.common.keys()
     assert not {"head.weight", "blocks.0.attn.qkv.lora.shared.a"} & pieces.common.keys()
-    return tensors.serialised_size({n: (specs[n].shape, specs[n].dtype) for n in specs.keys() - pieces.common.keys()})
+    return payload.num_bytes(pieces.down(1), specs.keys() - pieces.common.keys())
 
 
 def test_a_site_that_was_away_gets_the_newest_only() -> None:

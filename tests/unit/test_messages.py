@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from consilium import payload
 from consilium.errors import TrainingError, WireError
 from consilium.messages import (
     Handshake,
@@ -17,7 +18,7 @@ from consilium.messages import (
     decode_request,
     encode,
     envelope_of,
-    payload,
+    rows,
     size,
 )
 from consilium.protocols import Failure, Spec, Tag
@@ -50,12 +51,21 @@ def test_a_message_without_tensors_has_no_payload() -> None:
     assert decode_reply(data, {}).tensors == {}
 
 
-def test_the_sizes_add_up_and_the_payload_is_safetensors() -> None:
-    data = encode(REPLY, SPECS)
-    assert size(data).payload == len(payload(TENSORS))
+def test_the_sizes_add_up_and_the_payload_comes_last() -> None:
+    data, held = encode(REPLY, SPECS), b"".join(payload.chunks(TENSORS, SPECS))
+    assert size(data).payload == len(held)
     assert size(data).payload + size(data).envelope == len(data)
-    assert data.endswith(payload(TENSORS))
+    assert data.endswith(held)
     assert envelope_of(data)["round"] == 4
+
+
+def test_a_recorded_message_can_be_listed() -> None:
+    stack = {"name": "stack", "shape": [5, 2], "dtype": "float64", "bytes": 80}
+    w = {"name": "w", "shape": [2, 3], "dtype": "float32", "bytes": 24}
+    assert rows(encode(REPLY, SPECS), SPECS) == rows(encode(REQUEST, SPECS), SPECS) == [stack, w]
+    assert rows(encode(Reply("a", 4, 17), SPECS), SPECS) == []
+    with pytest.raises(WireError, match=r"declare other tensors(.|\n)*site a, round 4"):
+        rows(encode(REPLY, SPECS), {"w": SPECS["w"]})
 
 
 def test_equal_messages_are_equal_bytes_whatever_the_order_of_names() -> None:
@@ -79,10 +89,10 @@ def test_what_was_not_declared_is_refused_at_both_ends(name: str, tensor: torch.
         encode(Reply("a", 1, 1, {name: tensor}), SPECS)
     own = {name: Spec(tuple(tensor.shape), TAG, tensor.dtype)}
     data = encode(Reply("a", 1, 1, {name: tensor}), own)
-    with pytest.raises(WireError, match=f"{reason}(.|\n)*receiving from site a, round 1"):
+    with pytest.raises(WireError, match="declare other tensors(.|\n)*receiving from site a, round 1"):
         decode_reply(data, SPECS)
     request = encode(Request("round", "a", 1, 0, REQUEST.handshake, {name: tensor}), own)
-    with pytest.raises(WireError, match=f"{reason}(.|\n)*receiving at site a, round 1"):
+    with pytest.raises(WireError, match="declare other tensors(.|\n)*receiving at site a, round 1"):
         decode_request(request, SPECS)
 
 
