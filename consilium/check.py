@@ -16,7 +16,6 @@ from consilium import payload, results, run
 from consilium.config import Config
 from consilium.coordinator import drawn_sites, predicted_passes
 from consilium.experiment import Experiment, assemble
-from consilium.protocols import Specs
 from consilium.sites import audit
 
 Table = dict[str, Any]

@@ -113,7 +113,9 @@ def _shapes(
     shapes = {name: tuple(next(free) if n is None else n for n in declared[name].shape) for name in here}
     wanted = end + _num_values_bytes(declared, shapes)
     if len(view) != wanted:
-        raise _broken("this payload has another length than its tensors", where, f"{wanted} bytes", f"{len(view)} bytes")
+        raise _broken(
+            "this payload has another length than its tensors", where, f"{wanted} bytes", f"{len(view)} bytes"
+        )
     return shapes, end
 
 

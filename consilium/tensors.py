@@ -90,7 +90,7 @@ def digest_all(tensors: Tensors) -> str:
 def raw(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, row by row; they share its memory where it lies so on the CPU already."""
     plain = tensor.detach().cpu().contiguous()
-    return memoryview(plain.reshape(-1).view(torch.uint8).numpy())
+    return plain.reshape(-1).view(torch.uint8).numpy().data
 
 
 def num_elements(tensors: Tensors) -> int:

@@ -89,10 +89,10 @@ def test_what_was_not_declared_is_refused_at_both_ends(name: str, tensor: torch.
         encode(Reply("a", 1, 1, {name: tensor}), SPECS)
     own = {name: Spec(tuple(tensor.shape), TAG, tensor.dtype)}
     data = encode(Reply("a", 1, 1, {name: tensor}), own)
-    with pytest.raises(WireError, match="declare other tensors(.|\n)*receiving from site a, round 1"):
+    with pytest.raises(WireError, match=r"declare other tensors(.|\n)*receiving from site a, round 1"):
         decode_reply(data, SPECS)
     request = encode(Request("round", "a", 1, 0, REQUEST.handshake, {name: tensor}), own)
-    with pytest.raises(WireError, match="declare other tensors(.|\n)*receiving at site a, round 1"):
+    with pytest.raises(WireError, match=r"declare other tensors(.|\n)*receiving at site a, round 1"):
         decode_request(request, SPECS)
 
 
