@@ -211,13 +211,14 @@ class EvaluationConfig(Options):
 
 
 class EngineConfig(Options):
-    """How the simulation is carried out; changes no result except through `threads` and `device`."""
+    """How the simulation is carried out; changes no result except through `threads`, `device` and `compile`."""
 
     name: Literal["simulate"] = "simulate"
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     threads: int = Field(default=1, ge=1)
     device: str = "auto"
     gradient_checkpointing: bool = False  # compute blocks again for their gradients: less memory, same bits, more time
+    compile: bool = False  # blocks through torch.compile: faster on a GPU, changes last bits, needs a compiler
     cache: Path | None = None  # folder of the decoded-image store; None: the user's cache folder
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from consilium import registry
-from consilium.backbones import recompute, timm_backbone
+from consilium.backbones import compiled, recompute, timm_backbone
 from consilium.config import BackboneConfig, Config, agreement_hash
 from consilium.errors import ConfigError
 from consilium.local.train import Setting
@@ -89,6 +89,8 @@ def join(config: Config, classes: Sequence[str], tuners: Sequence[Tuner], strate
     device = pick_device(config.engine.device, config.train.precision)
     task: Task = registry.build("tasks", config.task.name, config.task.options()).with_classes(classes)
     backbone = own_copy(load_backbone(config.backbone, device))
+    if config.engine.compile:
+        compiled.by_block(backbone.module, device)
     if config.engine.gradient_checkpointing:
         recompute.by_block(backbone.module)
     model: Model = compose.attach(backbone, tuners, config.head, task.num_outputs, strategy.declares, config.seed)

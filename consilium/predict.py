@@ -45,7 +45,7 @@ def load_trained(run: Path, site: str | None = None, device: str = "auto") -> Tr
 
 def rebuild(settings: config.Config, classes: Sequence[str], adapter: Path, name: str, device: str = "auto") -> Trained:
     """The model of this configuration with the variables of a file; StateError where the two do not belong together."""
-    engine = settings.engine.model_copy(update={"device": device})
+    engine = settings.engine.model_copy(update={"device": device, "compile": False})
     train = settings.train.model_copy(update={"precision": "float32"})
     pieces = experiment.assemble(settings.model_copy(update={"engine": engine, "train": train}), classes)
     variables, meta = checkpoint.load(adapter)

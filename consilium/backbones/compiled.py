@@ -1,0 +1,42 @@
+"""Stage 2, backbones. In: a vision transformer. Out: the same one, whose blocks run through `torch.compile`.
+
+Block by block, not as a whole: blocks of one form share one compiled function, so that compiling takes as long as for a
+single block, and what acts between blocks (prompts, recomputing, a cached prefix) stays as it is. No graph may break:
+a hook that `torch.compile` cannot follow is an error, not a slow run. Fused sums differ in their last bits.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import nn
+
+from consilium.errors import ConfigError
+
+BACKEND = "inductor"
+_FORMS = 64  # of one block: trained or not, gradient for its input or not, evaluated, size of the batch, precision
+
+
+def by_block(module: nn.Module, device: str) -> None:
+    """Compile every block of `module.blocks` when it is first called; ConfigError where there is no compiler."""
+    _require_compiler(BACKEND, device)
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, _FORMS)
+    for block in module.get_submodule("blocks").children():
+        block.forward = torch.compile(block.forward, fullgraph=True, backend=BACKEND)
+
+
+@lru_cache(maxsize=4)
+def _require_compiler(backend: str, device: str) -> None:
+    """Compile one sum: what is missing (a C++ compiler, Triton, headers) shows nowhere else before the first round."""
+    try:
+        torch.compile(lambda x: x + 1, fullgraph=True, backend=backend)(torch.zeros(8, device=device))
+    except Exception as error:
+        lines = str(error).strip().splitlines()[:2] or [type(error).__name__]  # who raised, and what
+        raise ConfigError(
+            "torch.compile does not work here",
+            where="engine.compile",
+            received=" ".join(lines)[:300],
+            remedy="leave engine.compile out; or install a C++ compiler (CPU), or Triton (GPU)",
+        ) from error
