@@ -125,9 +125,8 @@ def test_a_missing_compiler_is_said_before_anything_is_trained(monkeypatch: pyte
         raise RuntimeError("no compiler was found")
 
     monkeypatch.setattr(compiled, "BACKEND", broken)
-    with pytest.raises(ConfigError, match="engine.compile") as error:
+    with pytest.raises(ConfigError, match=r"(?s)engine\.compile.*no compiler was found"):
         federation.assemble(federation.configure(engine=ON))
-    assert "no compiler was found" in str(error.value)
 
 
 def test_the_key_counts_in_the_hash_but_not_in_the_agreement() -> None:
