@@ -28,7 +28,7 @@ from consilium.errors import StateError, TrainingError, WireError
 from consilium.experiment import Experiment
 from consilium.ledger import Ledger
 from consilium.local.train import plan
-from consilium.messages import Reply, Request, RequestKind, check_numbers, decode_reply, encode, size
+from consilium.messages import Reply, Request, RequestKind, check_learned, check_numbers, decode_reply, encode, size
 from consilium.protocols import Failure, ServerState, Specs, Update
 from consilium.tensors import Tensors, digest
 
@@ -215,6 +215,7 @@ class Coordinator:
         wanted = len(self.experiment.task.classes) if self.experiment.task.class_counts == "federation" else 0
         try:
             check_numbers(kind, reply.numbers, wanted)
+            check_learned(reply.numbers, self.experiment.strategy.declares.numbers)
         except WireError as error:
             return Failure(reply.site, "refused", str(error))
         known = progress.num_examples.setdefault(reply.site, reply.num_examples)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -169,6 +169,15 @@ def check_numbers(kind: RequestKind, numbers: Mapping[str, Any], class_counts: i
     if broken:
         received = ", ".join(f"{key} {numbers.get(key)!r:.60}" for key in broken)
         raise WireError(f"numbers in the reply to '{kind}' are missing or of another kind", received=received)
+
+
+def check_learned(numbers: Mapping[str, Any], declared: Collection[str]) -> None:
+    """WireError unless a strategy's own numbers (`Learned.numbers`) are finite and declared; both ends ask."""
+    found = numbers.get("learned", {})
+    fits = isinstance(found, Mapping) and found.keys() <= set(declared) and all(map(_is_finite, found.values()))
+    if not fits:
+        allowed = f"finite numbers called {', '.join(sorted(declared))}" if declared else "none"
+        raise WireError("numbers that the strategy did not declare", allowed=allowed, received=f"{found!r:.200}")
 
 
 def _is_finite(value: object) -> bool:

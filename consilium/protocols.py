@@ -6,7 +6,8 @@ nowhere else. All state is named tensors, in and out; nothing here is mutable.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -84,10 +85,12 @@ def products(specs: Specs) -> tuple[Product, ...]:
 
 @dataclass(frozen=True)
 class Part:
-    """One adapter on the backbone. `personal` parts never travel; `ranks` overrides a tuner's rank at some sites."""
+    """One adapter on the backbone. `personal` parts never travel; `rank` overrides a tuner's rank, `ranks` that at
+    some sites; the tuner's scale alpha / r stays that of its own rank."""
 
     name: str = "shared"
     personal: bool = False
+    rank: int | None = None
     ranks: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -185,6 +188,9 @@ class Model(Protocol):
     def features(self, variables: Tensors, images: Tensor) -> Tensor:
         """Pooled features [B, num_features] before the head."""
 
+    def watch(self, modules: Collection[str]) -> AbstractContextManager[Tensors]:
+        """While open, what enters these modules of the backbone, [B, ..., in], and under "" the pooled features."""
+
     def active(self, round: int, site: str, seed: int) -> Selector:
         """What is trained in this round at this site: the tuners' choice and, unless frozen, the head."""
 
@@ -259,6 +265,9 @@ class LocalTraining(Protocol):
     def loss(self, variables: Tensors, batch: Batch) -> Tensor:
         """The task's loss of the model with these variables."""
 
+    def watch(self, modules: Collection[str]) -> AbstractContextManager[Tensors]:
+        """`Model.watch` around a `loss`: what it left in the backbone, with its gradient."""
+
     def fit(
         self,
         variables: Tensors,
@@ -271,7 +280,8 @@ class LocalTraining(Protocol):
         after_step: Callable[[Tensors], Tensors] | None = None,
         purpose: str = "train",
     ) -> Fitted:
-        """Train what `only` (default: `active`) selects; any mapping may be given, model variables or not.
+        """Train what `only` (default: `active`) selects; any mapping may be given, model variables or not. A name
+        "x/variable" is a copy of a variable: chosen, decayed and, unless `learning_rate` is given, paced like it.
 
         The objective sees `fixed` beside the variables; both are where the model is. `learning_rate` takes the place of
         the configured ones; `after_step` maps what is trained to where it may be; `purpose` sets the draws and the kept
@@ -308,6 +318,7 @@ class Learned:
     loss: float
     num_steps: int
     image_passes: int
+    numbers: Mapping[str, float] = field(default_factory=dict)  # finite, each named in `Declaration.numbers`
 
 
 @dataclass(frozen=True)
@@ -342,6 +353,7 @@ class Declaration:
     trains: Trains = lambda tag, round: True  # what is trained at all: freezing or alternating a factor  # noqa: ARG005
     restarts_factors: bool = False  # factors of products come back in another basis, so moments of them are dropped
     plain_sgd: bool = False  # it reads gradients off the way that was gone: no other optimiser, no momentum
+    numbers: Mapping[str, str] = field(default_factory=dict)  # of each round, beside the tensors: name -> what it says
 
     @property
     def personal_parts(self) -> frozenset[str]:

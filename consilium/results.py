@@ -242,6 +242,8 @@ def numbers(experiment: Experiment) -> list[dict[str, str]]:
     ]
     if task.class_counts == "federation":
         rows.insert(1, ("class_counts", "once, before round 1", "number of training images of each class"))
+    own = experiment.strategy.declares.numbers
+    rows += [(f"learned.{name}", rounds, what) for name, what in sorted(own.items())]
     return [dict(zip(("name", "sent", "what"), row, strict=True)) for row in rows]
 
 

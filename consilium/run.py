@@ -178,15 +178,8 @@ def _train(plans: Mapping[str, Plan], prepared: sites.Federation, show: Display,
 def _federate(simulation: Simulation, plan: Plan, name: str, visit: bool, show: Display) -> None:
     here = show if name == MAIN else _as_reference(name, show)
     folder, transport = plan.data.folder, simulation.transport(name)
-    here(
-        {
-            "event": "start",
-            "name": plan.config.name,
-            "sites": transport.sites(),
-            "rounds": plan.config.train.rounds,
-            "out": str(folder),
-        }
-    )
+    facts = {"name": plan.config.name, "sites": transport.sites(), "rounds": plan.config.train.rounds}
+    here({"event": "start", **facts, "out": str(folder)})
     coordinator = Coordinator(plan.experiment, transport, folder, here, simulation.explain(name))
     progress = coordinator.run()
     if visit and name == MAIN:

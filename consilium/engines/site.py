@@ -24,7 +24,7 @@ from consilium.errors import ConsiliumError, TrainingError, WireError
 from consilium.experiment import Experiment
 from consilium.local.predict import outputs
 from consilium.local.train import Trainer
-from consilium.messages import Reply, Request, decode_request, encode, envelope_of, is_count
+from consilium.messages import Reply, Request, check_learned, decode_request, encode, envelope_of, is_count
 from consilium.metrics import without_nan
 from consilium.protocols import Failure, Learned, Personal
 from consilium.tensors import Tensors, equal, non_finite
@@ -136,7 +136,9 @@ class Site:
             "image_passes": learned.image_passes,
             "seconds": perf_counter() - started,
             "val": {"incoming": incoming, "outgoing": outgoing},
+            **({"learned": dict(learned.numbers)} if learned.numbers else {}),
         }
+        check_learned(numbers, self.experiment.strategy.declares.numbers)
         return Reply(self.data.name, request.round, len(self.data.train), learned.update, numbers)
 
     def _evaluate(self, request: Request) -> Reply:

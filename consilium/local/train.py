@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -75,6 +76,10 @@ class Trainer:
         outputs = self.setting.model.forward(variables, batch.images)
         return self.setting.task.loss(outputs.float(), batch.labels, self.class_counts)
 
+    def watch(self, modules: Collection[str]) -> AbstractContextManager[Tensors]:
+        """What enters these modules of the backbone in a `loss`, and under "" the pooled features."""
+        return self.setting.model.watch(modules)
+
     def features(self, variables: Tensors) -> tuple[Tensor, Tensor]:
         """Features [n, num_features] and labels [n] of the training split, without augmentation."""
         setting = self.setting
@@ -100,14 +105,16 @@ class Trainer:
         if not names or not steps:
             return Fitted(dict(variables), math.nan, 0, 0, {})
         rates = self._learning_rates(names) if learning_rate is None else dict.fromkeys(names, learning_rate)
+        decays = self._decays(names, copies=learning_rate is None)
         with seeds.ambient(self._seed(purpose, "dropout")):
-            trained = self._run({**(fixed or {}), **variables}, rates, steps, objective, after_step, purpose)
+            trained = self._run({**(fixed or {}), **variables}, rates, decays, steps, objective, after_step, purpose)
         return replace(trained, variables={**variables, **trained.variables})
 
     def _run(
         self,
         variables: Tensors,
         rates: Mapping[str, float],
+        decays: Mapping[str, float],
         steps: Sequence[list[IntArray]],
         objective: Objective | None,
         after_step: Callable[[Tensors], Tensors] | None,
@@ -118,7 +125,7 @@ class Trainer:
         live = {name: value.detach().to(device, copy=True) for name, value in variables.items()}
         for name in names:
             live[name].requires_grad_()
-        optimizer = Optimizer(live, rates, self._decays(names), config, self.moments, purpose)
+        optimizer = Optimizer(live, rates, decays, config, self.moments, purpose)
         augmenting, drawing = self._generator(purpose, "augment"), self._generator(purpose, "objective")
         losses = []
         for number, step in enumerate(steps):
@@ -169,8 +176,8 @@ class Trainer:
         select, known, frozen = only or self.active, self.setting.model.specs, self.setting.frozen
 
         def chosen(name: str) -> bool:
-            if name in known:
-                return select(known[name].tag)
+            if original(name) in known:
+                return select(known[original(name)].tag)
             return only is not None and only(frozen[name]) if name in frozen else True
 
         return [name for name in sorted(variables) if chosen(name)]
@@ -181,19 +188,20 @@ class Trainer:
         alone = all(spec.tag.role == "head" for spec in known.values())
 
         def rate(name: str) -> float:
-            role = known[name].tag.role if name in known else ""
+            role = known[original(name)].tag.role if original(name) in known else ""
             share = config.learning_rate_factor if alone or role != "head" else 1.0
             base = config.learning_rate or presets.get(role, FALLBACK_LEARNING_RATE) * share
             return config.learning_rates.get(role, base)
 
         return {name: rate(name) for name in names}
 
-    def _decays(self, names: Sequence[str]) -> dict[str, float]:
+    def _decays(self, names: Sequence[str], copies: bool = True) -> dict[str, float]:
         """Biases, norms, the backbone's own tokens and positions, and what is not the model's (mixing weights) are not
         pulled to zero; prompts and factors are, like weights."""
         decay = self.setting.config.weight_decay
         known = {name: spec for name, spec in self.setting.model.specs.items() if spec.tag.role != "embedding"}
-        return {name: decay if name in known and len(known[name].shape) > 1 else 0.0 for name in names}
+        like = {name: known.get(original(name) if copies else name) for name in names}
+        return {name: decay if spec is not None and len(spec.shape) > 1 else 0.0 for name, spec in like.items()}
 
     def _finite(self, loss: float) -> None:
         if not math.isfinite(loss):
@@ -208,6 +216,11 @@ class Trainer:
 
     def _seed(self, purpose: str, use: str) -> int:
         return seeds.derive(self.setting.seed, round=self.round, site=self.site, purpose=f"{purpose}/{use}")
+
+
+def original(name: str) -> str:
+    """The variable that `name` is a copy of: itself, or what stands behind the last slash."""
+    return name.rpartition("/")[2]
 
 
 @torch.no_grad()
@@ -303,7 +316,7 @@ class Optimizer:
             return
         for name, parameter in zip(self.names, self.parameters, strict=True):
             for key, value in self.inner.state.get(parameter, {}).items():
-                if isinstance(value, Tensor) and name not in forgotten:
+                if isinstance(value, Tensor) and original(name) not in forgotten:
                     moments[f"{self.purpose}/{key}/{name}"] = value.detach().cpu().clone()
 
     def _restore(self, moments: Mapping[str, Tensor]) -> None:

@@ -50,12 +50,11 @@ class FedAvgOptions(SumOptions):
 
 
 @dataclass(frozen=True)
-class FedAvg:
-    """`shares` says what travels, `objective_for` what a site minimises, `aggregate` how updates become one."""
+class Averaging:
+    """All but what a site does: `shares` says what travels, `aggregate` how updates become one."""
 
     weights: Weighting = "examples"
     shares: Selector = everything
-    objective_for: ObjectiveFor = task_loss
     declares: Declaration = field(default_factory=Declaration)
     aggregate: Aggregation = field(default_factory=Aggregation)
 
@@ -91,6 +90,21 @@ class FedAvg:
         shared = self.shared(specs)
         return Personal({name: initial[name] for name in specs if name not in shared})
 
+    def combine(self, server: ServerState, updates: Sequence[Update], specs: Specs) -> ServerState:
+        """w <- sum n_k w_k / sum n_k, tensor by tensor over the sites that trained it, or another aggregation."""
+        terms = [(update.num_examples if self.weights == "examples" else 1, update.tensors) for update in updates]
+        products = self.aggregate.products(specs, self.shared(specs))
+        news = self.aggregate(terms, products, {**server.memory, **server.shared})
+        memory = {name: value for name, value in server.memory.items() if name not in news}
+        return replace(server, shared={**server.shared, **news}, memory=memory)
+
+
+@dataclass(frozen=True)
+class FedAvg(Averaging):
+    """`objective_for` says what a site minimises."""
+
+    objective_for: ObjectiveFor = task_loss
+
     def learn(self, received: Tensors, personal: Personal, training: LocalTraining) -> Learned:
         """Train shared and personal tensors together on the base as it is; send the shared ones that were trained."""
         shared = {name: value for name, value in received.items() if name in training.specs}
@@ -100,14 +114,6 @@ class FedAvg:
         update = {name: fitted.variables[name] for name in shared if training.active(training.specs[name].tag)}
         kept = Personal({name: fitted.variables[name] for name in personal.tensors})
         return Learned(update, kept, fitted.loss, fitted.num_steps, fitted.image_passes)
-
-    def combine(self, server: ServerState, updates: Sequence[Update], specs: Specs) -> ServerState:
-        """w <- sum n_k w_k / sum n_k, tensor by tensor over the sites that trained it, or another aggregation."""
-        terms = [(update.num_examples if self.weights == "examples" else 1, update.tensors) for update in updates]
-        products = self.aggregate.products(specs, self.shared(specs))
-        news = self.aggregate(terms, products, {**server.memory, **server.shared})
-        memory = {name: value for name, value in server.memory.items() if name not in news}
-        return replace(server, shared={**server.shared, **news}, memory=memory)
 
     def deploy(self, received: Tensors, personal: Personal) -> Mapping[str, Tensors]:
         """What was received and what is personal; the shared tensors alone are a model where nothing is personal."""

@@ -6,12 +6,14 @@ A hybrid is a list: variables are the union, each tuner chooses among its own, a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
 
 from consilium import tensors
 from consilium.config import HeadConfig
@@ -34,6 +36,7 @@ class TunedModel:
     attached: tuple[Attached, ...]  # one per tuner
     head_start: dict[str, Tensor]  # a frozen head's values
     names: frozenset[str]  # of every parameter and buffer of the backbone, adapters included
+    watching: list[dict[str, Tensor]] = field(default_factory=list)  # open `watch`es of this very call, see there
 
     def initial(self, seed: int) -> Tensors:
         """Start values of all variables, drawn from `seed` and each variable's own name."""
@@ -46,12 +49,36 @@ class TunedModel:
         outputs = self.head.apply({**self.head_start, **variables}, self.features(variables, images))
         return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
 
+    @contextmanager
+    def watch(self, modules: Collection[str]) -> Iterator[Tensors]:
+        """While open, what enters these modules [B, ..., in], and under "" the last pooled features [B, num_features].
+        ConfigError for a module that the backbone does not have."""
+        if unknown := sorted(set(modules) - self.backbone.modules.keys()):
+            raise ConfigError("the backbone has no such module", received=unknown[:3])
+        seen: dict[str, Tensor] = {}
+        handles = [self._watched(name, seen) for name in sorted(modules)]
+        self.watching.append(seen)
+        try:
+            yield seen
+        finally:
+            self.watching.pop()
+            for handle in handles:
+                handle.remove()
+
+    def _watched(self, name: str, seen: dict[str, Tensor]) -> RemovableHandle:
+        def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:  # noqa: ARG001
+            seen[name] = inputs[0]
+
+        return self.backbone.module.get_submodule(name).register_forward_pre_hook(note)
+
     def features(self, variables: Tensors, images: Tensor) -> Tensor:
         """Pooled features [B, num_features]; ConfigError for a name that is neither the backbone's nor the head's."""
         inside = {name: value for name, value in variables.items() if name not in self.head_start}
         if not inside.keys() <= self.names:
             raise ConfigError("the model has no such variable", received=sorted(inside.keys() - self.names)[:3])
         features: Tensor = functional_call(self.backbone.module, inside, (images,), tie_weights=False)
+        for seen in self.watching:
+            seen[""] = features
         return features
 
     @property

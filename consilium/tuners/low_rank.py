@@ -96,7 +96,7 @@ def _few(names: Iterable[str]) -> str:
 
 def room(linear: nn.Linear, name: str, rank: int, part: Part) -> int:
     """Room for the largest rank of any site; smaller factors are used as they come."""
-    largest, limit = max([rank, *part.ranks.values()]), min(linear.in_features, linear.out_features)
+    largest, limit = max([part.rank or rank, *part.ranks.values()]), min(linear.in_features, linear.out_features)
     if largest > limit:
         raise ConfigError(
             "the rank exceeds the layer", where=f"lora on {name}", allowed=f"<= {limit}", received=largest

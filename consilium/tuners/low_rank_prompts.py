@@ -107,7 +107,7 @@ class LowRankPrompts:
         for a rank that saves nothing."""
         tokens.require_sum(NAME, parts, combination)
         width, layers = tokens.width(backbone), tokens.num_layers(backbone, self.options.depth)
-        ranks = {part.name: max([self.options.rank, *part.ranks.values()]) for part in parts}
+        ranks = {part.name: max([part.rank or self.options.rank, *part.ranks.values()]) for part in parts}
         for rank in ranks.values():
             _require_saving(self.options, rank, layers, width)
         adapter = LowRankPromptsAdapter(backbone, self.options, ranks)

@@ -8,12 +8,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
-from consilium import registry
+from consilium import registry, results
 from consilium.config import Config
 from consilium.coordinator import Coordinator, Transport
 from consilium.data import SiteData
@@ -314,6 +314,7 @@ RUBBISH: dict[str, Any] = {
     "text for a metric": {"numbers": {**NUMBERS, "val": {"incoming": {"loss": "low"}}}},
     "metrics in a list": {"numbers": {**NUMBERS, "val": {"incoming": [1.0]}}},
     "infinite seconds": {"numbers": {**NUMBERS, "seconds": math.inf}},
+    "a number that nobody declared": {"numbers": {**NUMBERS, "learned": {"secret": 1.0}}},
     "a number for a message": {"failure": {"site": "b", "code": 5, "message": None}},
     "text for a round": {"round": 2, "site": ["b"]},
 }
@@ -338,6 +339,32 @@ def test_class_counts_that_are_none_are_refused(counts: Any) -> None:
     with pytest.raises(WireError, match="class_counts"):
         check_numbers("describe", {"class_counts": [5, 5, 4]}, 0)
     check_numbers("describe", {"class_counts": [5, 5, 4]}, 3)
+
+
+class _Telling(FedAvg):
+    """Declares a number, and says `said` at every site."""
+
+    said: ClassVar[Mapping[str, float]] = {"overlap": 0.25}
+
+    def learn(self, received: Tensors, personal: Personal, training: LocalTraining) -> Learned:
+        return replace(super().learn(received, personal, training), numbers=self.said)
+
+
+def test_a_strategys_own_numbers_are_declared_finite_and_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strategy = _Telling(declares=Declaration(numbers={"overlap": "of two subspaces"}))
+    settings = federation.configure(train=SHORT)
+    outcome = federation.run(tmp_path / "run", settings, SITES, strategy=strategy)
+    told = [event["sites"][site]["learned"] for event in outcome.events if event["event"] == "round" for site in SITES]
+    assert told == [{"overlap": 0.25}] * len(told)
+    assert told
+    rows = {row["name"]: row["what"] for row in results.numbers(outcome.experiment)}
+    assert rows["learned.overlap"] == "of two subspaces"
+    for at, wrong in enumerate(({"overlap": math.nan}, {"other": 1.0}, {"overlap": "much"})):
+        monkeypatch.setattr(_Telling, "said", wrong)
+        with pytest.raises(TrainingError, match="refused"):
+            federation.run(tmp_path / str(at), settings, SITES, strategy=strategy)
 
 
 def test_numbers_that_are_not_finite_stop_the_run_with_the_sites_name(tmp_path: Path) -> None:

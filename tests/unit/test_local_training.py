@@ -395,6 +395,47 @@ def test_variables_that_are_not_the_models_do_not_decay() -> None:
     assert torch.equal(model["head.bias"], _start()["head.bias"])
 
 
+def test_a_copy_of_a_variable_is_trained_like_it() -> None:
+    train = {"optimizer": "adamw", "weight_decay": 0.5, "learning_rate": 0.01, "learning_rates": {"lora_b": 0.03}}
+    moments: dict[str, Tensor] = {}
+    trainer, start = _trainer(state=moments, moments="keep", **train), _start()
+    setting = replace(trainer.setting, trains=lambda tag, _: tag.role != "lora_a", anew=frozenset({"head.bias"}))
+    trainer, copies = replace(trainer, setting=setting), {f"v/{name}": value for name, value in start.items()}
+
+    def objective(variables: Tensors, batch: Batch, generator: torch.Generator) -> Tensor:  # noqa: ARG001
+        return trainer.loss({name: variables[f"v/{name}"] for name in start}, batch)
+
+    plain, copied = trainer.fit(start), trainer.fit(copies, objective=objective)
+    assert equal({f"v/{name}": value for name, value in plain.variables.items()}, copied.variables)
+    assert copied.step_lengths == {f"v/{name}": length for name, length in plain.step_lengths.items()}
+    assert any(name.endswith("/v/head.weight") for name in moments)
+    assert not any(name.endswith("head.bias") for name in moments)
+    nothing = lambda v, *_: 0 * v["v/head.weight"].sum()  # noqa: E731
+    own = trainer.fit(copies, objective=nothing, learning_rate=0.1, purpose="own")
+    assert equal(own.variables, copies), "with a rate of its own it is no weight, and does not decay"
+
+
+def test_what_enters_a_module_can_be_watched_with_its_gradient() -> None:
+    trainer, start = _trainer(), {name: value.requires_grad_() for name, value in _start().items()}
+    images, labels = _batch(np.arange(5))
+    batch, modules = Batch(images, labels, torch.arange(5)), ["blocks.0.attn.qkv", "blocks.5.mlp.fc1"]
+    model = trainer.setting.model
+    with trainer.watch(modules) as seen:
+        loss = trainer.loss(start, batch)
+    assert seen.keys() == {*modules, ""}
+    tokens = images.shape[-1] ** 2 // 16**2 + 1
+    assert {seen[name].shape[:2] for name in modules} == {(5, tokens)}
+    assert torch.equal(seen[""], model.features(start, images))
+    head = torch.nn.functional.linear(seen[""], start["head.weight"], start["head.bias"])
+    assert torch.equal(trainer.setting.task.loss(head, labels, [5, 5, 4]), loss)
+    assert torch.autograd.grad(seen[modules[1]].square().sum(), start["blocks.0.attn.qkv.lora.shared.b"])[0].any()
+    before = dict(seen)
+    trainer.loss(_start(), batch)
+    assert all(seen[name] is before[name] for name in seen), "closed"
+    with pytest.raises(ConfigError, match="no such module"), trainer.watch(["blocks.99.attn.qkv"]):
+        pass
+
+
 def test_an_objective_that_needs_no_gradient_moves_nothing() -> None:
     fitted = _trainer(**federation.SGD).fit(_start(), objective=lambda *_: torch.tensor(1.0))
     assert equal(fitted.variables, _start())

@@ -121,6 +121,18 @@ def test_factors_cut_or_padded_with_zeros_mean_the_same() -> None:
     torch.testing.assert_close(model.features(cut, small.images()), model.features(padded, small.images()))
 
 
+def test_a_part_may_have_a_rank_of_its_own() -> None:
+    model = _model(rank=3, alpha=6.0, parts=(Part(), Part("personal", personal=True, rank=2)))
+    shapes = {name: spec.shape for name, spec in model.specs.items() if name.startswith("blocks.0.attn.qkv")}
+    assert {name.split(".lora.")[1]: shape for name, shape in shapes.items()} == {
+        "shared.a": (3, 16),
+        "shared.b": (48, 3),
+        "personal.a": (2, 16),
+        "personal.b": (48, 2),
+    }
+    assert {spec.scale for spec in model.specs.values() if spec.factor} == {2.0}, "the tuner's own alpha / r"
+
+
 def test_router_starts_even_and_can_pick_one_part() -> None:
     model = _model(rank=2, parts=BOTH, how="router")
     routers = [name for name, spec in model.specs.items() if spec.tag.role == "router"]
