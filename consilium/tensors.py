@@ -33,6 +33,12 @@ def detach(tensors: Tensors) -> dict[str, Tensor]:
     return {name: tensors[name].detach().to("cpu", copy=True).contiguous() for name in sorted(tensors)}
 
 
+def onto(device: torch.device | str, tensor: Tensor) -> Tensor:
+    """A tensor of the CPU on a device. A GPU fetches it from pinned memory by itself; the program does not wait."""
+    source = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
+    return source.to(device, non_blocking=True)
+
+
 def weighted_mean(terms: Sequence[tuple[float, Tensors]]) -> dict[str, Tensor]:
     """Mean by weight, name by name over the terms that hold the name; float64 inside, the first term's dtype out.
 

@@ -7,20 +7,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 
 import torch
 from torch import Generator, Tensor
 
 from consilium.data import Preprocessing
+from consilium.tensors import onto
 
 Augmentation = Callable[[Tensor, Generator], Tensor]
 
 
 def normalise(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     """Float images [B, 3, H, W] in [0, 1], minus mean, over std."""
-    mean = torch.tensor(preprocessing.mean, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(preprocessing.std, device=images.device).view(1, 3, 1, 1)
+    mean, std = _constants(preprocessing.mean, preprocessing.std, images.device)
     return (images - mean) / std
+
+
+@lru_cache(maxsize=16)
+def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Made once per device: numbers that become a tensor in every step make the program wait for a GPU."""
+    with torch.inference_mode(False):
+        return (
+            torch.tensor(mean, device=device).view(1, 3, 1, 1),
+            torch.tensor(std, device=device).view(1, 3, 1, 1),
+        )
 
 
 def to_float(pixels: Tensor) -> Tensor:
@@ -48,7 +59,7 @@ PRESETS: Mapping[str, Augmentation] = {"none": none, "dermoscopy": dermoscopy, "
 
 def dihedral(images: Tensor, generator: Generator) -> Tensor:
     """One of the eight symmetries of the square for each image."""
-    draws = torch.randint(0, 2, (3, len(images)), generator=generator).bool().to(images.device)
+    draws = onto(images.device, torch.randint(0, 2, (3, len(images)), generator=generator).bool())
     across, down, turn = draws.view(3, -1, 1, 1, 1)
     images = torch.where(across, torch.flip(images, [-1]), images)
     images = torch.where(down, torch.flip(images, [-2]), images)
@@ -57,7 +68,7 @@ def dihedral(images: Tensor, generator: Generator) -> Tensor:
 
 def colour(images: Tensor, generator: Generator, contrast: float, brightness: float, gain: float) -> Tensor:
     """Contrast about the image's mean, brightness, and a gain per channel, each uniform within its share; clipped."""
-    uniform = torch.rand(len(images), 5, generator=generator).to(images.device) * 2 - 1
+    uniform = onto(images.device, torch.rand(len(images), 5, generator=generator)) * 2 - 1
     mean = images.mean(dim=(1, 2, 3), keepdim=True)
     stretch = 1 + contrast * uniform[:, 0].view(-1, 1, 1, 1)
     shift = brightness * uniform[:, 1].view(-1, 1, 1, 1)
@@ -67,7 +78,7 @@ def colour(images: Tensor, generator: Generator, contrast: float, brightness: fl
 
 def affine(images: Tensor, generator: Generator, degrees: float, shift: float, scale: float) -> Tensor:
     """A small turn, shift and change of size for each image, bilinear, edges repeated."""
-    uniform = (torch.rand(len(images), 4, generator=generator) * 2 - 1).to(images.device)
+    uniform = onto(images.device, torch.rand(len(images), 4, generator=generator) * 2 - 1)
     angle, size = uniform[:, 0] * math.radians(degrees), 1 + scale * uniform[:, 1]
     cosine, sine = angle.cos() * size, angle.sin() * size
     moves = uniform[:, 2:] * 2 * shift  # the grid runs from -1 to 1

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consilium.data import Examples, Preprocessing
+from consilium.data import Examples, IntArray, Preprocessing
 from consilium.local.augment import normalise, to_float
 from consilium.protocols import Model
-from consilium.tensors import Tensors
+from consilium.tensors import Tensors, onto
 
 BATCH_SIZE = 128
 
@@ -49,7 +49,14 @@ def _rows(
 ) -> Tensor:
     parts = []
     for start in range(0, len(examples), BATCH_SIZE):
-        pixels = np.ascontiguousarray(examples.images[examples.rows[start : start + BATCH_SIZE]])
-        images = normalise(to_float(torch.from_numpy(pixels).to(device)), preprocessing)
-        parts.append(function(images).float().cpu())
-    return torch.cat(parts) if parts else torch.zeros(0, 0)
+        pixels = onto(device, read(examples, examples.rows[start : start + BATCH_SIZE], device))
+        parts.append(function(normalise(to_float(pixels), preprocessing)).float())
+    return torch.cat(parts).cpu() if parts else torch.zeros(0, 0)
+
+
+def read(examples: Examples, rows: IntArray, device: str) -> Tensor:
+    """Pixels uint8 [B, H, W, 3] of these rows of the store, in memory that `device` can fetch them from."""
+    shape, pinned = (len(rows), *examples.images.shape[1:]), device.startswith("cuda")
+    pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+    np.take(examples.images, rows, axis=0, out=pixels.numpy(), mode="clip")  # the other modes copy once more
+    return pixels

@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, S
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,10 +19,10 @@ from consilium.config import TrainConfig
 from consilium.data import Batch, Examples, IntArray, Preprocessing
 from consilium.errors import TrainingError
 from consilium.local.augment import PRESETS, normalise, to_float
-from consilium.local.predict import autocast, pooled_features
+from consilium.local.predict import autocast, pooled_features, read
 from consilium.local.schedule import factor, federation_progress
 from consilium.protocols import Fitted, Model, Objective, Selector, Specs, Tag, Task, Trains
-from consilium.tensors import Tensors, detach
+from consilium.tensors import Tensors, detach, onto
 
 FALLBACK_LEARNING_RATE = 1e-3  # for variables that are not the model's, such as mixing weights
 
@@ -254,11 +253,16 @@ def plan(num: int, config: TrainConfig, epochs: float | None, generator: torch.G
 
 
 def make_batch(examples: Examples, positions: IntArray, setting: Setting, augmenting: torch.Generator) -> Batch:
-    """Read rows of the store, augment, normalise."""
-    pixels = torch.from_numpy(np.ascontiguousarray(examples.images[examples.rows[positions]])).to(setting.device)
+    """Read rows of the store; augment and normalise where the model is."""
+    pixels = onto(setting.device, read(examples, examples.rows[positions], setting.device))
     images = PRESETS[setting.config.augmentation](to_float(pixels), augmenting)
-    labels = torch.from_numpy(examples.labels[positions]).to(setting.device)
+    labels = onto(setting.device, torch.from_numpy(examples.labels[positions]))
     return Batch(normalise(images, setting.preprocessing), labels, torch.from_numpy(positions))
+
+
+def _fuses(device: torch.device) -> bool:
+    """One kernel for all tensors of a step, where that is quicker than a loop over them; it rounds otherwise."""
+    return device.type == "cuda"
 
 
 class Optimizer:
@@ -275,6 +279,7 @@ class Optimizer:
     ) -> None:
         self.names, self.rates, self.config, self.purpose = list(rates), rates, config, purpose
         self.parameters = [live[name] for name in rates]
+        self.fused = _fuses(self.parameters[0].device)
         self.step_lengths = dict.fromkeys(rates, 0.0)
         self.inner = self._build(rates, decays)
         self.scaler = torch.amp.GradScaler(enabled=config.precision == "float16")
@@ -286,8 +291,8 @@ class Optimizer:
             by_rate.setdefault((rates[name], decays[name]), []).append(parameter)
         groups = [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in by_rate.items()]
         if self.config.optimizer == "sgd":
-            return torch.optim.SGD(groups, momentum=self.config.momentum)
-        return torch.optim.AdamW(groups)
+            return torch.optim.SGD(groups, momentum=self.config.momentum, fused=self.fused or None)
+        return torch.optim.AdamW(groups, fused=self.fused or None)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a micro-batch; a loss that needs no gradient adds nothing."""
@@ -325,5 +330,5 @@ class Optimizer:
             state, _, name = key.partition("/")
             if f"{self.purpose}/{key}" in moments and name in self.names:
                 parameter = self.parameters[self.names.index(name)]
-                device = parameter.device if state != "step" else "cpu"
+                device = parameter.device if state != "step" or self.fused else "cpu"
                 self.inner.state[parameter][state] = value.to(device, copy=True)

@@ -12,6 +12,8 @@ Identity: mu = 0 is FedAvg, bit by bit; a single step from w_t is FedAvg's for e
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -33,10 +35,11 @@ def proximal(mu: float) -> ObjectiveFor:
     """loss + mu/2 ||variables - received||^2 over the shared tensors that are trained."""
 
     def objective_for(received: Tensors, training: LocalTraining) -> Objective:
-        anchor = {name: value for name, value in received.items() if training.active(training.specs[name].tag)}
+        active = {name: value for name, value in received.items() if training.active(training.specs[name].tag)}
+        anchor = cache(lambda device: {name: value.to(device) for name, value in active.items()})  # fetched once
 
         def objective(variables: Tensors, batch: Batch, generator: torch.Generator) -> Tensor:  # noqa: ARG001
-            return training.loss(variables, batch) + mu / 2 * squared_distance(variables, anchor)
+            return training.loss(variables, batch) + mu / 2 * squared_distance(variables, anchor(batch.labels.device))
 
         return objective
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from consilium import metrics, registry
 from consilium.data import IntArray
 from consilium.errors import ConfigError
-from consilium.tasks.losses import ClassWeight, class_weights, weighted_loss
+from consilium.tasks.losses import ClassWeight, class_weights_on, weighted_loss
 
 
 class ClassificationOptions(registry.Options):
@@ -75,7 +75,7 @@ class Classification:
     def loss(self, outputs: Tensor, labels: Tensor, class_counts: Sequence[int]) -> Tensor:
         """Mean loss of a batch; outputs [B, C], labels int64 [B], class_counts [C]."""
         options = self.options
-        weights = class_weights(options.class_weight, class_counts, options.beta)
+        weights = class_weights_on(outputs.device, options.class_weight, tuple(class_counts), options.beta)
         gamma, smoothing = options.focal_gamma, options.label_smoothing
         return weighted_loss(outputs, labels, weights, focal_gamma=gamma, label_smoothing=smoothing)
 

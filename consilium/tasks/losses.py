@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -29,6 +30,13 @@ def class_weights(kind: ClassWeight, counts: Sequence[int], beta: float = 0.999)
     }[kind]
     total = (number * raw).sum()
     return (raw * (number.sum() / total if total > 0 else 1)).to(torch.float32)
+
+
+@lru_cache(maxsize=4096)
+def class_weights_on(device: torch.device, kind: ClassWeight, counts: tuple[int, ...], beta: float) -> Tensor:
+    """`class_weights` on a device, made once: numbers that become a tensor in every step make the program wait."""
+    with torch.inference_mode(False):
+        return class_weights(kind, counts, beta).to(device)
 
 
 def weighted_loss(
