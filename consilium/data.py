@@ -50,7 +50,11 @@ class Batch:
 
 
 class Source(Protocol):
-    """Where images and their table come from."""
+    """Where images and their table come from.
+
+    An optional attribute `identity` is a text that, with an id, decides an image's bytes (of drawn images, never of
+    files): their hashes are then kept in the cache, and nothing is drawn again only to be hashed.
+    """
 
     def records(self) -> Any:
         """A pandas DataFrame with string columns id, label, site, group and, if given by the data, split."""

@@ -8,9 +8,12 @@ nothing elsewhere.
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ from pydantic import Field, model_validator
 from consilium import registry, seeds
 from consilium.data import UInt8Array
 from consilium.errors import DataError
+from consilium.sites import phantom_camera, phantom_draw
 from consilium.sites.phantom_camera import Camera
 from consilium.sites.phantom_draw import Lesion, Patient, draw
 
@@ -168,6 +172,14 @@ class Phantom:
 
     def __init__(self, options: PhantomOptions) -> None:
         self._options = options
+
+    @property
+    def identity(self) -> str:
+        """The options, and the code and the library that draw."""
+        code = hashlib.sha256()
+        for module in (phantom_camera, phantom_draw, seeds, sys.modules[__name__]):
+            code.update(Path(str(module.__file__)).read_bytes())
+        return f"phantom {self._options.model_dump_json()} {np.__version__} {code.hexdigest()}"
 
     @cached_property
     def _shots(self) -> dict[str, Shot]:

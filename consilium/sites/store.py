@@ -17,6 +17,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -92,6 +93,28 @@ def _hash_contents(content: Callable[[str], bytes], ids: Sequence[str]) -> dict[
     return hashes
 
 
+def _hashes(identity: str | None, read: _Reader, ids: Sequence[str], folder: Path) -> dict[str, str]:
+    """Hashes of the images' bytes; those of a source with an identity are computed once and lie in the folder."""
+    if identity is None:
+        return _hash_contents(read.content, ids)
+    path = folder / f"{_digest_of(identity)}.hashes.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged
+        kept = json.loads(path.read_text())
+        if kept["sha256"] == _digest_of(kept["hashes"]):
+            return {id: str(kept["hashes"][id]) for id in ids}
+    hashes = _hash_contents(read.content, ids)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    with suppress(OSError):  # they only save time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps({"sha256": _digest_of(hashes), "hashes": hashes}))
+        partial.replace(path)
+    return hashes
+
+
+def _digest_of(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def open_store(
     source: Source,
     ids: Sequence[str],
@@ -106,11 +129,11 @@ def open_store(
     `decoding` names all options of the source that change what its `decode` makes of the same bytes. Raises DataError
     where the cache cannot be written.
     """
-    read = _Reader(source)
-    hashes = _hash_contents(read.content, ids)
+    read, folder = _Reader(source), folder or default_folder()
+    hashes = _hashes(getattr(source, "identity", None), read, ids, folder)
     id_of = {content_hash: id for id, content_hash in sorted(hashes.items(), reverse=True)}
     order = sorted(id_of)
-    path = (folder or default_folder()) / f"{_key(order, preprocessing, decoding)}.npy"
+    path = folder / f"{_key(order, preprocessing, decoding)}.npy"
     try:
         corrupt = _ready(path, lambda: _build(path, read, [id_of[one] for one in order], preprocessing, progress))
     except (OSError, NotImplementedError) as error:
@@ -179,8 +202,7 @@ def _key(order: Sequence[str], preprocessing: Preprocessing, decoding: str) -> s
     if preprocessing.crop_mode != "border":
         shape.pop("mean")  # only borders are filled with it
     shape.pop("std")
-    text = json.dumps([FORMAT, shape, decoding, list(order)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return _digest_of([FORMAT, shape, decoding, list(order)])
 
 
 def _read_index(path: Path) -> list[int] | None:

@@ -176,3 +176,10 @@ def _slow_compression(channel: Any, step: int) -> Any:
             block = whole[top : top + 8, left : left + 8]
             block[:] = basis.T @ (np.floor(basis @ block @ basis.T / steps + 0.5) * steps) @ basis
     return np.clip(np.floor(whole[:size, :size] + 0.5), 0, 255).astype(int)
+
+
+def test_the_identity_changes_with_every_option() -> None:
+    base = Phantom(PhantomOptions()).identity
+    assert base == Phantom(PhantomOptions()).identity
+    for change in ({"num_images": 9}, {"num_sites": 3}, {"image_size": 32}, {"difficulty": 0.5}, {"seed": 1}):
+        assert Phantom(PhantomOptions(**change)).identity != base

@@ -247,3 +247,56 @@ def test_the_cache_lies_where_the_user_wants_caches(monkeypatch: pytest.MonkeyPa
     assert default_folder() == tmp_path / "consilium" / "images"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert Path.home() in default_folder().parents
+
+
+# ------------------------------------------------------------------------------------------------ hashes that are kept
+@dataclass
+class Drawn(Counting):
+    """A source that says what decides its bytes."""
+
+    identity: str = "drawn, first version"
+
+
+def test_a_drawn_image_is_not_drawn_again_to_be_hashed(tmp_path: Path) -> None:
+    given = Drawn(source().contents)
+    first = opened(given, tmp_path)
+    given.calls.clear()
+    second = opened(given, tmp_path)
+    assert given.calls == Counter()
+    assert (first.hashes, first.rows) == (second.hashes, second.rows)
+    assert (first.images == second.images).all()
+
+
+def test_files_are_read_every_time(tmp_path: Path) -> None:
+    given = source()
+    opened(given, tmp_path)
+    given.calls.clear()
+    opened(given, tmp_path)
+    assert given.calls["content"] == len(given.contents)
+    assert list(tmp_path.glob("*.hashes.json")) == []
+
+
+@pytest.mark.parametrize("damage", ["identity", "cut", "changed", "more ids"])
+def test_hashes_of_something_else_or_damaged_are_computed_anew(tmp_path: Path, damage: str) -> None:
+    given = Drawn(source().contents)
+    right = opened(given, tmp_path)
+    path = next(tmp_path.glob("*.hashes.json"))
+    if damage == "identity":
+        given.identity = "drawn, second version"
+    if damage == "cut":
+        path.write_text(path.read_text()[:50])
+    if damage == "changed":
+        path.write_text(path.read_text().replace(right.hashes["i0"], right.hashes["i1"]))
+    if damage == "more ids":
+        given.contents |= source(6).contents
+    given.calls.clear()
+    again = opened(given, tmp_path)
+    assert given.calls["content"] >= len(given.contents)
+    assert {id: again.hashes[id] for id in right.hashes} == right.hashes
+
+
+def test_a_cache_that_cannot_be_written_keeps_no_hashes_and_says_nothing_of_them(tmp_path: Path) -> None:
+    given = Drawn(source().contents)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written"):
+        opened(given, tmp_path / "file" / "cache")
