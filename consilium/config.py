@@ -217,6 +217,7 @@ class EngineConfig(Options):
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     threads: int = Field(default=1, ge=1)
     device: str = "auto"
+    prefix_cache: bool = True  # keep what the blocks below the trained ones make of images; not of augmented ones
     gradient_checkpointing: bool = False  # compute blocks again for their gradients: less memory, same bits, more time
     compile: bool = False  # blocks through torch.compile: faster on a GPU, changes last bits, needs a compiler
     cache: Path | None = None  # folder of the decoded-image store; None: the user's cache folder

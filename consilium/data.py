@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -42,11 +44,16 @@ class SiteData:
 
 @dataclass(frozen=True)
 class Batch:
-    """`images` float32 [B, 3, H, W], normalised; `labels` int64 [B]; `rows` int64 [B], positions in the split."""
+    """`labels` int64 [B]; `rows` int64 [B], positions in the split; `load` gives the images once they are asked for."""
 
-    images: Tensor
+    load: Callable[[], Tensor]
     labels: Tensor
     rows: Tensor
+
+    @cached_property
+    def images(self) -> Tensor:
+        """float32 [B, 3, H, W], normalised."""
+        return self.load()
 
 
 class Source(Protocol):

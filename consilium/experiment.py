@@ -6,22 +6,26 @@ Refuses, before anything is trained, pairings of tuner, head and strategy that d
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import numpy as np
+import timm
 import torch
 
 from consilium import registry
 from consilium.backbones import compiled, recompute, timm_backbone
 from consilium.config import BackboneConfig, Config, agreement_hash
 from consilium.errors import ConfigError
+from consilium.local.prefix import Kept
 from consilium.local.train import Setting
 from consilium.messages import Handshake, envelope_of, rows
 from consilium.protocols import Backbone, Model, Selector, Slot, Specs, Strategy, Tag, Task, Tuner
+from consilium.sites.store import default_folder
 from consilium.tensors import Tensors, detach
 from consilium.tuners import base, compose
 
@@ -101,8 +105,23 @@ def join(config: Config, classes: Sequence[str], tuners: Sequence[Tuner], strate
     handshake = Handshake(agreement_hash(config, backbone.digest, classes, backbone.preprocessing), backbone.digest)
     trains, frozen = strategy.declares.trains, _frozen(backbone, model.specs)
     anew = {n for n, spec in model.specs.items() if spec.factor is not None and strategy.declares.restarts_factors}
-    setting = Setting(model, task, config.train, backbone.preprocessing, config.seed, device, frozen, trains, anew)
+    kept = _kept(config, backbone, device)
+    setting = Setting(
+        model, task, config.train, backbone.preprocessing, config.seed, device, frozen, trains, anew, kept
+    )
     return Experiment(config, backbone, model, task, strategy, handshake, setting)
+
+
+def _kept(config: Config, backbone: Backbone, device: str) -> Kept | None:
+    """Where prefixes of images are kept, and all that their bits depend on beside images and depth."""
+    if not config.engine.prefix_cache:
+        return None
+    folder = (config.engine.cache or default_folder()) / "prefixes"
+    machine = (
+        torch.cuda.get_device_name(device) if device.startswith("cuda") else torch.backends.cpu.get_cpu_capability()
+    )
+    versions = [torch.__version__, timm.__version__, machine, config.engine.threads, config.engine.compile]
+    return Kept(folder, json.dumps([backbone.digest, asdict(backbone.preprocessing), versions], sort_keys=True))
 
 
 def _frozen(backbone: Backbone, specs: Specs) -> dict[str, Tag]:

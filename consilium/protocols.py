@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from consilium.data import Batch, IntArray, Preprocessing
+from consilium.halves import Halves
 from consilium.tensors import Tensors
 
 Slot = Literal["parameter", "control", "statistic", "base"]
@@ -181,11 +182,19 @@ class Model(Protocol):
     def forgotten(self) -> frozenset[str]:
         """Variables whose optimiser moments never outlive a round."""
 
-    def forward(self, variables: Tensors, images: Tensor) -> Tensor:
-        """Head outputs [B, C] for images float [B, 3, H, W]; names missing in `variables` keep their frozen value.
-        A name of the backbone itself may be given too (strategies that change the base)."""
+    @property
+    def halves(self) -> Halves | None:
+        """How the backbone can be split in front of a block; None where it cannot."""
 
-    def features(self, variables: Tensors, images: Tensor) -> Tensor:
+    def lower(self, variables: Tensors, images: Tensor, depth: int, start: int = 0) -> Tensor:
+        """What the backbone makes of images up to `depth`, see `Halves`; or of what it made of them up to `start`."""
+
+    def forward(self, variables: Tensors, images: Tensor, depth: int = 0) -> Tensor:
+        """Head outputs [B, C] for images float [B, 3, H, W]; names missing in `variables` keep their frozen value.
+        A name of the backbone itself may be given too (strategies that change the base). With a `depth`: see `lower`,
+        `images` are what it gave."""
+
+    def features(self, variables: Tensors, images: Tensor, depth: int = 0) -> Tensor:
         """Pooled features [B, num_features] before the head."""
 
     def watch(self, modules: Collection[str]) -> AbstractContextManager[Tensors]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -23,6 +24,7 @@ from consilium.engines.state import SiteState, StateFolder
 from consilium.errors import ConsiliumError, TrainingError, WireError
 from consilium.experiment import Experiment
 from consilium.local.predict import outputs
+from consilium.local.prefix import Prefixes
 from consilium.local.train import Trainer
 from consilium.messages import Reply, Request, check_learned, decode_request, encode, envelope_of, is_count
 from consilium.metrics import without_nan
@@ -119,7 +121,8 @@ class Site:
             return Reply(self.data.name, request.round, 0, failure=Failure(self.data.name, "stale", message))
         state = self._state(request)
         validated = bool(request.context.get("validate", True))
-        incoming = self._validate(state.received, state.personal) if validated else {}
+        depth = self._depth(request.round)
+        incoming = self._validate(state.received, state.personal, depth) if validated else {}
         moments = dict(state.moments)
         learned = self._learn(request, state, moments)
         broken = non_finite(learned.update) or non_finite(learned.personal.tensors)
@@ -127,7 +130,7 @@ class Site:
             message = f"round {request.round}: NaN or infinity in {', '.join(broken[:3])}"
             return Reply(self.data.name, request.round, 0, failure=Failure(self.data.name, "non_finite", message))
         sent = {**state.received, **learned.update}
-        outgoing = self._validate(sent, learned.personal) if validated else {}
+        outgoing = self._validate(sent, learned.personal, depth) if validated else {}
         after = SiteState(request.round, state.received, learned.personal, learned.update, moments)
         self._states.save(after, keep={request.builds_on, *request.context.get("keep", ())})
         numbers = {
@@ -184,25 +187,38 @@ class Site:
 
     def _learn(self, request: Request, state: SiteState, moments: dict[str, Any]) -> Learned:
         counts = request.context["class_counts"] if self._counts_travel else self._class_counts()
-        trainer = Trainer(self.experiment.setting, self.data.train, request.round, self.data.name, counts, moments)
+        setting, name, train = self.experiment.setting, self.data.name, self.data.train
+        trainer = Trainer(setting, train, request.round, name, counts, moments, self._prefixes)
         return self.experiment.strategy.learn(state.received, state.personal, trainer)
+
+    @cached_property
+    def _prefixes(self) -> Prefixes | None:
+        """One place for all models and splits of a request: what they have in common below is computed once."""
+        return self.experiment.setting.prefixes()
+
+    def _depth(self, round: int) -> int:
+        """Up to which depth a model that comes in and the one that goes out are the same."""
+        return 0 if self._prefixes is None else self._prefixes.depth(self.experiment.active(round, self.data.name))
 
     def _class_counts(self) -> list[int]:
         counts = np.bincount(self.data.train.labels, minlength=len(self.experiment.task.classes))
         return [int(count) for count in counts]
 
-    def _validate(self, received: Tensors, personal: Personal) -> Numbers:
-        variables = self.experiment.strategy.deploy(received, personal)["personal"]
-        found = self.experiment.task.validation(self._probabilities(variables, self.data.val), self.data.val.labels)
+    def _validate(self, received: Tensors, personal: Personal, depth: int | None = None) -> Numbers:
+        variables, val = self.experiment.strategy.deploy(received, personal)["personal"], self.data.val
+        found = self.experiment.task.validation(self._probabilities(variables, val, depth), val.labels)
         return {name: without_nan(float(value)) for name, value in found.items()}
 
-    def _probabilities(self, variables: Tensors, examples: Examples) -> Any:
+    def _probabilities(self, variables: Tensors, examples: Examples, depth: int | None = None) -> Any:
+        """Of one split; `depth`: up to where other models of this request are the same, if not up to where all are."""
         setting, task = self.experiment.setting, self.experiment.task
         if not len(examples):
             return np.zeros((0, len(task.classes)))
-        found = outputs(
-            setting.model, variables, examples, setting.preprocessing, setting.device, setting.config.precision
-        )
+        precision, prefix = setting.config.precision, None
+        if self._prefixes is not None:
+            depth = self._prefixes.lasting if depth is None else depth
+            prefix = self._prefixes.split(variables, examples, depth, precision)
+        found = outputs(setting.model, variables, examples, setting.preprocessing, setting.device, precision, prefix)
         return task.probabilities(found).numpy()
 
     def _both_splits(self, variables: Tensors) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,35 +23,76 @@ def autocast(device: str, precision: str) -> torch.autocast:
     return torch.autocast(device.split(":")[0], dtype=wanted, enabled=precision != "float32")
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """What the backbone made of images up to a depth [n, ...]; see `halves`. At depth 0: the images themselves."""
+
+    tokens: Tensor
+    depth: int
+
+    def rows(self, positions: IntArray, device: str) -> Prefix:
+        """Of some of the images, on a device."""
+        return Prefix(onto(device, self.tokens[torch.from_numpy(positions)]), self.depth)
+
+
+def load_images(examples: Examples, positions: IntArray, preprocessing: Preprocessing, device: str) -> Tensor:
+    """Rows of the store, float32 [B, 3, H, W], normalised."""
+    return normalise(to_float(onto(device, read(examples, examples.rows[positions], device))), preprocessing)
+
+
 def outputs(
-    model: Model, variables: Tensors, examples: Examples, preprocessing: Preprocessing, device: str, precision: str
+    model: Model,
+    variables: Tensors,
+    examples: Examples,
+    preprocessing: Preprocessing,
+    device: str,
+    precision: str,
+    prefix: Prefix | None = None,
 ) -> Tensor:
-    """Head outputs float32 [n, num_outputs] on the CPU, without augmentation; [0, 0] for an empty split."""
+    """Head outputs float32 [n, num_outputs] on the CPU, without augmentation; [0, 0] for an empty split. `prefix`: of
+    all its images, made with these variables."""
     here = {name: value.to(device) for name, value in variables.items()}
 
-    def function(images: Tensor) -> Tensor:
+    def function(inputs: Prefix) -> Tensor:
         with autocast(device, precision):
-            return model.forward(here, images)
+            return model.forward(here, inputs.tokens, inputs.depth)
 
-    return _rows(function, examples, preprocessing, device)
+    return _rows(function, examples, preprocessing, device, prefix)
 
 
 def pooled_features(
-    model: Model, variables: Tensors, examples: Examples, preprocessing: Preprocessing, device: str
+    model: Model,
+    variables: Tensors,
+    examples: Examples,
+    preprocessing: Preprocessing,
+    device: str,
+    prefix: Prefix | None = None,
 ) -> Tensor:
     """Features float32 [n, num_features] on the CPU, without augmentation."""
     here = {name: value.to(device) for name, value in variables.items()}
-    return _rows(lambda images: model.features(here, images), examples, preprocessing, device)
+
+    def function(inputs: Prefix) -> Tensor:
+        return model.features(here, inputs.tokens, inputs.depth)
+
+    return _rows(function, examples, preprocessing, device, prefix)
 
 
 @torch.inference_mode()
 def _rows(
-    function: Callable[[Tensor], Tensor], examples: Examples, preprocessing: Preprocessing, device: str
+    function: Callable[[Prefix], Tensor],
+    examples: Examples,
+    preprocessing: Preprocessing,
+    device: str,
+    prefix: Prefix | None,
 ) -> Tensor:
     parts = []
     for start in range(0, len(examples), BATCH_SIZE):
-        pixels = onto(device, read(examples, examples.rows[start : start + BATCH_SIZE], device))
-        parts.append(function(normalise(to_float(pixels), preprocessing)).float())
+        rows = np.arange(start, min(start + BATCH_SIZE, len(examples)))
+        if prefix is not None:
+            inputs = prefix.rows(rows, device)
+        else:
+            inputs = Prefix(load_images(examples, rows, preprocessing, device), 0)
+        parts.append(function(inputs).float())
     return torch.cat(parts).cpu() if parts else torch.zeros(0, 0)
 
 

@@ -19,7 +19,8 @@ from consilium.config import TrainConfig
 from consilium.data import Batch, Examples, IntArray, Preprocessing
 from consilium.errors import TrainingError
 from consilium.local.augment import PRESETS, normalise, to_float
-from consilium.local.predict import autocast, pooled_features, read
+from consilium.local.predict import Prefix, autocast, pooled_features, read
+from consilium.local.prefix import Fit, Kept, Pixels, Prefixes
 from consilium.local.schedule import factor, federation_progress
 from consilium.protocols import Fitted, Model, Objective, Selector, Specs, Tag, Task, Trains
 from consilium.tensors import Tensors, detach, onto
@@ -42,6 +43,11 @@ class Setting:
     )  # weights of the backbone that are no variables of the model
     trains: Trains = lambda tag, round: True  # what the strategy leaves trained  # noqa: ARG005
     anew: Set[str] = frozenset()  # what the strategy sends back in another basis: old moments say nothing of it
+    kept: Kept | None = None  # where prefixes are kept; None: everything is computed from the images
+
+    def prefixes(self) -> Prefixes | None:
+        """A place for the prefixes of one site while it answers one request."""
+        return None if self.kept is None else Prefixes(self.model, self.preprocessing, self.device, self.kept)
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class Trainer:
     site: str
     class_counts: Sequence[int]
     moments: dict[str, Tensor] = field(default_factory=dict)
+    prefixes: Prefixes | None = None
 
     @property
     def specs(self) -> Specs:
@@ -72,17 +79,24 @@ class Trainer:
 
     def loss(self, variables: Tensors, batch: Batch) -> Tensor:
         """The task's loss on a batch."""
-        outputs = self.setting.model.forward(variables, batch.images)
+        prefix, model = None if self.prefixes is None else self.prefixes.of_batch(variables, batch), self.setting.model
+        found = Prefix(batch.images, 0) if prefix is None else prefix
+        outputs = model.forward(variables, found.tokens, found.depth)
         return self.setting.task.loss(outputs.float(), batch.labels, self.class_counts)
 
     def watch(self, modules: Collection[str]) -> AbstractContextManager[Tensors]:
         """What enters these modules of the backbone in a `loss`, and under "" the pooled features."""
-        return self.setting.model.watch(modules)
+        prefixes = self.prefixes if modules else None  # pooled features come out of a cached prefix too
+        return self.setting.model.watch(modules) if prefixes is None else prefixes.watch(modules)
 
     def features(self, variables: Tensors) -> tuple[Tensor, Tensor]:
         """Features [n, num_features] and labels [n] of the training split, without augmentation."""
         setting = self.setting
-        found = pooled_features(setting.model, variables, self.examples, setting.preprocessing, device=setting.device)
+        kept = None
+        if self.prefixes is not None:
+            kept = self.prefixes.split(variables, self.examples, self.prefixes.lasting, "float32")
+        model, device = setting.model, setting.device
+        found = pooled_features(model, variables, self.examples, setting.preprocessing, device, kept)
         return found, torch.from_numpy(self.examples.labels)
 
     def fit(
@@ -125,6 +139,9 @@ class Trainer:
         for name in names:
             live[name].requires_grad_()
         optimizer = Optimizer(live, rates, decays, config, self.moments, purpose)
+        passes = sum(len(rows) for step in steps for rows in step)
+        if self.prefixes is not None:
+            self.prefixes.fit = Fit(self.examples, live, passes / len(self.examples), config)
         augmenting, drawing = self._generator(purpose, "augment"), self._generator(purpose, "objective")
         losses = []
         for number, step in enumerate(steps):
@@ -135,10 +152,11 @@ class Trainer:
             optimizer.step(factor(config.schedule, progress))
             if after_step is not None:
                 _put(after_step({name: live[name].detach() for name in names}), live)
+        if self.prefixes is not None:
+            self.prefixes.fit = None
         mean_loss = float(torch.stack(losses).mean())
         self._finite(mean_loss)
         optimizer.store(self.moments, self.setting.model.forgotten | self.setting.anew)
-        passes = sum(len(rows) for step in steps for rows in step)
         return Fitted(
             detach({name: live[name] for name in names}),
             mean_loss,
@@ -253,11 +271,15 @@ def plan(num: int, config: TrainConfig, epochs: float | None, generator: torch.G
 
 
 def make_batch(examples: Examples, positions: IntArray, setting: Setting, augmenting: torch.Generator) -> Batch:
-    """Read rows of the store; augment and normalise where the model is."""
-    pixels = onto(setting.device, read(examples, examples.rows[positions], setting.device))
-    images = PRESETS[setting.config.augmentation](to_float(pixels), augmenting)
+    """Read rows of the store; augment and normalise where the model is. What is not augmented is read when needed."""
     labels = onto(setting.device, torch.from_numpy(examples.labels[positions]))
-    return Batch(normalise(images, setting.preprocessing), labels, torch.from_numpy(positions))
+    if setting.config.augmentation == "none":
+        load: Callable[[], Tensor] = Pixels(examples, positions, setting.preprocessing, setting.device)
+    else:
+        pixels = onto(setting.device, read(examples, examples.rows[positions], setting.device))
+        images = normalise(PRESETS[setting.config.augmentation](to_float(pixels), augmenting), setting.preprocessing)
+        load = lambda: images  # noqa: E731
+    return Batch(load, labels, torch.from_numpy(positions))
 
 
 def _fuses(device: torch.device) -> bool:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from consilium import tensors
 from consilium.config import HeadConfig
 from consilium.errors import ConfigError
+from consilium.halves import Halves, split
 from consilium.protocols import Attached, Backbone, Declaration, Selector, Specs, Tag, Tuner
 from consilium.tensors import Tensors
 from consilium.tuners import base
@@ -44,9 +46,10 @@ class TunedModel:
         found = {name: value for each in self.attached for name, value in each.initial(seed).items()}
         return tensors.detach({**found, **head})
 
-    def forward(self, variables: Tensors, images: Tensor) -> Tensor:
-        """Outputs [B, num_outputs], never in half precision; missing names keep their frozen value."""
-        outputs = self.head.apply({**self.head_start, **variables}, self.features(variables, images))
+    def forward(self, variables: Tensors, images: Tensor, depth: int = 0) -> Tensor:
+        """Outputs [B, num_outputs], never in half precision; missing names keep their frozen value. With a `depth`,
+        `images` are what `lower` gave for it."""
+        outputs = self.head.apply({**self.head_start, **variables}, self.features(variables, images, depth))
         return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
 
     @contextmanager
@@ -71,15 +74,39 @@ class TunedModel:
 
         return self.backbone.module.get_submodule(name).register_forward_pre_hook(note)
 
-    def features(self, variables: Tensors, images: Tensor) -> Tensor:
+    def features(self, variables: Tensors, images: Tensor, depth: int = 0) -> Tensor:
         """Pooled features [B, num_features]; ConfigError for a name that is neither the backbone's nor the head's."""
-        inside = {name: value for name, value in variables.items() if name not in self.head_start}
-        if not inside.keys() <= self.names:
-            raise ConfigError("the model has no such variable", received=sorted(inside.keys() - self.names)[:3])
-        features: Tensor = functional_call(self.backbone.module, inside, (images,), tie_weights=False)
+        inside = self._inside(variables)
+        if depth and self.halves is not None:
+            features = self.halves.run(inside, images, depth, self.halves.deepest)
+        else:
+            features = functional_call(self.backbone.module, inside, (images,), tie_weights=False)
         for seen in self.watching:
             seen[""] = features
         return features
+
+    def lower(self, variables: Tensors, images: Tensor, depth: int, start: int = 0) -> Tensor:
+        """What the part of the backbone below `depth` makes of images, or of what it has from `start`."""
+        if self.halves is None:
+            raise ConfigError("this backbone cannot be split", where="backbone.name", received=self.backbone.name)
+        return self.halves.run(self._inside(variables), images, start, depth)
+
+    @cached_property
+    def halves(self) -> Halves | None:
+        """How the backbone can be split, with all that tuners hung in; None where it cannot."""
+        draws = self.initial(0)
+        values = {name: value.to(self._device) for name, value in self._inside(draws).items()}
+        return split(self.backbone.module, values, self.backbone.preprocessing.image_size)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.backbone.module.parameters()).device
+
+    def _inside(self, variables: Tensors) -> dict[str, Tensor]:
+        inside = {name: value for name, value in variables.items() if name not in self.head_start}
+        if not inside.keys() <= self.names:
+            raise ConfigError("the model has no such variable", received=sorted(inside.keys() - self.names)[:3])
+        return inside
 
     @property
     def inert(self) -> int:
