@@ -277,6 +277,6 @@ class SumOptions(Options):
             raise ValueError(f"{self.aggregate} counts every site once: weights = 'uniform', or leave weights out")
         return self
 
-    def aggregation(self) -> Aggregation:
+    def aggregation(self, of_factors: bool = False) -> Aggregation:
         """The sum that these keys choose."""
-        return Aggregation(self.aggregate, self.trim or 0.0)
+        return Aggregation(self.aggregate, self.trim or 0.0, of_factors)
