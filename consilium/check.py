@@ -17,6 +17,7 @@ from consilium.config import Config
 from consilium.coordinator import drawn_sites, predicted_passes
 from consilium.experiment import Experiment, assemble
 from consilium.sites import audit
+from consilium.tuners.tokens import num_inserted
 
 Table = dict[str, Any]
 
@@ -116,7 +117,7 @@ def memory(experiment: Experiment) -> dict[str, int]:
     """An estimate: weights once per process, trained tensors with gradient and moments, activations of a batch."""
     backbone, config = experiment.backbone, experiment.config
     module: Any = backbone.module
-    tokens = module.patch_embed.num_patches + getattr(module, "num_prefix_tokens", 1)
+    tokens = module.patch_embed.num_patches + getattr(module, "num_prefix_tokens", 1) + num_inserted(backbone)
     kept = _KEPT_PER_TOKEN * backbone.num_blocks
     if config.engine.gradient_checkpointing:  # every block's input, and one block in full while it is computed again
         kept = backbone.num_blocks + _KEPT_PER_TOKEN

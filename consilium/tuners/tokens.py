@@ -72,6 +72,11 @@ def no_merge(tuner: str) -> ConfigError:
 NO_MERGE = "prompts are tokens in the sequence, and no weights of the backbone do the same for every image"
 
 
+def num_inserted(backbone: Backbone) -> int:
+    """Tokens that tuners added to the sequence of every block."""
+    return sum(child.length for child in backbone.module.children() if isinstance(child, Tokens))
+
+
 def insert(backbone: Backbone, name: str, adapter: Tokens) -> None:
     """Hang `adapter` on the backbone as `name`, so that all blocks see its tokens; ConfigError for a second one."""
     module = _vit(backbone)

@@ -226,6 +226,16 @@ def test_recomputed_blocks_keep_fewer_activations(settings: config.Config) -> No
     assert less["trained"] == plain["trained"]
 
 
+@pytest.mark.parametrize("tuner", [{"name": "prompts"}, {"name": "low_rank_prompts", "rank": 2, "depth": "deep"}])
+def test_every_token_keeps_as_many_activations(settings: config.Config, tuner: dict[str, Any]) -> None:
+    kept = []
+    for length in (8, 24):
+        table = config.TunerConfig.model_validate({**tuner, "length": length})
+        kept.append(check(settings.model_copy(update={"tuner": (table,)})).memory_bytes["activations"])
+    own = (federation.SIZE // 16) ** 2 + 1  # patches and the class token
+    assert kept[0] * (own + 24) == kept[1] * (own + 8)
+
+
 def test_memory_grows_with_the_batch_alone(settings: config.Config) -> None:
     larger = settings.train.model_copy(update={"batch_size": 12})
     small, large = (check(one).memory_bytes for one in (settings, settings.model_copy(update={"train": larger})))
