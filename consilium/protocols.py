@@ -86,8 +86,7 @@ def products(specs: Specs) -> tuple[Product, ...]:
 
 @dataclass(frozen=True)
 class Part:
-    """One adapter on the backbone. `personal` parts never travel; `rank` overrides a tuner's rank, `ranks` that at
-    some sites; the tuner's scale alpha / r stays that of its own rank."""
+    """One adapter on the backbone. `personal` ones never travel; `rank` overrides a tuner's, `ranks` at some sites."""
 
     name: str = "shared"
     personal: bool = False
@@ -126,8 +125,8 @@ class Backbone:
 class Attached:
     """What a tuner added: the trainable tensors, their initial values and the learning rate that suits each role.
 
-    `initial(seed)` may be called many times: shared tensors start from the run's seed, personal ones from a seed that
-    only the site knows (a head that the server ever knew gives labels away, Yang et al. 2021).
+    `initial(seed)` may be called many times: shared tensors start from the run's seed, personal ones from the site's
+    own (a head that the server ever knew gives labels away, Yang et al. 2021).
     """
 
     specs: Specs
@@ -190,9 +189,8 @@ class Model(Protocol):
         """What the backbone makes of images up to `depth`, see `Halves`; or of what it made of them up to `start`."""
 
     def forward(self, variables: Tensors, images: Tensor, depth: int = 0) -> Tensor:
-        """Head outputs [B, C] for images float [B, 3, H, W]; names missing in `variables` keep their frozen value.
-        A name of the backbone itself may be given too (strategies that change the base). With a `depth`: see `lower`,
-        `images` are what it gave."""
+        """Head outputs [B, C] for images float [B, 3, H, W], or for what `lower` made of them up to `depth`. Names that
+        are missing keep their frozen value; one of the backbone itself may be given too (a changed base)."""
 
     def features(self, variables: Tensors, images: Tensor, depth: int = 0) -> Tensor:
         """Pooled features [B, num_features] before the head."""
@@ -291,10 +289,8 @@ class LocalTraining(Protocol):
     ) -> Fitted:
         """Train what `only` (default: `active`) selects; any mapping may be given, model variables or not. A name
         "x/variable" is a copy of a variable: chosen, decayed and, unless `learning_rate` is given, paced like it.
-
         The objective sees `fixed` beside the variables; both are where the model is. `learning_rate` takes the place of
-        the configured ones; `after_step` maps what is trained to where it may be; `purpose` sets the draws and the kept
-        moments of several fits in one round apart.
+        the configured ones, `after_step` maps what is trained to where it may be, `purpose` sets several fits apart.
         """
 
     def features(self, variables: Tensors) -> tuple[Tensor, Tensor]:

@@ -114,9 +114,8 @@ def check_serving(config: Config, prepared: sites.Federation) -> None:
     """ConfigError where serve = "best" could not be decided."""
     if config.evaluation.serve == "best" and min(config.train.participation, config.train.quorum) < 1:
         remedy = "use serve = 'last', or participation = 1 and quorum = 1"
-        raise ConfigError(
-            "serve = 'best' needs every site's validation in every round", remedy=remedy, where="evaluation.serve"
-        )
+        what = "serve = 'best' needs every site's validation in every round"
+        raise ConfigError(what, remedy=remedy, where="evaluation.serve")
     if config.evaluation.serve == "best" and not any(len(data.val) for data in prepared.sites.values()):
         raise ConfigError("serve = 'best' needs validation images", where="evaluation.serve")
 
@@ -140,11 +139,8 @@ def _identity(plan: Plan, prepared: sites.Federation) -> dict[str, object]:
 
 
 def _open(plan: Plan, prepared: sites.Federation) -> None:
-    facts = {
-        "agreement_hash": plan.experiment.handshake.agreement,
-        "classes": prepared.classes,
-        "config": plan.config.to_dict(),
-    }
+    agreed = plan.experiment.handshake.agreement
+    facts = {"agreement_hash": agreed, "classes": prepared.classes, "config": plan.config.to_dict()}
     split = prepared.split.to_parquet(index=False)
     run_folder.open_run(plan.data.folder, _identity(plan, prepared), facts, split)
 

@@ -144,7 +144,7 @@ class Toy:
         origin = {n: self.specs.get(n.rpartition("/")[2]) for n in variables}
         names = [n for n in sorted(variables) if (spec := origin[n]) is None or choose(spec.tag)]
         x, y = data(self.site)
-        batch, steps = Batch(x, y, torch.arange(len(x))), int(epochs) if epochs is not None else self.steps
+        batch, steps = Batch(lambda: x, y, torch.arange(len(x))), int(epochs) if epochs is not None else self.steps
         losses, rate = [], learning_rate or RATE
         generator = torch.Generator().manual_seed(len(purpose))
         for _ in range(steps):

@@ -418,7 +418,7 @@ def test_a_copy_of_a_variable_is_trained_like_it() -> None:
 def test_what_enters_a_module_can_be_watched_with_its_gradient() -> None:
     trainer, start = _trainer(), {name: value.requires_grad_() for name, value in _start().items()}
     images, labels = _batch(np.arange(5))
-    batch, modules = Batch(images, labels, torch.arange(5)), ["blocks.0.attn.qkv", "blocks.5.mlp.fc1"]
+    batch, modules = Batch(lambda: images, labels, torch.arange(5)), ["blocks.0.attn.qkv", "blocks.5.mlp.fc1"]
     model = trainer.setting.model
     with trainer.watch(modules) as seen:
         loss = trainer.loss(start, batch)
