@@ -1,10 +1,11 @@
-# make demo, make test, make lint, make docs. Needs Python 3.11 to 3.13; makes its own environment in $(VENV).
+# make demo, make test, make lint, make docs, make bench [ONLY=round,flower] [QUICK=1]. Needs Python 3.11 to 3.13; makes its own environment in $(VENV).
 VENV ?= .venv
+BENCH_VENV ?= .venv-bench
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ "$$n" -gt 4 ] && n=4; echo $$n)
 PYTHON_IN_VENV = $(VENV)/bin/python
 DEMO = runs/demo
 
-.PHONY: demo test lint docs
+.PHONY: demo test lint docs bench
 
 demo: $(VENV)/.installed
 	rm -rf $(DEMO)
@@ -24,6 +25,10 @@ lint: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-dev
 	$(PYTHON_IN_VENV) scripts/generate_docs.py
 
+# Its own environment: a peer's narrow pins are not to decide which versions anything else here uses.
+bench: $(BENCH_VENV)/.installed-bench
+	OMP_NUM_THREADS=1 $(BENCH_VENV)/bin/python -m benchmarks $(if $(ONLY),--only $(ONLY)) $(if $(QUICK),--quick)
+
 $(VENV)/.installed: pyproject.toml scripts/environment.sh
 	sh scripts/environment.sh $(VENV)
 	$(PYTHON_IN_VENV) -m pip install -q -e .
@@ -32,4 +37,9 @@ $(VENV)/.installed: pyproject.toml scripts/environment.sh
 $(VENV)/.installed-dev: pyproject.toml scripts/environment.sh
 	sh scripts/environment.sh $(VENV)
 	$(PYTHON_IN_VENV) -m pip install -q -e '.[dev]'
+	touch $@
+
+$(BENCH_VENV)/.installed-bench: pyproject.toml scripts/environment.sh
+	sh scripts/environment.sh $(BENCH_VENV)
+	$(BENCH_VENV)/bin/python -m pip install -q -e '.[bench]'
 	touch $@

@@ -161,7 +161,7 @@ def _third_party(folder: Path) -> set[str]:
     foreign = (
         names
         - set(sys.stdlib_module_names)
-        - {"consilium", "scripts", "tests", *(path.stem for path in folder.glob("*.py"))}
+        - {"consilium", "benchmarks", "scripts", "tests", *(path.stem for path in folder.glob("*.py"))}
     )
     renamed = {"PIL": "pillow", "sklearn": "scikit-learn", "pydantic_core": "pydantic"}
     return {renamed.get(name, name).replace("_", "-") for name in foreign}
