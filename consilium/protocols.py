@@ -185,11 +185,8 @@ class Model(Protocol):
     def halves(self) -> Halves | None:
         """How the backbone can be split in front of a block; None where it cannot."""
 
-    def lower(self, variables: Tensors, images: Tensor, depth: int, start: int = 0) -> Tensor:
-        """What the backbone makes of images up to `depth`, see `Halves`; or of what it made of them up to `start`."""
-
     def forward(self, variables: Tensors, images: Tensor, depth: int = 0) -> Tensor:
-        """Head outputs [B, C] for images float [B, 3, H, W], or for what `lower` made of them up to `depth`. Names that
+        """Head outputs [B, C] for images float [B, 3, H, W], or for what `halves` made of them up to `depth`. Names that
         are missing keep their frozen value; one of the backbone itself may be given too (a changed base)."""
 
     def features(self, variables: Tensors, images: Tensor, depth: int = 0) -> Tensor:

@@ -154,13 +154,15 @@ class Prefixes:
         path = self._path(examples, depth, precision) if lasts else None
         found = kept.load(path) if path is not None else None
         if found is None and path is not None:
-            found = kept.write(path, self._chunks(lower, examples, depth, precision), size)
+            found = kept.write(path, self._chunks(halves, lower, examples, depth, precision), size)
         if found is None and self.used + size <= MEMORY:
             self.used += size
-            found = torch.cat(list(self._chunks(lower, examples, depth, precision)))
+            found = torch.cat(list(self._chunks(halves, lower, examples, depth, precision)))
         return found
 
-    def _chunks(self, lower: Tensors, examples: Examples, depth: int, precision: str) -> Iterator[Tensor]:
+    def _chunks(
+        self, halves: Halves, lower: Tensors, examples: Examples, depth: int, precision: str
+    ) -> Iterator[Tensor]:
         """In the order of the split and of the same size whoever asks, so that the bits are the same on a GPU too."""
         below = self.split(lower, examples, self.lasting, precision) if self.lasting < depth else None
         for start in range(0, len(examples), BATCH_SIZE):
@@ -168,7 +170,7 @@ class Prefixes:
             pixels = Pixels(examples, rows, self.preprocessing, self.device)
             inputs = Prefix(pixels(), 0) if below is None else below.rows(rows, self.device)
             with torch.no_grad(), autocast(self.device, precision):
-                made = self.model.lower(lower, inputs.tokens, depth, inputs.depth)
+                made = halves.run(lower, inputs.tokens, inputs.depth, depth)
             yield made.cpu()
 
     def _path(self, examples: Examples, depth: int, precision: str) -> Path:

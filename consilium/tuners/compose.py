@@ -48,7 +48,7 @@ class TunedModel:
 
     def forward(self, variables: Tensors, images: Tensor, depth: int = 0) -> Tensor:
         """Outputs [B, num_outputs], never in half precision; missing names keep their frozen value. With a `depth`,
-        `images` are what `lower` gave for it."""
+        `images` are what `halves` made of them up to there."""
         outputs = self.head.apply({**self.head_start, **variables}, self.features(variables, images, depth))
         return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
 
@@ -84,12 +84,6 @@ class TunedModel:
         for seen in self.watching:
             seen[""] = features
         return features
-
-    def lower(self, variables: Tensors, images: Tensor, depth: int, start: int = 0) -> Tensor:
-        """What the part of the backbone below `depth` makes of images, or of what it has from `start`."""
-        if self.halves is None:
-            raise ConfigError("this backbone cannot be split", where="backbone.name", received=self.backbone.name)
-        return self.halves.run(self._inside(variables), images, start, depth)
 
     @cached_property
     def halves(self) -> Halves | None:
