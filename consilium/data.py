@@ -44,16 +44,16 @@ class SiteData:
 
 @dataclass(frozen=True)
 class Batch:
-    """`labels` int64 [B]; `rows` int64 [B], positions in the split; `load` gives the images once they are asked for."""
+    """`labels` int64 [B]; `rows` int64 [B], positions in the split; `given`: the images, or what loads them."""
 
-    load: Callable[[], Tensor]
+    given: Tensor | Callable[[], Tensor]
     labels: Tensor
     rows: Tensor
 
     @cached_property
     def images(self) -> Tensor:
         """float32 [B, 3, H, W], normalised."""
-        return self.load()
+        return self.given if isinstance(self.given, Tensor) else self.given()
 
 
 class Source(Protocol):

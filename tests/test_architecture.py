@@ -181,7 +181,8 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
 def _texts() -> Iterator[Path]:
     folders = ("consilium", "tests", "docs", "scripts", "examples", "benchmarks", ".ci")
     inside = (path for folder in folders for path in (ROOT / folder).rglob("*"))
-    for path in (*ROOT.iterdir(), *inside):
+    own = (path for path in ROOT.iterdir() if path.name != ".git")  # git's own; a file in a second working tree
+    for path in (*own, *inside):
         if path.suffix in {".py", ".md", ".toml", ".sh", ".html", ".j2", ".css", ".json", ""} and path.is_file():
             yield path
 

@@ -113,15 +113,11 @@ class Prefixes:
 
     def of_batch(self, variables: Tensors, batch: Batch) -> Prefix | None:
         """Of one batch, for variables of the fit under way; None: take the images."""
-        if (
-            self.fit is None
-            or self.whole
-            or not isinstance(batch.load, Pixels)
-            or batch.load.examples is not self.fit.examples
-        ):
+        stored = batch.given
+        if self.fit is None or self.whole or not isinstance(stored, Pixels) or stored.examples is not self.fit.examples:
             return None
         found = self.fit.prefix(self, variables)
-        return None if found is None else found.rows(batch.load.positions, self.device)
+        return None if found is None else found.rows(stored.positions, self.device)
 
     @contextmanager
     def watch(self, modules: Collection[str]) -> Iterator[Tensors]:

@@ -274,12 +274,11 @@ def make_batch(examples: Examples, positions: IntArray, setting: Setting, augmen
     """Read rows of the store; augment and normalise where the model is. What is not augmented is read when needed."""
     labels = onto(setting.device, torch.from_numpy(examples.labels[positions]))
     if setting.config.augmentation == "none":
-        load: Callable[[], Tensor] = Pixels(examples, positions, setting.preprocessing, setting.device)
-    else:
-        pixels = onto(setting.device, read(examples, examples.rows[positions], setting.device))
-        images = normalise(PRESETS[setting.config.augmentation](to_float(pixels), augmenting), setting.preprocessing)
-        load = lambda: images  # noqa: E731
-    return Batch(load, labels, torch.from_numpy(positions))
+        stored = Pixels(examples, positions, setting.preprocessing, setting.device)
+        return Batch(stored, labels, torch.from_numpy(positions))
+    pixels = onto(setting.device, read(examples, examples.rows[positions], setting.device))
+    images = PRESETS[setting.config.augmentation](to_float(pixels), augmenting)
+    return Batch(normalise(images, setting.preprocessing), labels, torch.from_numpy(positions))
 
 
 def _fuses(device: torch.device) -> bool:
