@@ -186,8 +186,8 @@ class Model(Protocol):
         """How the backbone can be split in front of a block; None where it cannot."""
 
     def forward(self, variables: Tensors, images: Tensor, depth: int = 0) -> Tensor:
-        """Head outputs [B, C] for images float [B, 3, H, W], or for what `halves` made of them up to `depth`. Names that
-        are missing keep their frozen value; one of the backbone itself may be given too (a changed base)."""
+        """Head outputs [B, C] for images float [B, 3, H, W], or for what `halves` made of them up to `depth`. Names
+        that are missing keep their frozen value; one of the backbone itself may be given too (a changed base)."""
 
     def features(self, variables: Tensors, images: Tensor, depth: int = 0) -> Tensor:
         """Pooled features [B, num_features] before the head."""
