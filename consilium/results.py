@@ -277,14 +277,16 @@ def _split_table(examples: Examples, classes: Sequence[str]) -> dict[str, Any]:
 
 
 def hardware(experiment: Experiment) -> dict[str, Any]:
-    """Where the run took place."""
+    """Where the run took place; of a GPU also the most bytes that this process held on it."""
     device = experiment.setting.device
-    name = (
-        torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or platform.machine()
-    )
+    found: dict[str, Any] = {"device": device, "name": platform.processor() or platform.machine()}
+    if device.startswith("cuda"):
+        found |= {
+            "name": torch.cuda.get_device_name(device),
+            "peak_device_memory_bytes": torch.cuda.max_memory_allocated(device),
+        }
     return {
-        "device": device,
-        "name": name,
+        **found,
         "cores": os.cpu_count(),
         "threads": experiment.config.engine.threads,
         "workers": experiment.config.engine.workers,

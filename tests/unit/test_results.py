@@ -141,6 +141,16 @@ def test_versions_and_memory_are_those_of_this_process() -> None:
     assert results.peak_memory() > held.nbytes
 
 
+def test_a_gpu_is_named_with_the_memory_that_was_held_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = federation.assemble(federation.configure())
+    assert "peak_device_memory_bytes" not in results.hardware(pieces)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU, {device}")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5)
+    moved = dataclasses.replace(pieces, setting=dataclasses.replace(pieces.setting, device="cuda:1"))
+    found = results.hardware(moved)
+    assert (found["name"], found["peak_device_memory_bytes"]) == ("a GPU, cuda:1", 5)
+
+
 def test_other_code_has_another_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def digest_at(folder: Path) -> str:
         results.code_digest.cache_clear()
