@@ -16,7 +16,7 @@ A term that holds one factor of a product alone was trained beside the coordinat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -195,8 +195,14 @@ class Aggregation:
     trim: float = 0.0  # of trimmed_mean: the share of sites cut off at either end
     of_factors: bool = False
 
-    def __call__(self, terms: Terms, products: Sequence[Product], start: Tensors) -> dict[str, Tensor]:
-        """What replaces tensors of `start`: products by the rule, all other tensors by the mean or the robust sum."""
+    def __call__(
+        self, stream: Iterable[tuple[float, Tensors]], products: Sequence[Product], start: Tensors
+    ) -> dict[str, Tensor]:
+        """What replaces tensors of `start`: products by the rule, all other tensors by the mean or the robust sum.
+        The mean reads its terms as they come and keeps none."""
+        if self.kind == "mean":
+            return weighted_mean(stream)
+        terms = list(stream)
         if self.kind not in _BY_PRODUCT:
             return self._plain(terms)
         factors = {name for product in products for name in (*product.left, product.right)}

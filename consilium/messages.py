@@ -64,6 +64,12 @@ class Size:
     payload: int
     envelope: int
 
+    @classmethod
+    def of(cls, whole: bytes) -> Size:
+        """The same of a message that is known to be whole, without reading it."""
+        start = _CHECKSUM + _LENGTH + int(struct.unpack("<Q", whole[_CHECKSUM : _CHECKSUM + _LENGTH])[0])
+        return cls(payload=len(whole) - start, envelope=start)
+
 
 def check(tensors: Tensors, allowed: Specs, where: str) -> None:
     """WireError unless every tensor is declared and has the declared shape and type, TrainingError unless finite."""
@@ -92,45 +98,77 @@ def _check_form(name: str, shape: tuple[int, ...], dtype: str, spec: Spec, where
         )
 
 
-def encode(message: Request | Reply, allowed: Specs) -> bytes:
-    """Serialise after checking the tensors against what may travel in this direction."""
+def pack(message: Request | Reply, allowed: Specs) -> bytes:
+    """The payload of a message, after checking its tensors against what may travel in this direction."""
     check(message.tensors, allowed, where=f"sending, site {message.site}, round {message.round}")
+    return b"".join(payload.chunks(message.tensors, allowed))
+
+
+def encode(message: Request | Reply, allowed: Specs, packed: bytes | None = None) -> bytes:
+    """Serialise. `packed`: what `pack` gave for the same tensors, where several messages share them."""
+    pieces = [pack(message, allowed) if packed is None else packed]
     envelope = {key: value for key, value in vars(message).items() if key != "tensors"}
     text = json.dumps(envelope, default=asdict, sort_keys=True).encode()
-    body = [struct.pack("<Q", len(text)), text, *payload.chunks(message.tensors, allowed)]
+    body = [struct.pack("<Q", len(text)), text, *pieces]
     checksum = hashlib.sha256()
     for piece in body:
         checksum.update(piece)
     return b"".join([checksum.digest(), *body])
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A message that arrived as it was sent: its envelope, and its payload as it lies in the message."""
+
+    fields: dict[str, Any]
+    payload: memoryview
+    size: Size
+
+
+def open_message(data: bytes) -> Opened:
+    """Check the bytes of a message, once; WireError where they are no whole message."""
+    body = memoryview(data)[_CHECKSUM:]
+    if len(body) < _LENGTH or hashlib.sha256(body).digest() != data[:_CHECKSUM]:
+        raise WireError("these bytes are no whole message", received=f"{len(data)} bytes", remedy="send it again")
+    end = _LENGTH + int(struct.unpack("<Q", body[:_LENGTH])[0])
+    try:
+        fields = json.loads(bytes(body[_LENGTH:end]))
+    except ValueError as error:
+        raise WireError("the envelope of this message is not JSON", received=str(error)) from error
+    if end > len(body) or not isinstance(fields, dict):
+        raise WireError("this message has no envelope", received=f"{len(data)} bytes")
+    return Opened(fields, body[end:], Size.of(data))
+
+
 def size(data: bytes) -> Size:
-    """Bytes of payload and envelope of an encoded message; WireError where it is not whole."""
-    _, tensors = _open(data)
-    return Size(payload=len(tensors), envelope=len(data) - len(tensors))
+    """Bytes of payload and envelope of an encoded message; WireError where the bytes are no whole message."""
+    return open_message(data).size
 
 
 def envelope_of(data: bytes) -> dict[str, Any]:
     """The JSON part of an encoded message; WireError where the bytes are no whole message."""
-    return _open(data)[0]
+    return open_message(data).fields
 
 
-def decode_request(data: bytes, allowed: Specs) -> Request:
+def decode_request(data: bytes | Opened, allowed: Specs) -> Request:
     """A request whose tensors are all declared."""
-    fields, found = _open(data)
+    opened = data if isinstance(data, Opened) else open_message(data)
+    fields = opened.fields
     where = f"receiving at site {fields.get('site')}, round {fields.get('round')}"
     handshake = _build(Handshake, fields.get("handshake"))
-    request: Request = _build(Request, {**fields, "handshake": handshake}, payload.loads(found, allowed, where))
+    request: Request = _build(
+        Request, {**fields, "handshake": handshake}, payload.loads(opened.payload, allowed, where)
+    )
     check(request.tensors, allowed, where)
     return request
 
 
-def decode_reply(data: bytes, allowed: Specs) -> Reply:
+def decode_reply(data: bytes | Opened, allowed: Specs) -> Reply:
     """A reply whose tensors are all declared."""
-    fields, found = _open(data)
+    opened = data if isinstance(data, Opened) else open_message(data)
+    fields, failure = opened.fields, opened.fields.get("failure")
     where = f"receiving from site {fields.get('site')}, round {fields.get('round')}"
-    failure = fields.get("failure")
-    tensors = payload.loads(found, allowed, where)
+    tensors = payload.loads(opened.payload, allowed, where)
     reply: Reply = _build(Reply, {**fields, "failure": failure and _build(Failure, failure)}, tensors)
     _check_envelope(reply)
     check(reply.tensors, allowed, where)
@@ -139,8 +177,9 @@ def decode_reply(data: bytes, allowed: Specs) -> Reply:
 
 def rows(data: bytes, allowed: Specs) -> list[dict[str, Any]]:
     """One row per tensor in an encoded message: name, shape, dtype, bytes. `allowed`: as for decoding it."""
-    fields, found = _open(data)
-    return payload.rows(found, allowed, where=f"site {fields.get('site')}, round {fields.get('round')}")
+    opened = open_message(data)
+    where = f"site {opened.fields.get('site')}, round {opened.fields.get('round')}"
+    return payload.rows(opened.payload, allowed, where)
 
 
 def _check_envelope(reply: Reply) -> None:
@@ -198,21 +237,6 @@ def is_count(value: object) -> bool:
 
 
 _CHECKSUM, _LENGTH = 32, 8  # bytes: SHA-256 of all that follows, then the length of the envelope
-
-
-def _open(data: bytes) -> tuple[dict[str, Any], memoryview]:
-    """Envelope and payload of a message that arrived as it was sent."""
-    body = memoryview(data)[_CHECKSUM:]
-    if len(body) < _LENGTH or hashlib.sha256(body).digest() != data[:_CHECKSUM]:
-        raise WireError("these bytes are no whole message", received=f"{len(data)} bytes", remedy="send it again")
-    end = _LENGTH + int(struct.unpack("<Q", body[:_LENGTH])[0])
-    try:
-        fields = json.loads(bytes(body[_LENGTH:end]))
-    except ValueError as error:
-        raise WireError("the envelope of this message is not JSON", received=str(error)) from error
-    if end > len(body) or not isinstance(fields, dict):
-        raise WireError("this message has no envelope", received=f"{len(data)} bytes")
-    return fields, body[end:]
 
 
 def _build(kind: Callable[..., Any], fields: Any, tensors: Tensors | None = None) -> Any:

@@ -6,7 +6,7 @@ nowhere else. All state is named tensors, in and out; nothing here is mutable.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -387,8 +387,9 @@ class Strategy(Protocol):
     def learn(self, received: Tensors, personal: Personal, training: LocalTraining) -> Learned:
         """One round at a site; `received` is all the site knows of what was sent to it."""
 
-    def combine(self, server: ServerState, updates: Sequence[Update], specs: Specs) -> ServerState:
+    def combine(self, server: ServerState, updates: Iterable[Update], specs: Specs) -> ServerState:
         """One round at the coordinator; updates sorted by site, each tensor averaged over the sites that trained it.
+        They can be read once, as they come, unless `needs_individual_updates`; reading them fails below the quorum.
         `specs` are all variables of the model; which of them are factors of a product stands there."""
 
     def deploy(self, received: Tensors, personal: Personal) -> Mapping[str, Tensors]:

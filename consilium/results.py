@@ -19,11 +19,11 @@ import pandas as pd
 import torch
 
 from consilium import __version__, checkpoint, metrics
-from consilium.coordinator import Progress
 from consilium.data import Examples, SiteData
 from consilium.engines.site import stack
 from consilium.experiment import Experiment
 from consilium.protocols import Personal, Specs
+from consilium.rounds import Progress
 from consilium.sites.federation import Federation
 from consilium.tensors import Tensors
 

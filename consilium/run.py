@@ -16,10 +16,11 @@ from pathlib import Path
 
 from consilium import results, run_folder
 from consilium.config import Config, EvaluationConfig, StrategyConfig, config_hash
-from consilium.coordinator import Coordinator, Display, predicted_passes
+from consilium.coordinator import Coordinator, predicted_passes
 from consilium.data import SiteData
 from consilium.engines.simulate import Federation, Recorder, Simulation, num_workers, secrets_of
 from consilium.errors import ConfigError
+from consilium.exchange import Display
 from consilium.experiment import Experiment, assemble, load_backbone
 from consilium.progress import one_at_a_time
 from consilium.sites import federation as sites

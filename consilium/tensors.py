@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from safetensors import safe_open
@@ -39,23 +40,37 @@ def onto(device: torch.device | str, tensor: Tensor) -> Tensor:
     return source.to(device, non_blocking=True)
 
 
-def weighted_mean(terms: Sequence[tuple[float, Tensors]]) -> dict[str, Tensor]:
+def weighted_mean(terms: Iterable[tuple[float, Tensors]]) -> dict[str, Tensor]:
     """Mean by weight, name by name over the terms that hold the name; float64 inside, the first term's dtype out.
 
-    Raises WireError where the weights of a name add up to nothing.
+    Terms are read once and not kept. Raises WireError where the weights of a name add up to nothing.
     """
-    names = sorted({name for _, tensors in terms for name in tensors})
-    return {name: _mean_of([(w, t[name]) for w, t in terms if name in t], name) for name in names}
+    sums: dict[str, _Sum] = {}
+    for weight, tensors in terms:
+        for name, tensor in tensors.items():
+            if name not in sums:
+                sums[name] = _Sum(torch.zeros_like(tensor, dtype=torch.float64), tensor.dtype)
+            sums[name].add(weight, tensor)
+    return {name: sums[name].mean(name) for name in sorted(sums)}
 
 
-def _mean_of(terms: Sequence[tuple[float, Tensor]], name: str) -> Tensor:
-    total = float(sum(weight for weight, _ in terms))
-    if not total > 0:
-        raise WireError("the weights of a mean must add up to more than nothing", where=name, received=total)
-    result = torch.zeros_like(terms[0][1], dtype=torch.float64)
-    for weight, tensor in terms:
-        result += tensor.to(torch.float64) * weight
-    return (result / total).to(terms[0][1].dtype)
+@dataclass
+class _Sum:
+    """sum w_k x_k and sum w_k."""
+
+    total: Tensor  # float64
+    dtype: torch.dtype
+    weights: float = 0
+
+    def add(self, weight: float, tensor: Tensor) -> None:
+        self.weights += weight
+        self.total += tensor.to(torch.float64) * weight
+
+    def mean(self, name: str) -> Tensor:
+        if not self.weights > 0:
+            what = "the weights of a mean must add up to more than nothing"
+            raise WireError(what, where=name, received=float(self.weights))
+        return (self.total / float(self.weights)).to(self.dtype)
 
 
 def squared_distance(first: Tensors, second: Tensors) -> Tensor:

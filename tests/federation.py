@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from consilium import checkpoint, config, experiment, registry
-from consilium.coordinator import Coordinator, Progress, Transport
+from consilium.coordinator import Coordinator
 from consilium.data import Examples, SiteData
 from consilium.engines.simulate import Federation, Simulation, secrets_of
+from consilium.exchange import Transport
 from consilium.experiment import Experiment
 from consilium.messages import decode_reply, decode_request, envelope_of
 from consilium.protocols import Failure, Strategy, Tuner
+from consilium.rounds import Progress
 from consilium.tensors import Tensors
 
 torch.set_num_threads(1)
@@ -143,7 +145,23 @@ def run(
         simulation.answering.experiments["run"] = pieces
         wired = wrap(simulation.transport("run"))
         progress = Coordinator(pieces, wired, folder, show, simulation.explain("run")).run()
-    return Outcome(progress, pieces, folder, wire, events)
+    return Outcome(progress, pieces, folder, by_question(wire), events)
+
+
+def by_question(wire: Wire) -> Wire:
+    """The same messages with all requests of a question before its replies, as if every site were asked at once."""
+    questions: list[tuple[str, int]] = []
+    asked: dict[str, int] = {}
+    places = []
+    for way, site, data in wire:
+        if way == "down":
+            fields = envelope_of(data)
+            question = (fields["kind"], fields["round"])
+            if question not in questions[-1:]:
+                questions.append(question)
+            asked[site] = len(questions)
+        places.append((asked[site], way == "up"))
+    return [wire[at] for at in sorted(range(len(wire)), key=places.__getitem__)]
 
 
 def assemble(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -31,7 +32,9 @@ from consilium.experiment import Experiment, assemble
 from consilium.protocols import Failure
 
 Recorder = Callable[[Literal["down", "up"], str, bytes], None]
-Secret = Callable[[str], int]
+Requests = Mapping[str, bytes]  # site -> request
+Replies = dict[str, bytes]  # site -> reply
+AHEAD = 4  # sites per worker that are asked before the first of them is due: nobody waits, and nothing piles up
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,17 @@ class Answering:
         self.federations = federations
         self.experiments: dict[str, Experiment] = {}
 
-    def __call__(self, key: str, site: str, data: bytes) -> bytes:
+    def __call__(self, key: str, asked: Requests) -> Replies:
         federation = self.federations[key]
         if key not in self.experiments:
             self.experiments[key] = assemble(federation.config, federation.classes)
         with _threads(federation.config.engine.threads):
-            here = federation.folder / "sites" / site
-            return Site(self.experiments[key], federation.sites[site], here, federation.secrets[site]).handle(data)
+            return {site: self._site(key, site).handle(data) for site, data in asked.items()}
+
+    def _site(self, key: str, site: str) -> Site:
+        federation = self.federations[key]
+        here = federation.folder / "sites" / site
+        return Site(self.experiments[key], federation.sites[site], here, federation.secrets[site])
 
 
 @contextmanager
@@ -121,14 +128,14 @@ class Simulation:
         folder = self.answering.federations[key].folder
         return lambda failure: failures.unseal(folder / "sites" / failure.site, failure.message)
 
-    def submit(self, key: str, site: str, data: bytes) -> Future[bytes]:
-        """A future of the reply, or of BrokenProcessPool where a worker died."""
-        future: Future[bytes] = Future()
+    def submit(self, key: str, asked: Requests) -> Future[Replies]:
+        """A future of the replies of a few sites, answered by one worker, or of BrokenProcessPool where it died."""
+        future: Future[Replies] = Future()
         try:
             if self.pool is not None:
                 with _uninterrupted():
-                    return self.pool.submit(_answer_in_worker, key, site, data)
-            future.set_result(self.answering(key, site, data))
+                    return self.pool.submit(_answer_in_worker, key, asked)
+            future.set_result(self.answering(key, asked))
         except BrokenProcessPool as error:
             future.set_exception(error)
         return future
@@ -147,21 +154,42 @@ class Transport:
         return self.names
 
     def round(self, requests: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
-        """Replies as they arrive in the order of sites; the largest sites start first."""
-        record = self.simulation.record or (lambda *_: None)
-        federation = self.simulation.answering.federations[self.key]
-        largest = sorted(requests, key=lambda site: (-len(federation.sites[site].train), site))
-        futures = {}
-        for site in largest:
-            record("down", site, requests[site])
-            futures[site] = self.simulation.submit(self.key, site, requests[site])
+        """Replies in the order of sites. Few sites start at once, the largest first; of many, some are asked ahead."""
+        window = AHEAD * self.simulation.workers if self.simulation.pool is not None else 1
+        largest = len(requests) <= window
+        waiting = deque(self._groups(sorted(requests, key=self._size if largest else None)))
+        started: dict[str, Future[Replies]] = {}
         for site in sorted(requests):
-            try:
-                reply = futures[site].result()
-                record("up", site, reply)
-                yield site, reply
-            except BrokenProcessPool:
-                yield site, Failure(site, "lost", "its worker process died (out of memory?)")
+            while waiting and (site not in started or len(started) + len(waiting[0]) <= window):
+                group = waiting.popleft()
+                started |= dict.fromkeys(group, self._start(group, requests))
+            yield site, self._answer(site, started.pop(site))
+
+    def _groups(self, sites: Sequence[str]) -> list[tuple[str, ...]]:
+        """Sites that one worker answers together, in the order in which they start."""
+        return [(site,) for site in sites]
+
+    def _size(self, site: str) -> tuple[int, str]:
+        federation = self.simulation.answering.federations[self.key]
+        return -len(federation.sites[site].train), site
+
+    def _start(self, group: Sequence[str], requests: Mapping[str, bytes]) -> Future[Replies]:
+        asked = {site: requests[site] for site in group}
+        for site, data in asked.items():
+            self._record("down", site, data)
+        return self.simulation.submit(self.key, asked)
+
+    def _answer(self, site: str, future: Future[Replies]) -> bytes | Failure:
+        try:
+            reply = future.result().pop(site)
+        except BrokenProcessPool:
+            return Failure(site, "lost", "its worker process died (out of memory?)")
+        self._record("up", site, reply)
+        return reply
+
+    def _record(self, direction: Literal["down", "up"], site: str, data: bytes) -> None:
+        if self.simulation.record is not None:
+            self.simulation.record(direction, site, data)
 
 
 def num_workers(wanted: int | Literal["auto"], num_sites: int) -> int:
@@ -195,8 +223,8 @@ def _end_with_parent(lifeline: Connection) -> None:
     os._exit(1)
 
 
-def _answer_in_worker(key: str, site: str, data: bytes) -> bytes:
-    return _here[0](key, site, data)
+def _answer_in_worker(key: str, asked: Requests) -> Replies:
+    return _here[0](key, asked)
 
 
 @dataclass(frozen=True)

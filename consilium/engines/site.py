@@ -26,7 +26,7 @@ from consilium.experiment import Experiment
 from consilium.local.predict import outputs
 from consilium.local.prefix import Prefixes
 from consilium.local.train import Trainer
-from consilium.messages import Reply, Request, check_learned, decode_request, encode, envelope_of, is_count
+from consilium.messages import Reply, Request, check_learned, decode_request, encode, is_count, open_message
 from consilium.metrics import without_nan
 from consilium.protocols import Failure, Learned, Personal
 from consilium.tensors import Tensors, equal, non_finite
@@ -47,9 +47,10 @@ class Site:
         """Answer a request; whatever goes wrong becomes a reply that names the failure."""
         fields: Mapping[str, Any] = {}
         try:
-            fields = envelope_of(data)
+            opened = open_message(data)
+            fields = opened.fields
             self._agree(fields)
-            request = decode_request(data, self.experiment.down(int(fields["round"])))
+            request = decode_request(opened, self.experiment.down(int(fields["round"])))
             self._accept(request)
         except WireError as error:  # the site's data are untouched: this speaks of the message alone
             return encode(self._failed(fields, "refused", str(error)), {})

@@ -13,7 +13,7 @@ Identity: one site = local training; equal updates = that update; order of repli
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from consilium.aggregation import Aggregation, SumOptions, Weighting
@@ -90,9 +90,9 @@ class Averaging:
         shared = self.shared(specs)
         return Personal({name: initial[name] for name in specs if name not in shared})
 
-    def combine(self, server: ServerState, updates: Sequence[Update], specs: Specs) -> ServerState:
+    def combine(self, server: ServerState, updates: Iterable[Update], specs: Specs) -> ServerState:
         """w <- sum n_k w_k / sum n_k, tensor by tensor over the sites that trained it, or another aggregation."""
-        terms = [(update.num_examples if self.weights == "examples" else 1, update.tensors) for update in updates]
+        terms = ((update.num_examples if self.weights == "examples" else 1, update.tensors) for update in updates)
         products = self.aggregate.products(specs, self.shared(specs))
         news = self.aggregate(terms, products, {**server.memory, **server.shared})
         memory = {name: value for name, value in server.memory.items() if name not in news}

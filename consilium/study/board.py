@@ -101,9 +101,10 @@ class Far:
 
 
 def far(folder: Path) -> Far:
-    """How far a run is; the file is replaced as a whole, so that it can be read at any time."""
+    """How far a run is; a line without an end is being written."""
     with suppress(OSError, ValueError):
-        events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+        lines = (folder / "events.jsonl").read_text().splitlines(keepends=True)
+        events = [json.loads(line) for line in lines if line.endswith("\n")]
         values = [value for event in events if (value := _validated(event)) is not None]
         return Far(events[-1]["round"] if events else 0, values[-1] if values else None)
     return Far()

@@ -7,7 +7,7 @@ member: docs/decisions/0007-protocols-after-odd-members.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -110,9 +110,10 @@ class Scaffold:
         kept = Personal(map_tensors(torch.add, own, change))
         return Learned(update, kept, fitted.loss, fitted.num_steps, fitted.image_passes)
 
-    def combine(self, server: ServerState, updates: Sequence[Update], specs: Specs) -> ServerState:  # noqa: ARG002
-        mean = weighted_mean([(1, update.tensors) for update in updates])
-        share, change = len(updates) / len(server.sites), within("change", mean)
+    def combine(self, server: ServerState, updates: Iterable[Update], specs: Specs) -> ServerState:  # noqa: ARG002
+        terms = [(1, update.tensors) for update in updates]
+        mean = weighted_mean(terms)
+        share, change = len(terms) / len(server.sites), within("change", mean)
         c = map_tensors(lambda old, new: old + share * new, within("c", server.shared), change)
         return replace(server, shared={**select(mean, change), **under("c", c)})
 
@@ -159,7 +160,8 @@ class Flora:
         fitted = training.fit(start, fixed=self.base(received, personal))
         return Learned(fitted.variables, personal, fitted.loss, fitted.num_steps, fitted.image_passes)
 
-    def combine(self, server: ServerState, updates: Sequence[Update], specs: Specs) -> ServerState:  # noqa: ARG002
+    def combine(self, server: ServerState, updates: Iterable[Update], specs: Specs) -> ServerState:  # noqa: ARG002
+        updates = list(updates)
         total = sum(update.num_examples for update in updates)
         stacks: dict[str, Tensor] = {}
         for a, scale in server.memory.items():
@@ -229,7 +231,7 @@ class FedAla:
         passes = mixing.image_passes + fitted.image_passes
         return Learned(fitted.variables, kept, fitted.loss, fitted.num_steps, passes)
 
-    def combine(self, server: ServerState, updates: Sequence[Update], specs: Specs) -> ServerState:  # noqa: ARG002
+    def combine(self, server: ServerState, updates: Iterable[Update], specs: Specs) -> ServerState:  # noqa: ARG002
         mean = weighted_mean([(update.num_examples, update.tensors) for update in updates])
         return replace(server, shared={**server.shared, **mean})
 
@@ -275,7 +277,7 @@ class FedAmp:
         kept = Personal(fitted.variables)
         return Learned(fitted.variables, kept, fitted.loss, fitted.num_steps, fitted.image_passes)
 
-    def combine(self, server: ServerState, updates: Sequence[Update], specs: Specs) -> ServerState:  # noqa: ARG002
+    def combine(self, server: ServerState, updates: Iterable[Update], specs: Specs) -> ServerState:  # noqa: ARG002
         news = {name: value for u in updates for name, value in under(u.site, u.tensors).items()}
         return replace(server, memory={**server.memory, **news})
 
@@ -326,7 +328,7 @@ class OneShotMixture:
         sums = {"count": one_hot.sum(0), "sum": one_hot.T @ x, "square": x.T @ x}
         return Learned(sums, Personal({"sent": torch.ones(1)}), math.nan, 0, training.num_examples)
 
-    def combine(self, server: ServerState, updates: Sequence[Update], specs: Specs) -> ServerState:  # noqa: ARG002
+    def combine(self, server: ServerState, updates: Iterable[Update], specs: Specs) -> ServerState:  # noqa: ARG002
         known = [server.memory, *(update.tensors for update in updates)]
         total = {name: torch.stack([t[name] for t in known if t]).sum(0) for name in ("count", "sum", "square")}
         count, means = total["count"], total["sum"] / total["count"].clamp_min(1)[:, None]

@@ -15,12 +15,13 @@ import torch
 
 from consilium import registry, results
 from consilium.config import Config
-from consilium.coordinator import Coordinator, Transport
+from consilium.coordinator import Coordinator
 from consilium.data import SiteData
 from consilium.engines import failures
 from consilium.engines.site import Site
 from consilium.engines.state import StateFolder
 from consilium.errors import ConfigError, DataError, StateError, TrainingError, WireError
+from consilium.exchange import Transport
 from consilium.experiment import Experiment
 from consilium.messages import (
     Handshake,

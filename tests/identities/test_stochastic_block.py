@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from consilium.check import predicted_bytes
-from consilium.coordinator import Transport
+from consilium.exchange import Transport
 from consilium.protocols import Failure
 from consilium.tensors import equal
 from tests import federation

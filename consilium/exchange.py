@@ -1,0 +1,261 @@
+"""Composition: one question to several sites. In: a coordinator's progress. Out: the replies, checked, one by one.
+
+A request is encoded when the transport takes it and a reply is handed on as soon as all sites before it have replied,
+so that neither pile up: what is kept of a site is its numbers. Sites that lack the same tensors share one payload.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from consilium import messages, metrics
+from consilium.errors import ConfigError, TrainingError, WireError
+from consilium.experiment import Experiment
+from consilium.messages import Reply, Request, RequestKind, check_learned, check_numbers, decode_reply, encode
+from consilium.protocols import Failure, Specs, Update
+from consilium.rounds import Progress, Versions
+from consilium.tensors import Tensors, digest
+
+Display = Callable[[Mapping[str, object]], None]
+
+
+class Transport(Protocol):
+    """The seam: in process, or across hospitals."""
+
+    def sites(self) -> tuple[str, ...]: ...
+
+    def round(self, requests: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
+        """One answer per request, best sorted by site. A request is encoded whenever it is looked up."""
+
+
+@dataclass(frozen=True)
+class Partners:
+    """Who talks with whom: the same for all questions of a run. `explain`: a simulation can read what stayed."""
+
+    experiment: Experiment
+    transport: Transport
+    folder: Path
+    display: Display
+    explain: Callable[[Failure], str]
+
+    @cached_property
+    def common(self) -> Versions:
+        """What every site has before anything is sent."""
+        return {name: digest(tensor) for name, tensor in self.experiment.common.items()}
+
+
+@dataclass
+class Exchange:
+    """One request to each of `sites`. `Progress` counts bytes and learns how many images a site has; nothing else of
+    it changes."""
+
+    partners: Partners
+    progress: Progress
+    kind: RequestKind
+    number: int
+    sites: Sequence[str]
+    context: Mapping[str, Any] = field(default_factory=dict)
+    replied: dict[str, Reply] = field(default_factory=dict)  # without their tensors, sorted by site
+    failures: list[Failure] = field(default_factory=list)
+    versions: dict[str, Versions] = field(default_factory=dict)  # site -> all it should know, equal ones once
+
+    def __iter__(self) -> Iterator[Reply]:
+        """Replies sorted by site. TrainingError at the end where a site sent numbers that are not finite or the quorum
+        was not reached."""
+        self.asked, self.news = sorted(self.sites), _News(self)
+        waiting, early = list(reversed(self.asked)), dict[str, Reply | Failure]()
+        for site, data in self.partners.transport.round(_Requests(self.asked, self.news.request)):
+            early[site] = data if isinstance(data, Failure) else self._read(site, data)
+            self.partners.display(_site_event(self.kind, self.number, site, early[site]))
+            while waiting and waiting[-1] in early:
+                yield from self._noted(early.pop(waiting.pop()))
+        for site in filter(early.__contains__, reversed(waiting)):
+            yield from self._noted(early.pop(site))
+        self._enough()
+
+    def updates(self) -> Iterator[Update]:
+        """What the sites learnt; a site without training images has nothing to say."""
+        return (Update(reply.site, reply.tensors, reply.num_examples) for reply in self if reply.num_examples > 0)
+
+    def _noted(self, answer: Reply | Failure) -> Iterator[Reply]:
+        if isinstance(answer, Failure):
+            self.failures.append(answer)
+        else:
+            self.replied[answer.site] = replace(answer, tensors={})
+            yield answer
+
+    # -------------------------------------------------------------------------------------------- replies
+    def _read(self, site: str, data: bytes) -> Reply | Failure:
+        """A reply that can be used, or why it cannot."""
+        try:
+            opened = messages.open_message(data)
+            self.progress.ledger.add("up", site, opened.size)
+            reply = decode_reply(opened, self.up)
+        except TrainingError as error:
+            return Failure(site, "non_finite", str(error))
+        except WireError as error:
+            return Failure(site, "refused", str(error))
+        if reply.failure is not None:
+            failure = replace(reply.failure, site=site)
+            return replace(failure, message=self.partners.explain(failure))
+        if (reply.site, reply.round) != (site, self.number):
+            message = f"asked {site} for round {self.number}, got an answer of {reply.site} for round {reply.round}"
+            return Failure(site, "stale", message)
+        return self._counted(reply)
+
+    @cached_property
+    def up(self) -> Specs:
+        """What may come back."""
+        return self.partners.experiment.up(self.number)
+
+    def _counted(self, reply: Reply) -> Reply | Failure:
+        """A reply whose numbers can be reckoned with: weights of the mean do not change from round to round."""
+        task = self.partners.experiment.task
+        try:
+            check_numbers(self.kind, reply.numbers, len(task.classes) if task.class_counts == "federation" else 0)
+            check_learned(reply.numbers, self.partners.experiment.strategy.declares.numbers)
+        except WireError as error:
+            return Failure(reply.site, "refused", str(error))
+        known = self.progress.num_examples.setdefault(reply.site, reply.num_examples)
+        if known != reply.num_examples:
+            message = f"it has {reply.num_examples} training images now and had {known} before"
+            return Failure(reply.site, "refused", message)
+        return reply
+
+    def _enough(self) -> None:
+        reasons = "; ".join(f"{each.site}: {each.code}, {' '.join(each.message.split())}" for each in self.failures)
+        broken = [failure.site for failure in self.failures if failure.code == "non_finite"]
+        if broken:
+            remedy = (
+                "lower train.learning_rate or mend the site's data, in a new --out; the rounds before are kept, "
+                "but --resume with the same configuration and data fails here again"
+            )
+            raise TrainingError(
+                f"non-finite numbers from site {', '.join(broken)} in round {self.number}",
+                where=str(self.partners.folder),
+                received=reasons,
+                remedy=remedy,
+            )
+        asked = len(self.asked)
+        share = self.partners.experiment.config.train.quorum * asked
+        needed = math.ceil(share - 1e-9) if self.kind == "round" else asked  # 0.28 * 25 is 7 and a rounding error
+        if len(self.replied) < max(needed, 1):
+            raise TrainingError(
+                f"too few sites replied to '{self.kind}' of round {self.number}: {len(self.replied)} of {asked}",
+                where=str(self.partners.folder),
+                allowed=f"at least {needed}",
+                received=reasons,
+                remedy="mend the sites and run again with --resume",
+            )
+
+
+# ------------------------------------------------------------------------------------------------ requests
+class _Requests(Mapping[str, bytes]):
+    """Requests that exist while somebody holds them."""
+
+    def __init__(self, sites: Sequence[str], encoded: Callable[[str], bytes]) -> None:
+        self._sites, self._encoded = dict.fromkeys(sites), encoded
+
+    def __getitem__(self, site: str) -> bytes:
+        if site not in self._sites:
+            raise KeyError(site)
+        return self._encoded(site)
+
+    def __contains__(self, site: object) -> bool:
+        return site in self._sites
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+
+class _News:
+    """What each site lacks. The server's own tensors are hashed once, and packed once for all that lack the same."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange, self.server = exchange, exchange.progress.server
+        self.own = {id(tensor): tensor for tensor in (*self.server.shared.values(), *self.server.memory.values())}
+        self.digests: dict[int, str] = {}
+        self.equal: dict[tuple[tuple[str, str], ...], Versions] = {}
+        self.packed: dict[tuple[tuple[str, int], ...], bytes] = {}
+        self.allowed = exchange.partners.experiment.down(exchange.number)
+        self.counted: set[str] = set()
+
+    def request(self, site: str) -> bytes:
+        """The encoded request to a site; the ledger counts it once."""
+        exchange, progress = self.exchange, self.exchange.progress
+        news, versions = ({}, {}) if exchange.kind == "describe" else self.of(site)
+        handshake, builds_on = exchange.partners.experiment.handshake, progress.builds_on.get(site, 0)
+        request = Request(exchange.kind, site, exchange.number, builds_on, handshake, news, exchange.context)
+        data = encode(request, self.allowed, self._payload(request))
+        if site not in self.counted:
+            self.counted.add(site)
+            exchange.versions[site] = versions
+            progress.ledger.add("down", site, messages.Size.of(data))
+        return data
+
+    def of(self, site: str) -> tuple[Tensors, Versions]:
+        """What the strategy has for the site and the site's state does not hold; the digests of all it has."""
+        common, receipts = self.exchange.partners.common, self.exchange.progress.receipts.get(site, {})
+        sent = self.exchange.partners.experiment.strategy.send(self.server, site)
+        found = {name: self._digest(tensor) for name, tensor in sent.items()}
+        versions = self.equal.setdefault(tuple(sorted(found.items())), found)
+        held = [receipts.get(name) or common.get(name) for name in sent]
+        return {name: sent[name] for name, has in zip(sent, held, strict=True) if has != versions[name]}, versions
+
+    def _digest(self, tensor: Tensor) -> str:
+        if id(tensor) not in self.own:
+            return digest(tensor)
+        if id(tensor) not in self.digests:
+            self.digests[id(tensor)] = digest(tensor)
+        return self.digests[id(tensor)]
+
+    def _payload(self, request: Request) -> bytes:
+        key = tuple((name, id(tensor)) for name, tensor in request.tensors.items())
+        if key in self.packed:
+            return self.packed[key]
+        packed = messages.pack(request, self.allowed)
+        if all(place in self.own for _, place in key):
+            if len(self.packed) == _PACKED:
+                self.packed.pop(next(iter(self.packed)))
+            self.packed[key] = packed
+        return packed
+
+
+_PACKED = 2  # payloads that are kept: those in step with the run, and those that come in for the first time
+
+
+class Updates:
+    """Updates that can be read once: where only a sum is needed, none of them is kept."""
+
+    def __init__(self, updates: Iterator[Update]) -> None:
+        self._updates: Iterator[Update] | None = updates
+
+    def __iter__(self) -> Iterator[Update]:
+        """The updates, sorted by site; ConfigError when asked for again."""
+        if self._updates is None:
+            remedy = "read them once, or declare needs_individual_updates"
+            raise ConfigError("a strategy reads the updates of a round a second time", where="combine", remedy=remedy)
+        updates, self._updates = self._updates, None
+        return updates
+
+
+# ------------------------------------------------------------------------------------------------ what is told
+def _site_event(kind: str, number: int, site: str, answer: Reply | Failure) -> dict[str, object]:
+    return {"event": "site", "kind": kind, "round": number, "site": site, **status(answer)}
+
+
+def status(answer: Reply | Failure) -> dict[str, Any]:
+    """How a site did in a round, as a line of events.jsonl says it."""
+    if isinstance(answer, Failure):
+        return {"status": answer.code, "message": answer.message}
+    return {"status": "ok", **metrics.without_nan(answer.numbers)}
