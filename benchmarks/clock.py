@@ -25,19 +25,19 @@ PLACES: dict[str, tuple[Place, ...]] = {
         ("consilium.engines.state:StateFolder", "load"),
         ("consilium.coordinator:Coordinator", "_save"),
         ("consilium.coordinator:Coordinator", "_event"),
-        ("consilium.coordinator", "_write_lines"),
-        ("consilium.coordinator", "_lines"),
+        ("consilium.rounds", "add_line"),
     ),
     "messages": (
         ("consilium.engines.site", "encode"),
         ("consilium.engines.site", "decode_request"),
-        ("consilium.engines.site", "envelope_of"),
-        ("consilium.coordinator", "encode"),
-        ("consilium.coordinator", "decode_reply"),
-        ("consilium.coordinator", "digest"),
-        ("consilium.coordinator", "size"),
+        ("consilium.engines.site", "open_message"),
+        ("consilium.exchange", "encode"),
+        ("consilium.exchange", "decode_reply"),
+        ("consilium.exchange", "digest"),
+        ("consilium.messages", "open_message"),
+        ("consilium.messages", "pack"),
     ),
-    "combine": (("consilium.strategies.fedavg:FedAvg", "combine"),),
+    "combine": (("consilium.strategies.fedavg:Averaging", "combine"),),
 }
 
 

@@ -19,10 +19,11 @@ import torch
 
 from benchmarks.job import Job
 from consilium.config import Config
-from consilium.coordinator import Coordinator, Progress
+from consilium.coordinator import Coordinator
 from consilium.data import Examples, SiteData
 from consilium.engines.simulate import Federation, Simulation, secrets_of
 from consilium.experiment import Experiment, assemble
+from consilium.rounds import Progress
 from consilium.tensors import Tensors
 
 Listener = Callable[[Mapping[str, Any]], None]
