@@ -28,7 +28,7 @@ from benchmarks import job, page
 from benchmarks.frame import Result, Row, Scale, Skipped
 from benchmarks.measure import ENVIRONMENT, ROOT
 
-MODULES = {"limit": "limit", "round": "rounds", "flower": "flower"}
+MODULES = {"limit": "limit", "round": "rounds", "flower": "flower", "prefix": "prefix"}
 PACKAGES = ("torch", "timm", "peft", "numpy", "flwr", "ray", "consilium")
 
 
