@@ -23,19 +23,17 @@ PLACES: dict[str, tuple[Place, ...]] = {
     "states, checkpoint, events": (
         ("consilium.engines.state:StateFolder", "save"),
         ("consilium.engines.state:StateFolder", "load"),
-        ("consilium.coordinator:Coordinator", "_save"),
         ("consilium.coordinator:Coordinator", "_event"),
+        ("consilium.rounds", "save"),
         ("consilium.rounds", "add_line"),
     ),
     "messages": (
         ("consilium.engines.site", "encode"),
         ("consilium.engines.site", "decode_request"),
         ("consilium.engines.site", "open_message"),
-        ("consilium.exchange", "encode"),
+        ("consilium.exchange:_News", "request"),
         ("consilium.exchange", "decode_reply"),
         ("consilium.exchange", "digest"),
-        ("consilium.messages", "open_message"),
-        ("consilium.messages", "pack"),
     ),
     "combine": (("consilium.strategies.fedavg:Averaging", "combine"),),
 }
