@@ -8,9 +8,11 @@ Nothing is trained.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from consilium import payload, results, run
 from consilium.config import Config
@@ -53,18 +55,21 @@ def check(config: Config) -> Check:
     experiment = assemble(config, prepared.classes)
     specs = experiment.model.specs
     names = sorted(prepared.sites)
-    up = {site: payload.num_bytes(experiment.up(1), experiment.sent(1, site)) for site in names}
-    down = payload.num_bytes(experiment.down(1), experiment.down(1))
+    first = _Book(experiment, names)
+    for site in names:
+        first.count("down", site, 1, experiment.down(1).keys(), set())
+        first.have[site] |= dict.fromkeys(experiment.down(1), 0)
+        first.reply(site, 1)
     sent, received = results.both_ways(experiment)
     passes = predicted_passes(config, {name: len(data.train) for name, data in prepared.sites.items()})
     return Check(
         name=config.name,
         parameters=results.parameters(experiment),
-        bytes_per_round={"up": _full(up), "down": _full(dict.fromkeys(names, down))},
+        bytes_per_round=first.table(),
         bytes=predicted_bytes(experiment, names),
         image_passes=passes,
         memory_bytes=memory(experiment),
-        wire={"up": results.wire(sent), "down": results.wire(received)},
+        wire={"up": results.wire(sent, experiment.codec), "down": results.wire(received, experiment.codec)},
         kept_at_site=results.wire({n: spec for n, spec in specs.items() if n not in sent and n not in received}),
         numbers=results.numbers(experiment),
         individual_updates=experiment.strategy.declares.needs_individual_updates,
@@ -75,42 +80,71 @@ def check(config: Config) -> Check:
     )
 
 
-def _full(per_site: Mapping[str, int]) -> Table:
-    return {"total": sum(per_site.values()), "per_site": dict(per_site)}
-
-
 def predicted_bytes(experiment: Experiment, sites: Iterable[str]) -> dict[str, Table]:
     """Play the rounds with versions instead of tensors: who is drawn, what each lacks, what each sends."""
     config, names = experiment.config, sorted(sites)
-    specs, strategy = experiment.model.specs, experiment.strategy
-    down = strategy.down(specs, 1)
-    bases = {name for name, spec in down.items() if spec.tag.slot == "base"}  # the sites' own, until they change
-    version, own = dict.fromkeys(down, 0), {*experiment.common, *(bases - specs.keys())}
-    have: dict[str, dict[str, int]] = {site: dict.fromkeys(own, 0) for site in names}
-    totals = {"up": dict.fromkeys(names, 0), "down": dict.fromkeys(names, 0)}
-
-    def send(site: str, number: int) -> None:
-        down = strategy.down(specs, number)
-        news = [name for name in down if have[site].get(name) != version[name]]
-        totals["down"][site] += payload.num_bytes(down, news)
-        have[site] |= {name: version[name] for name in news}
-
-    for number in range(1, config.train.rounds + 1):
+    book, rounds = _Book(experiment, names), config.train.rounds
+    for number in range(1, rounds + 1):
         drawn = drawn_sites(config.train.participation, names, config.seed, number)
         for site in drawn:
-            send(site, number)
+            book.request(site, number)
         for site in drawn:
-            sent = experiment.sent(number, site)
-            totals["up"][site] += payload.num_bytes(experiment.up(number), sent)
-            changed = bases - specs.keys() | (sent.keys() & version.keys()) - bases if sent else ()
-            version |= dict.fromkeys(changed, number)
-    down = strategy.down(specs, config.train.rounds)
-    last = [name for name in down if version[name] == config.train.rounds]
+            book.reply(site, number)
+    last = {name for name, version in book.version.items() if version == rounds}
     for site in names:
-        send(site, config.train.rounds)
+        book.request(site, rounds)
         if config.evaluation.serve == "best":  # the chosen round's tensors go out once more
-            totals["down"][site] += payload.num_bytes(down, last)
-    return {way: {"total": sum(rows.values()), "per_site": rows} for way, rows in totals.items()}
+            book.count("down", site, rounds, last, last & book.steps)
+    return book.table()
+
+
+class _Book:
+    """Versions in place of tensors: `version` and the one `before` it at the coordinator, and what each site has."""
+
+    def __init__(self, experiment: Experiment, names: Sequence[str]) -> None:
+        self.experiment, specs, down = experiment, experiment.model.specs, experiment.down(1)
+        self.bases = {name for name, spec in down.items() if spec.tag.slot == "base"}
+        self.outside = self.bases - specs.keys()  # the sites' own, until they change
+        self.steps = _sent_alike(experiment, names)
+        self.version, self.before = dict.fromkeys(down, 0), dict.fromkeys(down, -1)
+        own = {*experiment.common, *self.outside}
+        self.have: dict[str, dict[str, int]] = {site: dict.fromkeys(own, 0) for site in names}
+        self.totals = {"up": dict.fromkeys(names, 0), "down": dict.fromkeys(names, 0)}
+
+    def request(self, site: str, number: int) -> None:
+        """The site gets what it lacks, as a step where it has what that starts from."""
+        have = self.have[site]
+        news = {name for name in self.experiment.down(number) if have.get(name) != self.version[name]}
+        self.count("down", site, number, news, {n for n in news & self.steps if have.get(n) == self.before[n]})
+        have |= {name: self.version[name] for name in news}
+
+    def reply(self, site: str, number: int) -> None:
+        """The site sends what it trained, as a step from what it was sent, and that has a new version."""
+        sent = self.experiment.sent(number, site)
+        coded = self.experiment.codec.coded(sent).keys() & self.have[site].keys()
+        self.count("up", site, number, sent.keys(), coded)
+        changed = self.outside | (sent.keys() & self.version.keys()) - self.bases if sent else set()
+        self.before |= {name: self.version[name] for name in changed if self.version[name] != number}
+        self.version |= dict.fromkeys(changed, number)
+
+    def count(self, way: Literal["up", "down"], site: str, number: int, names: Set[str], coded: Set[str]) -> None:
+        """The payload of a message that holds these tensors, some of them coded."""
+        held = [*(names - coded), *self.experiment.codec.names(coded)]
+        self.totals[way][site] += payload.num_bytes(self.experiment.wire(way, number), held)
+
+    def table(self) -> dict[str, Table]:
+        """{direction: {total, per_site}} of all that was counted."""
+        return {way: {"total": sum(rows.values()), "per_site": rows} for way, rows in self.totals.items()}
+
+
+def _sent_alike(experiment: Experiment, names: Sequence[str]) -> Set[str]:
+    """The coded tensors of which every site is sent the coordinator's own; a strategy's mixtures go out in full."""
+    coded, strategy = experiment.codec.coded(experiment.down(1)).keys(), experiment.strategy
+    if not coded:
+        return frozenset()
+    server = strategy.init_server(experiment.initial(experiment.config.seed), experiment.model.specs, names)
+    sent = strategy.send(server, names[0])
+    return {n for n in coded & sent.keys() & server.shared.keys() if torch.equal(sent[n], server.shared[n])}
 
 
 def memory(experiment: Experiment) -> dict[str, int]:

@@ -194,6 +194,19 @@ class TrainConfig(Options):
         return self
 
 
+class WireConfig(Options):
+    """How trained parameters travel, in both directions."""
+
+    codec: Literal["float32", "bfloat16", "int8"] = "float32"  # as they are; or differences in 1/2 or 1/4 of the bytes
+    error_feedback: bool = True  # what a codec loses is added to the next message; of bfloat16 and int8
+
+    @model_validator(mode="after")
+    def _loses(self) -> WireConfig:
+        if self.codec == "float32" and "error_feedback" in changed(self):
+            raise ValueError("error_feedback has an effect with codec = 'bfloat16' or 'int8' only")
+        return self
+
+
 class EvaluationConfig(Options):
     """What is measured and compared."""
 
@@ -243,6 +256,7 @@ class Config(BaseModel):
     head: HeadConfig = HeadConfig()
     strategy: StrategyConfig = StrategyConfig()
     train: TrainConfig = TrainConfig()
+    wire: WireConfig = WireConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     engine: EngineConfig = EngineConfig()
 
@@ -293,6 +307,7 @@ AGREED = (
     "head",
     "strategy",
     "train",
+    "wire",
 )  # what all sites must share, beside the backbone's digest
 NO_EFFECT = ("workers", "cache", "gradient_checkpointing")  # engine keys that change neither data nor results
 

@@ -21,6 +21,7 @@ from consilium import registry
 from consilium.backbones import compiled, recompute, timm_backbone
 from consilium.config import BackboneConfig, Config, agreement_hash
 from consilium.errors import ConfigError
+from consilium.filters.codec import Codec
 from consilium.local.prefix import Kept
 from consilium.local.train import Setting
 from consilium.messages import Handshake, envelope_of, rows
@@ -55,6 +56,12 @@ class Experiment:
         names = [name for name, spec in self.down(1).items() if spec == specs.get(name)]
         return {name: first[name] for name in names if torch.equal(first[name], other[name])}
 
+    @cached_property
+    def codec(self) -> Codec:
+        """How parameters travel; what comes back in another basis keeps nothing of what was lost before."""
+        wire = self.config.wire
+        return Codec(None if wire.codec == "float32" else wire.codec, wire.error_feedback, self.setting.anew)
+
     def active(self, round: int, site: str) -> Selector:
         """What is trained in this round at this site: the tuners' choice, and of it what the strategy leaves."""
         chosen, trains = self.model.active(round, site, self.config.seed), self.strategy.declares.trains
@@ -74,11 +81,14 @@ class Experiment:
         """What may reach a site in this round; ConfigError where the strategy would send what is personal."""
         return _impersonal(self.strategy.down(self.model.specs, round), self.model.specs, self.strategy)
 
+    def wire(self, direction: Literal["up", "down"], round: int) -> Specs:
+        """The same as it may stand in a message, coded or not."""
+        return self.codec.wire(self.up(round) if direction == "up" else self.down(round))
+
     def contents(self, direction: Literal["up", "down"], message: bytes) -> list[dict[str, Any]]:
         """What a recorded message holds, a row per tensor: name, shape, dtype, bytes. WireError where it is not whole
         or belongs to another experiment."""
-        allowed = self.up if direction == "up" else self.down
-        return rows(message, allowed(int(envelope_of(message)["round"])))
+        return rows(message, self.wire(direction, int(envelope_of(message)["round"])))
 
 
 def assemble(config: Config, classes: Sequence[str]) -> Experiment:

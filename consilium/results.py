@@ -22,13 +22,13 @@ from consilium import __version__, checkpoint, metrics
 from consilium.data import Examples, SiteData
 from consilium.engines.site import stack
 from consilium.experiment import Experiment
+from consilium.filters.codec import Codec
 from consilium.protocols import Personal, Specs
 from consilium.rounds import Progress
 from consilium.sites.federation import Federation
 from consilium.tensors import Tensors
 
 PACKAGES = ("torch", "torchvision", "timm", "safetensors", "numpy", "pandas", "pydantic")
-DTYPES = {torch.float32: 4, torch.float64: 8, torch.bfloat16: 2, torch.float16: 2}
 SPLITS = ("val", "test")
 
 
@@ -96,7 +96,7 @@ def write(out: Path, experiment: Experiment, federation: Federation, plans: Sequ
         "classes": list(federation.classes),
         "parameters": parameters(experiment),
         **summary,
-        "wire": {"up": wire(up), "down": wire(down)},
+        "wire": {"up": wire(up, experiment.codec), "down": wire(down, experiment.codec)},
         "kept_at_site": wire({n: spec for n, spec in specs.items() if n not in up and n not in down}),
         "numbers": numbers(experiment),
         "peak_memory_bytes": peak_memory(),
@@ -201,15 +201,16 @@ def _count(specs: Specs) -> int:
     return sum(int(np.prod([size or 0 for size in spec.shape])) for spec in specs.values())
 
 
-def wire(specs: Specs) -> list[dict[str, Any]]:
-    """One row per tensor: name, role, shape, type, bytes."""
+def wire(specs: Specs, codec: Codec | None = None) -> list[dict[str, Any]]:
+    """One row per tensor: name, role, shape, type, bytes; of a coded tensor the type and the bytes that it has then."""
+    coded = codec.coded(specs) if codec is not None else {}
     return [
         {
             "name": name,
             "role": spec.tag.role,
             "shape": list(spec.shape),
-            "dtype": str(spec.dtype).split(".")[-1],
-            "bytes": _count({name: spec}) * DTYPES[spec.dtype],
+            "dtype": codec.width if codec and name in coded else str(spec.dtype).split(".")[-1],
+            "bytes": codec.num_bytes(spec) if codec and name in coded else _count({name: spec}) * spec.dtype.itemsize,
         }
         for name, spec in sorted(specs.items())
     ]
@@ -252,6 +253,9 @@ def warnings(experiment: Experiment, federation: Federation) -> list[str]:
     found, strategy = list(federation.warnings), experiment.config.strategy.name
     if strategy != "local" and not both_ways(experiment)[0]:
         found.append(f"nothing is shared: with this tuner and head, {strategy!r} is every site training alone")
+    codec = experiment.config.wire.codec
+    if codec != "float32" and not any(experiment.codec.coded(way) for way in both_ways(experiment)):
+        found.append(f"wire.codec = {codec!r} changes nothing: no trained float32 parameter travels")
     return found
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from consilium import results, run_folder
-from consilium.config import Config, EvaluationConfig, StrategyConfig, config_hash
+from consilium.config import Config, EvaluationConfig, StrategyConfig, WireConfig, config_hash
 from consilium.coordinator import Coordinator, predicted_passes
 from consilium.data import SiteData
 from consilium.engines.simulate import Federation, Recorder, Simulation, num_workers, secrets_of
@@ -102,7 +102,7 @@ def reference_config(config: Config, name: str, images: Mapping[str, int]) -> Co
     if config.task.options().get("class_counts") == "federation":  # a reference has none whose counts it could use
         plain = {**config.task.model_dump(), "class_counts": "site"}
         changes["task"] = type(config.task).model_validate(plain)
-    return config.model_copy(update={**changes, "evaluation": evaluation})
+    return config.model_copy(update={**changes, "evaluation": evaluation, "wire": WireConfig()})
 
 
 def _epochs(wanted: int, images: int) -> float:

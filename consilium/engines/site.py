@@ -8,7 +8,7 @@ disk; a request names the state it builds on, so a request that comes twice give
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -50,7 +50,7 @@ class Site:
             opened = open_message(data)
             fields = opened.fields
             self._agree(fields)
-            request = decode_request(opened, self.experiment.down(int(fields["round"])))
+            request = decode_request(opened, self.experiment.wire("down", int(fields["round"])))
             self._accept(request)
         except WireError as error:  # the site's data are untouched: this speaks of the message alone
             return encode(self._failed(fields, "refused", str(error)), {})
@@ -58,7 +58,7 @@ class Site:
             return self._sealed(fields, error)
         try:
             reply = self._answer(request)
-            return encode(reply, self.experiment.up(reply.round))
+            return encode(reply, self.experiment.wire("up", reply.round))
         except Exception as error:
             return self._sealed(fields, error)
 
@@ -132,7 +132,9 @@ class Site:
             return Reply(self.data.name, request.round, 0, failure=Failure(self.data.name, "non_finite", message))
         sent = {**state.received, **learned.update}
         outgoing = self._validate(sent, learned.personal, depth) if validated else {}
-        after = SiteState(request.round, state.received, learned.personal, learned.update, moments)
+        declared = self.experiment.up(request.round)
+        wire, left = self.experiment.codec.reply(learned.update, state.received, state.residual, declared)
+        after = SiteState(request.round, state.received, learned.personal, learned.update, moments, left)
         self._states.save(after, keep={request.builds_on, *request.context.get("keep", ())})
         numbers = {
             "loss": learned.loss,
@@ -143,7 +145,7 @@ class Site:
             **({"learned": dict(learned.numbers)} if learned.numbers else {}),
         }
         check_learned(numbers, self.experiment.strategy.declares.numbers)
-        return Reply(self.data.name, request.round, len(self.data.train), learned.update, numbers)
+        return Reply(self.data.name, request.round, len(self.data.train), wire, numbers)
 
     def _evaluate(self, request: Request) -> Reply:
         state = self._state(request)
@@ -183,8 +185,8 @@ class Site:
     def _state(self, request: Request) -> SiteState:
         """The same with what the request brought."""
         state = self._held(request)
-        received = {**state.received, **request.tensors}
-        return SiteState(state.round, received, state.personal, state.sent, state.moments)
+        news = self.experiment.codec.read(request.tensors, state.received, self.experiment.down(request.round))
+        return replace(state, received={**state.received, **news})
 
     def _learn(self, request: Request, state: SiteState, moments: dict[str, Any]) -> Learned:
         counts = request.context["class_counts"] if self._counts_travel else self._class_counts()

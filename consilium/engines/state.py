@@ -19,13 +19,15 @@ from consilium.tensors import Tensors
 
 @dataclass(frozen=True)
 class SiteState:
-    """After a round: all that was received so far, what is personal, what was sent, the optimiser's moments."""
+    """After a round: all that was received so far, what is personal, what was trained to be sent, the optimiser's
+    moments, and what a codec left unsaid."""
 
     round: int
     received: Tensors
     personal: Personal
     sent: Tensors = field(default_factory=dict)
     moments: Tensors = field(default_factory=dict)
+    residual: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class StateFolder:
             "personal": state.personal.tensors,
             "sent": state.sent,
             "moments": state.moments,
+            "residual": state.residual,
         }
         flat = {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
         checkpoint.save(self._path(state.round), flat, {"round": state.round, "agreement": self.agreement})
@@ -74,6 +77,7 @@ class StateFolder:
             Personal(_part(flat, "personal")),
             _part(flat, "sent"),
             _part(flat, "moments"),
+            _part(flat, "residual"),
         )
 
     def _path(self, round: int) -> Path:

@@ -268,8 +268,9 @@ def _traffic(run: Run) -> Section:
                           tables.tensors("Stayed at the sites", run.result.kept_at_site)])
     ]  # fmt: skip
     note = (
-        "Payload is the serialised tensors with a header of their names; envelopes are the names, numbers and hashes "
-        "around them. The bars leave out the last message to each site, which comes after the last round. "
+        "Payload is the tensors behind a head of a few bytes; envelopes are the numbers and hashes around them. "
+        "A coded tensor is listed in its short form; to a site that missed a round it goes in full. "
+        "The bars leave out the last message to each site, which comes after the last round. "
         "predictions.parquet (ids, groups and probabilities, image by image) is gathered in the run folder because "
         "this is a simulation; in a deployment it stays at the sites."
     )

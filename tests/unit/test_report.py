@@ -299,7 +299,7 @@ def test_numbers_that_left_are_listed_where_the_run_declares_them(folder: Path, 
 
 def test_what_the_bytes_and_the_run_folder_hold_is_said(folder: Path) -> None:
     words = " ".join(show(folder)[1].words)
-    assert "serialised tensors with a header of their names" in words
+    assert "Payload is the tensors behind a head of a few bytes" in words
     assert "The bars leave out the last message to each site" in words
     assert re.search(
         r"predictions\.parquet .* because this is a simulation; in a deployment it stays at the sites", words
