@@ -67,7 +67,7 @@ class Coordinator:
         started = perf_counter()
         before = Ledger.from_dict(progress.ledger.to_dict())
         exchange = self._exchange(progress, "round", number, self._drawn(number), self._context(progress, number))
-        server = self._combined(progress.server, exchange)
+        server = self._broadcast(progress, self._combined(progress.server, exchange))
         replies = [*exchange.replied.values()]
         self._judge(progress, replies)
         progress.take_receipts({reply.site: exchange.versions[reply.site] for reply in replies})
@@ -105,6 +105,12 @@ class Coordinator:
         for _ in updates:  # a strategy may leave them unread; the sites have worked all the same
             pass
         return found
+
+    def _broadcast(self, progress: Progress, server: ServerState) -> ServerState:
+        """The state to go on from: its tensors are what sites hold once they are up to date, whatever a codec lost."""
+        codec, down = self.experiment.codec, self.experiment.down(progress.server.round + 1)
+        shared, progress.broadcast = codec.broadcast(progress.server.shared, server.shared, progress.broadcast, down)
+        return replace(server, shared=shared)
 
     def _judge(self, progress: Progress, replies: Sequence[Reply]) -> None:
         """What came in is the round before, validated: remember the best round by the unweighted mean of sites."""

@@ -112,8 +112,16 @@ class Exchange:
 
     @cached_property
     def up(self) -> Specs:
-        """What may come back."""
-        return self.partners.experiment.up(self.number)
+        """What may come back, coded or not."""
+        return self.partners.experiment.wire("up", self.number)
+
+    def _whole(self, reply: Reply) -> Tensors:
+        """The tensors of a reply; coded ones are steps from what the site was sent."""
+        experiment = self.partners.experiment
+        if reply.tensors.keys() <= experiment.up(self.number).keys():
+            return reply.tensors
+        sent = experiment.strategy.send(self.progress.server, reply.site)
+        return experiment.codec.read(reply.tensors, sent, experiment.up(self.number))
 
     def _counted(self, reply: Reply) -> Reply | Failure:
         """A reply whose numbers can be reckoned with: weights of the mean do not change from round to round."""
@@ -121,6 +129,9 @@ class Exchange:
         try:
             check_numbers(self.kind, reply.numbers, len(task.classes) if task.class_counts == "federation" else 0)
             check_learned(reply.numbers, self.partners.experiment.strategy.declares.numbers)
+            reply = replace(reply, tensors=self._whole(reply))
+        except TrainingError as error:
+            return Failure(reply.site, "non_finite", str(error))
         except WireError as error:
             return Failure(reply.site, "refused", str(error))
         known = self.progress.num_examples.setdefault(reply.site, reply.num_examples)
@@ -183,11 +194,12 @@ class _News:
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange, self.server = exchange, exchange.progress.server
-        self.own = {id(tensor): tensor for tensor in (*self.server.shared.values(), *self.server.memory.values())}
+        own = (self.server.shared, self.server.memory, exchange.progress.broadcast.news)
+        self.own = {id(tensor): tensor for tensors in own for tensor in tensors.values()}
         self.digests: dict[int, str] = {}
         self.equal: dict[tuple[tuple[str, str], ...], Versions] = {}
         self.packed: dict[tuple[tuple[str, int], ...], bytes] = {}
-        self.allowed = exchange.partners.experiment.down(exchange.number)
+        self.allowed = exchange.partners.experiment.wire("down", exchange.number)
         self.counted: set[str] = set()
 
     def request(self, site: str) -> bytes:
@@ -204,13 +216,16 @@ class _News:
         return data
 
     def of(self, site: str) -> tuple[Tensors, Versions]:
-        """What the strategy has for the site and the site's state does not hold; the digests of all it has."""
+        """What the strategy has for the site and the site's state does not hold, coded where the site holds what a step
+        starts from; the digests of all it has."""
         common, receipts = self.exchange.partners.common, self.exchange.progress.receipts.get(site, {})
         sent = self.exchange.partners.experiment.strategy.send(self.server, site)
         found = {name: self._digest(tensor) for name, tensor in sent.items()}
         versions = self.equal.setdefault(tuple(sorted(found.items())), found)
-        held = [receipts.get(name) or common.get(name) for name in sent]
-        return {name: sent[name] for name, has in zip(sent, held, strict=True) if has != versions[name]}, versions
+        held = {name: receipts.get(name) or common.get(name, "") for name in sent}
+        news = {name: tensor for name, tensor in sent.items() if held[name] != versions[name]}
+        codec, broadcast = self.exchange.partners.experiment.codec, self.exchange.progress.broadcast
+        return codec.request(news, held, versions, broadcast), versions
 
     def _digest(self, tensor: Tensor) -> str:
         if id(tensor) not in self.own:

@@ -23,6 +23,16 @@ Versions = Mapping[str, str]  # name -> digest
 _PLAIN = ("builds_on", "class_counts", "num_examples", "passes", "site_seconds", "best", "seconds")
 
 
+@dataclass(frozen=True)
+class Broadcast:
+    """What a coordinator remembers of what it sent as coded steps. `residual`: what the steps left unsaid; `news`: the
+    step that last led to each tensor's value; `steps`: digests of the value before and after it."""
+
+    residual: Tensors = field(default_factory=dict)
+    news: Tensors = field(default_factory=dict)
+    steps: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+
 @dataclass
 class Progress:
     """All the coordinator knows after a closed round; what a checkpoint holds."""
@@ -37,6 +47,7 @@ class Progress:
     site_seconds: dict[str, float] = field(default_factory=dict)  # site -> time it worked in rounds, as it said
     best: dict[str, Any] = field(default_factory=dict)  # round, value and builds_on of the best validated round
     seconds: float = 0.0
+    broadcast: Broadcast = field(default_factory=Broadcast)
 
     def take_receipts(self, versions: Mapping[str, Versions]) -> None:
         """Note what the states of these sites hold now; sites that share their versions share the note."""
@@ -57,9 +68,10 @@ def path_of(folder: Path, number: int) -> Path:
 
 def save(folder: Path, progress: Progress, agreement: str) -> None:
     """Write the checkpoint of the round and drop those that nothing needs: two rounds are kept, and the best one."""
-    server, number = progress.server, progress.server.round
+    server, number, sent = progress.server, progress.server.round, progress.broadcast
     tensors = {**_under("shared", server.shared), **_under("memory", server.memory)}
-    known = {key: getattr(progress, key) for key in _PLAIN} | {"ledger": progress.ledger.to_dict()}
+    tensors |= {**_under("residual", sent.residual), **_under("news", sent.news)}
+    known = {key: getattr(progress, key) for key in _PLAIN} | {"ledger": progress.ledger.to_dict(), "steps": sent.steps}
     meta = {"round": number, "sites": server.sites, "agreement": agreement, "receipts": _folded(progress.receipts)}
     checkpoint.save(path_of(folder, number), tensors, {**meta, **known})
     for path in path_of(folder, number).parent.glob("round-*.safetensors"):
@@ -74,7 +86,9 @@ def load(path: Path, agreement: str) -> Progress:
         raise StateError("this checkpoint belongs to another configuration", where=str(path))
     server = ServerState(meta["round"], tuple(meta["sites"]), _within("shared", tensors), _within("memory", tensors))
     known = {key: meta[key] for key in _PLAIN} | {"ledger": Ledger.from_dict(meta["ledger"])}
-    return Progress(server, receipts=_unfolded(meta["receipts"]), **known)
+    steps = {name: (before, after) for name, (before, after) in meta["steps"].items()}
+    sent = Broadcast(_within("residual", tensors), _within("news", tensors), steps)
+    return Progress(server, receipts=_unfolded(meta["receipts"]), broadcast=sent, **known)
 
 
 def newest(folder: Path, agreement: str, damaged: Callable[[Path], None]) -> Progress | None:

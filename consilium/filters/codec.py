@@ -18,7 +18,7 @@ ones; a changed base must be the same matrix that the sum was formed with.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,19 +26,8 @@ from torch import Tensor
 from consilium.errors import TrainingError, WireError
 from consilium.filters.narrow import Width, forms, narrowed, num_bytes, widened
 from consilium.protocols import Spec, Specs
+from consilium.rounds import Broadcast, Versions
 from consilium.tensors import Tensors, digest
-
-Held = Mapping[str, str]  # name -> digest of what a site holds
-
-
-@dataclass(frozen=True)
-class Broadcast:
-    """What a coordinator remembers of what it has sent. `news`: the coded step that last led to each tensor's value;
-    `steps`: digests of the value before and after it."""
-
-    residual: Tensors = field(default_factory=dict)
-    news: Tensors = field(default_factory=dict)
-    steps: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -137,7 +126,7 @@ class Codec:
             steps[name] = (digest(before[name]), digest(step.held))
         return shared, Broadcast(residual, news, steps)
 
-    def request(self, lacking: Tensors, held: Held, versions: Held, memory: Broadcast) -> dict[str, Tensor]:
+    def request(self, lacking: Tensors, held: Versions, versions: Versions, memory: Broadcast) -> dict[str, Tensor]:
         """What travels to a site that lacks these tensors: a step where the site holds what it starts from, and the
         whole value elsewhere (a site that missed a round, that never took part, or gets something of its own)."""
         short = [n for n in lacking if n in held and memory.steps.get(n) == (held[n], versions[n])]

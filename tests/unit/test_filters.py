@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from consilium.errors import TrainingError, WireError
-from consilium.filters.codec import Broadcast, Codec
+from consilium.filters.codec import Codec
 from consilium.filters.narrow import Width, forms, narrowed, num_bytes, widened
 from consilium.protocols import Slot, Spec, Tag
+from consilium.rounds import Broadcast
 from consilium.tensors import digest, equal
 
 WIDTHS: tuple[Width, ...] = ("bfloat16", "int8")
