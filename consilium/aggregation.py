@@ -24,9 +24,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from consilium import protocols
 from consilium.errors import ConfigError, WireError
-from consilium.protocols import Declaration, Product, Spec, Specs
+from consilium.products import Product, products
+from consilium.protocols import Declaration, Spec, Specs
 from consilium.registry import Options
 from consilium.tensors import Tensors, select, weighted_mean
 
@@ -227,7 +227,7 @@ class Aggregation:
 
     def products(self, specs: Specs, shared: Specs) -> tuple[Product, ...]:
         """The products all of whose factors travel; ConfigError where there is none and the sum is one of products."""
-        found = protocols.products(specs)
+        found = products(specs)
         whole = tuple(product for product in found if {*product.left, product.right} <= shared.keys())
         if (self.of_factors and not found) or (self.kind in _BY_PRODUCT and not whole):
             raise ConfigError(

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from consilium import metrics, rounds, seeds
+from consilium import metrics, registry, rounds, seeds
 from consilium.config import Config
 from consilium.errors import TrainingError
 from consilium.exchange import Display, Exchange, Partners, Transport, Updates, status
@@ -73,8 +73,7 @@ class Coordinator:
         progress.take_receipts({reply.site: exchange.versions[reply.site] for reply in replies})
         for reply in replies:  # only these sites have a new state, which holds what the request brought
             progress.builds_on[reply.site] = number
-            progress.passes[reply.site] = progress.passes.get(reply.site, 0) + reply.numbers["image_passes"]
-            progress.site_seconds[reply.site] = progress.site_seconds.get(reply.site, 0.0) + reply.numbers["seconds"]
+            self._add_work(progress, reply)
         seconds = perf_counter() - started
         progress = replace(progress, server=replace(server, round=number), seconds=progress.seconds + seconds)
         event = self._event(progress, before, exchange, seconds)
@@ -88,9 +87,8 @@ class Coordinator:
         return drawn_sites(config.train.participation, self.transport.sites(), config.seed, number)
 
     def _context(self, progress: Progress, number: int) -> dict[str, Any]:
-        counts = {"class_counts": progress.class_counts} if self.experiment.task.class_counts == "federation" else {}
         return {
-            **counts,
+            **self._counts(progress),
             "validate": number % self.experiment.config.evaluation.every == 0 or number == 1,
             "keep": sorted(set(progress.best.get("builds_on", {}).values())),
         }
@@ -133,8 +131,19 @@ class Coordinator:
             self._judge(progress, self._ask(progress, "evaluate", progress.server.round, sites))
             spent = {key: getattr(progress, key) for key in ("ledger", "passes", "site_seconds", "seconds")}
             progress = replace(self._load(progress.best["round"]), **spent)
-        self._ask(progress, "finish", progress.server.round, self.transport.sites())
+        last = self.experiment.strategy.declares.finish_epochs > 0  # a last local phase
+        context = {"train": True, **self._counts(progress)} if last else {}
+        replies = self._ask(progress, "finish", progress.server.round, self.transport.sites(), context)
+        for reply in replies if last else ():
+            self._add_work(progress, reply)
         return progress
+
+    def _counts(self, progress: Progress) -> dict[str, Any]:
+        return {"class_counts": progress.class_counts} if self.experiment.task.class_counts == "federation" else {}
+
+    def _add_work(self, progress: Progress, reply: Reply) -> None:
+        progress.passes[reply.site] = progress.passes.get(reply.site, 0) + reply.numbers["image_passes"]
+        progress.site_seconds[reply.site] = progress.site_seconds.get(reply.site, 0.0) + reply.numbers["seconds"]
 
     def visit(self, progress: Progress) -> None:
         """Let sites that took no part read their images once with the shared model; their bytes are not the run's."""
@@ -151,9 +160,16 @@ class Coordinator:
     ) -> Exchange:
         return Exchange(self._partners, progress, kind, number, sites, context)
 
-    def _ask(self, progress: Progress, kind: RequestKind, number: int, sites: Sequence[str]) -> list[Reply]:
+    def _ask(
+        self,
+        progress: Progress,
+        kind: RequestKind,
+        number: int,
+        sites: Sequence[str],
+        context: Mapping[str, Any] | None = None,
+    ) -> list[Reply]:
         """The replies, all of them, to a question whose answers hold no tensors. TrainingError below the quorum."""
-        return list(self._exchange(progress, kind, number, sites, {}))
+        return list(self._exchange(progress, kind, number, sites, context or {}))
 
     def _save(self, progress: Progress) -> None:
         rounds.save(self.folder, progress, self.experiment.handshake.agreement)
@@ -200,12 +216,21 @@ def drawn_sites(participation: float, sites: Sequence[str], seed: int, number: i
 
 
 def predicted_passes(config: Config, images: Mapping[str, int]) -> dict[str, int]:
-    """Images that each site will train on, by its number of training images and the rounds it is drawn in."""
+    """Images that each site will train on: by their number, the rounds it is drawn in, what the strategy does in these
+    and at the end."""
     train, names = config.train, sorted(images)
     rounds = range(1, train.rounds + 1)
-    drawn = Counter(site for number in rounds for site in drawn_sites(train.participation, names, config.seed, number))
-    steps = {name: plan(images[name], train, None, torch.Generator()) for name in names}
-    return {name: drawn[name] * sum(len(rows) for step in steps[name] for rows in step) for name in names}
+    declares = registry.build("strategies", config.strategy.name, config.strategy.options()).declares
+    passes: Counter[tuple[str, float | None]] = Counter()
+    for number in rounds:
+        for site in drawn_sites(train.participation, names, config.seed, number):
+            passes.update((site, epochs) for epochs in declares.passes(number))
+    passes.update((site, declares.finish_epochs) for site in names if declares.finish_epochs)
+    found = dict.fromkeys(names, 0)
+    for (site, epochs), times in passes.items():
+        steps = plan(images[site], train, epochs, torch.Generator())
+        found[site] += times * sum(len(rows) for step in steps for rows in step)
+    return found
 
 
 def _means(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:

@@ -202,8 +202,11 @@ def check_numbers(kind: RequestKind, numbers: Mapping[str, Any], class_counts: i
         "seconds": _is_finite(numbers.get("seconds")),
         "val": _is_validation(numbers.get("val")),
     }
+    work = {"image_passes", "seconds"}
     described = {"class_counts"} if class_counts else {"class_counts"} & numbers.keys()
-    needed = {"describe": described, "round": fits.keys() - {"class_counts"}, "evaluate": {"val"}}.get(kind, set())
+    needed = {"describe": described, "round": fits.keys() - {"class_counts"}, "evaluate": {"val"}, "finish": work}.get(
+        kind, set()
+    )
     broken = [key for key in sorted(needed) if not fits[key]]
     if broken:
         received = ", ".join(f"{key} {numbers.get(key)!r:.60}" for key in broken)

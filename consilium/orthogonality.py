@@ -19,7 +19,8 @@ from torch import Tensor
 
 from consilium import algebra
 from consilium.algebra import LowRank
-from consilium.protocols import Product, Specs, products
+from consilium.products import Product, products
+from consilium.protocols import Specs
 from consilium.tensors import Tensors
 
 Couple = tuple[Product, Product]  # of the shared part, of the personal part, on the same base

@@ -65,26 +65,6 @@ Trains = Callable[[Tag, int], bool]  # tag, round
 
 
 @dataclass(frozen=True)
-class Product:
-    """scale * left @ right: `left` [sum of rows, r], one tensor per base below the other; `right` [r, columns]."""
-
-    left: tuple[str, ...]
-    right: str
-    base: tuple[str, ...]
-    scale: float
-    part: str
-
-
-def products(specs: Specs) -> tuple[Product, ...]:
-    """The products among these tensors, as their tuners declared them in `Spec.factor`, sorted by the right factor."""
-    sides = {name: (spec, spec.factor) for name, spec in sorted(specs.items()) if spec.factor is not None}
-    lefts = {(spec.tag.part, f.base[0]): name for name, (spec, f) in sides.items() if f.side == "left"}
-    rights = [(name, spec, f.base) for name, (spec, f) in sides.items() if f.side == "right"]
-    found = [(tuple(lefts[spec.tag.part, b] for b in base), name, base, spec) for name, spec, base in rights]
-    return tuple(Product(left, name, base, spec.scale, spec.tag.part) for left, name, base, spec in found)
-
-
-@dataclass(frozen=True)
 class Part:
     """One adapter on the backbone. `personal` ones never travel; `rank` overrides a tuner's, `ranks` at some sites."""
 
@@ -293,6 +273,9 @@ class LocalTraining(Protocol):
     def features(self, variables: Tensors) -> tuple[Tensor, Tensor]:
         """Features [n, num_features] and labels [n] of the training split, without augmentation."""
 
+    def gradient(self, variables: Tensors) -> Tensors:
+        """Mean gradient of the loss over the training split, by name, of what is `active`; one pass over the images."""
+
 
 # ------------------------------------------------------------------------------------------------ the federation
 @dataclass(frozen=True)
@@ -344,7 +327,10 @@ class Failure:
 
 @dataclass(frozen=True)
 class Declaration:
-    """What a strategy says of itself before anything runs; pairings are checked against it."""
+    """What a strategy says of itself before anything runs; pairings are checked against it.
+
+    `passes(round)`: how often `learn` goes through the images, so that a round's work is known before it.
+    """
 
     parts: tuple[Part, ...] = (Part(),)
     combination: Combination = "sum"
@@ -356,6 +342,8 @@ class Declaration:
     restarts_factors: bool = False  # factors of products come back in another basis, so moments of them are dropped
     plain_sgd: bool = False  # it reads gradients off the way that was gone: no other optimiser, no momentum
     numbers: Mapping[str, str] = field(default_factory=dict)  # of each round, beside the tensors: name -> what it says
+    passes: Callable[[int], Sequence[float | None]] = lambda round: (None,)  # epochs; None: as configured  # noqa: ARG005
+    finish_epochs: float = 0.0  # a last local phase at every site, of all that its tuners train: the personal model
 
     @property
     def personal_parts(self) -> frozenset[str]:

@@ -227,6 +227,7 @@ def numbers(experiment: Experiment) -> list[dict[str, str]]:
     """One row per number that leaves a site beside the tensors: name, when it is sent, what it says."""
     every, best = experiment.config.evaluation.every, experiment.config.evaluation.serve == "best"
     task, rounds = experiment.task, "every round"
+    worked = f"{rounds}, and at the end"
     quick = task.validation(np.full((1, len(task.classes)), 1 / len(task.classes)), np.zeros(1, dtype=np.int64))
     validated = rounds if every == 1 else f"round 1 and every {every} rounds"
     about = f"on the site's validation images: {', '.join(sorted(quick))}"
@@ -234,8 +235,8 @@ def numbers(experiment: Experiment) -> list[dict[str, str]]:
         ("num_examples", "every reply", "number of training images"),
         ("loss", rounds, "mean training loss"),
         ("num_steps", rounds, "optimiser steps"),
-        ("image_passes", rounds, "images trained on"),
-        ("seconds", rounds, "time that the site took"),
+        ("image_passes", worked, "images trained on"),
+        ("seconds", worked, "time that the site took"),
         ("val.incoming", f"{validated}{', and at the end' if best else ''}", f"the model as it came in, {about}"),
         ("val.outgoing", validated, f"the model as it was trained, {about}"),
         ("models", "at the end", "names of the models that were tested; no result of a test"),

@@ -1,10 +1,12 @@
-"""Every registered tuner, by itself and with the options that make another method of it."""
+"""Every registered tuner, with the options that make another method of it; what a strategy needs to run at all."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from consilium import registry
+from consilium import config, registry
+from tests import federation
 
 Options = Mapping[str, object]
 _MORE: Mapping[str, tuple[str, Options]] = {
@@ -40,3 +42,17 @@ def table(variant: str) -> list[dict[str, object]]:
     """The [[tuner]] tables of a variant or hybrid."""
     names = HYBRIDS.get(variant, (variant,))
     return [{"name": TUNERS[each][0], **TUNERS[each][1]} for each in names]
+
+
+NEEDS: Mapping[str, Mapping[str, Any]] = {  # tables without which a strategy is refused, by its name
+    "fedbn": {"tuner": [{"name": "lora", "rank": 4}, {"name": "norm"}]},
+    "scaffold": {"train": federation.SGD},
+}
+
+
+def settings(strategy: str, **tables: Any) -> config.Config:
+    """The small configuration for a strategy, with some keys of its tables replaced, and with what it needs."""
+    needs = NEEDS.get(strategy, {})
+    train = {**federation.TABLE["train"], **tables.pop("train", {}), **needs.get("train", {})}
+    chosen = {"tuner": needs["tuner"]} if "tuner" in needs and "tuner" not in tables else {}
+    return federation.configure(strategy={"name": strategy}, train=train, **chosen, **tables)

@@ -25,10 +25,10 @@ from consilium.errors import ConsiliumError, TrainingError, WireError
 from consilium.experiment import Experiment
 from consilium.local.predict import outputs
 from consilium.local.prefix import Prefixes
-from consilium.local.train import Trainer
+from consilium.local.train import Setting, Trainer
 from consilium.messages import Reply, Request, check_learned, decode_request, encode, is_count, open_message
 from consilium.metrics import without_nan
-from consilium.protocols import Failure, Learned, Personal
+from consilium.protocols import Failure, Fitted, Learned, Personal
 from consilium.tensors import Tensors, equal, non_finite
 
 Numbers = dict[str, Any]
@@ -95,7 +95,7 @@ class Site:
 
     def _accept(self, request: Request) -> None:
         """WireError where class counts come that the task does not want, or not those that it wants."""
-        wanted = request.kind == "round" and self._counts_travel
+        wanted = (request.kind == "round" or _trains(request)) and self._counts_travel
         counts = request.context.get("class_counts")
         fits = (
             isinstance(counts, list) and len(counts) == len(self.experiment.task.classes) and all(map(is_count, counts))
@@ -156,6 +156,12 @@ class Site:
         """Read the test split, once, with the models that will be used, and leave them on the site's disk."""
         held, state = self._held(request), self._state(request)
         models = dict(self.experiment.strategy.deploy(state.received, state.personal))
+        numbers: Numbers = {"image_passes": 0, "seconds": 0.0}
+        if _trains(request):
+            started = perf_counter()
+            fitted = self._last_phase(request, models["personal"])
+            numbers = {"image_passes": fitted.image_passes, "seconds": perf_counter() - started}
+            models["personal"] = fitted.variables
         if held.sent:  # beside what it was trained with: the last sum may have changed more than what was sent
             before = self.experiment.strategy.deploy({**held.received, **held.sent}, held.personal)
             models["before_aggregation"] = before["personal"]
@@ -167,7 +173,7 @@ class Site:
         table = stack([rows.assign(model=name) for name, rows in tables.items()])
         checkpoint.write_bytes(self.folder / "predictions.parquet", table.to_parquet(index=False))
         checkpoint.save(self.folder / "served.safetensors", models["personal"], {"round": request.round})
-        return Reply(self.data.name, request.round, len(self.data.train), numbers={"models": sorted(models)})
+        return Reply(self.data.name, request.round, len(self.data.train), numbers={**numbers, "models": sorted(models)})
 
     # -------------------------------------------------------------------------------------------- pieces
     @property
@@ -189,10 +195,21 @@ class Site:
         return replace(state, received={**state.received, **news})
 
     def _learn(self, request: Request, state: SiteState, moments: dict[str, Any]) -> Learned:
-        counts = request.context["class_counts"] if self._counts_travel else self._class_counts()
-        setting, name, train = self.experiment.setting, self.data.name, self.data.train
-        trainer = Trainer(setting, train, request.round, name, counts, moments, self._prefixes)
+        trainer = self._trainer(request, self.experiment.setting, moments)
         return self.experiment.strategy.learn(state.received, state.personal, trainer)
+
+    def _last_phase(self, request: Request, variables: Tensors) -> Fitted:
+        """Train the model to use on, at this site alone: all that the tuners train, on a schedule of its own, as that
+        of the rounds ends near zero."""
+        setting, epochs = self.experiment.setting, self.experiment.strategy.declares.finish_epochs
+        schedule = setting.config.schedule.model_copy(update={"restart": True})
+        config = setting.config.model_copy(update={"schedule": schedule, "moments": "reset"})
+        alone = replace(setting, config=config, trains=lambda tag, round: True)  # noqa: ARG005
+        return self._trainer(request, alone, {}).fit(variables, epochs=epochs, purpose="finish")
+
+    def _trainer(self, request: Request, setting: Setting, moments: dict[str, Any]) -> Trainer:
+        counts = request.context["class_counts"] if self._counts_travel else self._class_counts()
+        return Trainer(setting, self.data.train, request.round, self.data.name, counts, moments, self._prefixes)
 
     @cached_property
     def _prefixes(self) -> Prefixes | None:
@@ -239,6 +256,11 @@ class Site:
         }
         scores = {f"p.{name}": probabilities[:, at] for at, name in enumerate(self.experiment.task.classes)}
         return pd.DataFrame({**columns, **scores}, index=range(len(examples)))
+
+
+def _trains(request: Request) -> bool:
+    """Whether the end of a run brings a last local phase; guests, who took no part, are not asked for one."""
+    return request.kind == "finish" and bool(request.context.get("train"))
 
 
 def stack(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:

@@ -99,6 +99,26 @@ class Trainer:
         found = pooled_features(model, variables, self.examples, setting.preprocessing, device, kept)
         return found, torch.from_numpy(self.examples.labels)
 
+    def gradient(self, variables: Tensors) -> Tensors:
+        """Mean gradient over the training split of what is active, augmented, in full precision; nothing at no images.
+        TrainingError where it is not finite."""
+        names, count = self._selected(variables, None), len(self.examples)
+        if not names or not count:
+            return {}
+        live = {name: value.detach().to(self.setting.device, copy=True) for name, value in variables.items()}
+        total = {name: torch.zeros_like(live[name].requires_grad_()) for name in names}
+        steps = plan(count, self.setting.config, 1.0, self._generator("gradient", "order"))
+        batches = self._batches([rows for step in steps for rows in step], self._generator("gradient", "augment"))
+        losses = []
+        with seeds.ambient(self._seed("gradient", "dropout")):
+            for batch in batches:
+                loss = self.loss(live, batch) * (len(batch.labels) / count)
+                found = torch.autograd.grad(loss, [live[name] for name in names], materialize_grads=True)
+                total = {name: total[name] + value for name, value in zip(names, found, strict=True)}
+                losses.append(loss.detach())
+        self._finite(float(torch.stack(losses).sum()))
+        return detach(total)
+
     def fit(
         self,
         variables: Tensors,

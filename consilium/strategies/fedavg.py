@@ -6,6 +6,7 @@ McMahan, Moore, Ramage, Hampson, Agüera y Arcas, AISTATS 2017, arXiv 1602.05629
 w_t -> server.shared, w_k -> update.tensors, n_k -> num_examples, C -> train.participation, E -> train.local_epochs
 Leaves the site: the shared tensors, number of training images. Stays: images, personal tensors. Kept between rounds:
 personal tensors at the site, nothing at the server.
+`fit`, `server`: hooks of methods that train in phases or move the server by a step of its own.
 Departures: any optimiser (the paper: SGD); a tensor is averaged over the sites that trained it; `aggregate` puts
 another sum in the place of the mean, and two of these change frozen weights, which then travel down as if shared.
 Identity: one site = local training; equal updates = that update; order of replies is irrelevant (tests/identities).
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from consilium.aggregation import Aggregation, SumOptions, Weighting
 from consilium.protocols import (
     Declaration,
+    Fitted,
     Learned,
     LocalTraining,
     Objective,
@@ -33,6 +35,8 @@ from consilium.registry import register
 from consilium.tensors import Tensors
 
 ObjectiveFor = Callable[[Tensors, LocalTraining], Objective | None]  # what arrived -> what is minimised
+Fit = Callable[[LocalTraining, Tensors, Objective | None, Tensors], Fitted]  # ..., variables, what is minimised, fixed
+ServerRule = Callable[[ServerState, ServerState], ServerState]  # before and after the sum -> next
 
 
 def everything(tag: Tag) -> bool:  # noqa: ARG001
@@ -45,18 +49,24 @@ def task_loss(received: Tensors, training: LocalTraining) -> Objective | None:  
     return None
 
 
+def jointly(training: LocalTraining, variables: Tensors, objective: Objective | None, fixed: Tensors) -> Fitted:
+    """Train everything at once."""
+    return training.fit(variables, objective=objective, fixed=fixed)
+
+
 class FedAvgOptions(SumOptions):
     """Keys of `[strategy]` for fedavg and what builds on it: weights, aggregate, trim."""
 
 
 @dataclass(frozen=True)
 class Averaging:
-    """All but what a site does: `shares` says what travels, `aggregate` how updates become one."""
+    """All but what a site does: `shares` says what travels, `aggregate` how updates become one, `server` the rest."""
 
     weights: Weighting = "examples"
     shares: Selector = everything
     declares: Declaration = field(default_factory=Declaration)
     aggregate: Aggregation = field(default_factory=Aggregation)
+    server: ServerRule | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "declares", self.aggregate.declare(self.declares))
@@ -96,21 +106,23 @@ class Averaging:
         products = self.aggregate.products(specs, self.shared(specs))
         news = self.aggregate(terms, products, {**server.memory, **server.shared})
         memory = {name: value for name, value in server.memory.items() if name not in news}
-        return replace(server, shared={**server.shared, **news}, memory=memory)
+        after = replace(server, shared={**server.shared, **news}, memory=memory)
+        return self.server(server, after) if self.server else after
 
 
 @dataclass(frozen=True)
 class FedAvg(Averaging):
-    """`objective_for` says what a site minimises."""
+    """`objective_for` says what a site minimises, `fit` in what order."""
 
     objective_for: ObjectiveFor = task_loss
+    fit: Fit = jointly
 
     def learn(self, received: Tensors, personal: Personal, training: LocalTraining) -> Learned:
         """Train shared and personal tensors together on the base as it is; send the shared ones that were trained."""
         shared = {name: value for name, value in received.items() if name in training.specs}
         base = {name: value for name, value in received.items() if name not in shared}
         minimised = self.objective_for(shared, training)
-        fitted = training.fit({**shared, **personal.tensors}, objective=minimised, fixed=base)
+        fitted = self.fit(training, {**shared, **personal.tensors}, minimised, base)
         update = {name: fitted.variables[name] for name in shared if training.active(training.specs[name].tag)}
         kept = Personal({name: fitted.variables[name] for name in personal.tensors})
         return Learned(update, kept, fitted.loss, fitted.num_steps, fitted.image_passes)

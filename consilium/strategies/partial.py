@@ -8,10 +8,14 @@ fedper: Arivazhagan, Aggarwal, Singh, Choudhary, arXiv 1912.00818: base layers W
   (Yang, Zhang, Hao, Spell, Carin, KDD 2021, arXiv 2102.05218).
 fedsa: FedSA-LoRA, Guo et al., ICLR 2025, arXiv 2410.01463: right factors (LoRA's A) travel, left ones (B) and the head
   stay, as in the authors' setting for classification; whatever else a hybrid trains travels.
+fedbn: Li, Jiang, Zhang, Kamp, Dou, ICLR 2021, arXiv 2102.07623: norms stay, by role, so LayerNorm and RMSNorm as well.
+lg: LG-FedAvg, Liang, Liu, Ziyin, Salakhutdinov, Morency, arXiv 2001.01523: local representations stay: everything below
+  block `shared_from_block`, or all but the head; the global model is the head and what lies between.
 Leaves the site: what the rule shares, number of training images. Stays: the rest, initialised at the site from its own
   seed (a head that the server ever knew gives labels away). Kept between rounds: personal tensors at the site.
-Departures: none in the rule; any optimiser.
-Identity: nothing personal = FedAvg, all personal = local (tests/identities).
+Departures: none in the rules; any optimiser. fedbn: the paper's BatchNorm has statistics, norms of a transformer none.
+Identity: nothing personal = FedAvg, all personal = local (tests/identities); lg and fedper divide the same tensors;
+  under fedbn norms of two sites differ after training (tests/unit/test_strategy_partial.py).
 """
 
 from __future__ import annotations
@@ -35,13 +39,23 @@ def nothing(tag: Tag) -> bool:  # noqa: ARG001
 def below(personal_from_block: int | None) -> Selector:
     """Share everything but the head and, if a block is given, everything from that block on and behind the blocks."""
 
-    def shares(tag: Tag) -> bool:
-        behind = (
-            tag.module.split(".")[0] in BEHIND_BLOCKS if tag.block is None else tag.block >= (personal_from_block or 0)
-        )
-        return tag.role != "head" and not (personal_from_block is not None and behind)
+    start = personal_from_block
+    return lambda tag: tag.role != "head" and not (start is not None and _is_top(tag, start))
 
-    return shares
+
+def above(shared_from_block: int | None) -> Selector:
+    """Share the head and, if a block is given, everything from that block on and behind the blocks."""
+    start = shared_from_block
+    return lambda tag: tag.role == "head" or (start is not None and _is_top(tag, start))
+
+
+def _is_top(tag: Tag, start: int) -> bool:
+    return tag.module.split(".")[0] in BEHIND_BLOCKS if tag.block is None else tag.block >= start
+
+
+def but_norms(tag: Tag) -> bool:
+    """Share everything but norms."""
+    return tag.role != "norm"
 
 
 @register(
@@ -100,3 +114,41 @@ def but_left_factors(tag: Tag) -> bool:
 def fedsa(options: FactorOptions) -> FedAvg:
     """FedAvg of the right factors; a head that is declared shared is refused."""
     return FedAvg(options.weights, shares=but_left_factors, aggregate=Aggregation(of_factors=True))
+
+
+@register(
+    "strategies",
+    "fedbn",
+    options=FedAvgOptions,
+    summary="norms stay at the site, the rest is averaged",
+    source="FedBN: Li et al., ICLR 2021, arXiv 2102.07623",
+    facts={"leaves the site": "trained tensors without norms", "stays": "trained norms, LayerNorm included"},
+)
+def fedbn(options: FedAvgOptions) -> FedAvg:
+    """FedAvg of all but norms; a tuner that trains no norm is refused."""
+    declares = Declaration(required_roles=frozenset({"norm"}))
+    return FedAvg(options.weights, shares=but_norms, declares=declares, aggregate=options.aggregation())
+
+
+class LgOptions(FedAvgOptions):
+    """Keys of `[strategy]` for lg."""
+
+    shared_from_block: int | None = Field(default=None, ge=0)  # from this block on, trained tensors travel too
+
+
+@register(
+    "strategies",
+    "lg",
+    options=LgOptions,
+    summary="the lower layers stay at the site, the head (and, if wanted, the last blocks) is averaged",
+    source="LG-FedAvg: Liang et al., arXiv 2001.01523",
+    facts={"leaves the site": "the head, trained tensors of last blocks", "stays": "trained tensors of lower layers"},
+)
+def lg(options: LgOptions) -> FedAvg:
+    """FedAvg above the local layers."""
+    return FedAvg(
+        options.weights,
+        shares=above(options.shared_from_block),
+        declares=Declaration(required_roles=frozenset({"head"}), last_block=options.shared_from_block),
+        aggregate=options.aggregation(),
+    )

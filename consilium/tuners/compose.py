@@ -139,7 +139,8 @@ def attach(
     """
     tuners = sorted(tuners, key=lambda tuner: getattr(tuner, "precedence", 0))
     added = tuple(tuner.attach(backbone, declaration.parts, declaration.combination) for tuner in tuners)
-    top = Head(head, backbone.num_features, num_outputs)
+    still = not declaration.trains(Tag("head", "head"), 1)
+    top = Head(head, backbone.num_features, num_outputs, still)
     specs = _union([*(each.specs for each in added), top.specs], [name for each in added for name in each.stands_for])
     if not specs:
         raise ConfigError("nothing is left to train", where="head.share", allowed="shared, personal", received="frozen")

@@ -23,6 +23,7 @@ class Head:
     config: HeadConfig
     num_features: int
     num_outputs: int
+    still: bool = False  # the strategy does not train it in its rounds
 
     @property
     def layers(self) -> dict[str, tuple[int, int]]:
@@ -52,7 +53,8 @@ class Head:
 
     def _weight(self, name: str, out: int, width: int, seed: int) -> Tensor:
         # Small for a trained last layer, so that first predictions are even; unit gain where nothing else can grow it.
-        std = width**-0.5 if self.config.share == "frozen" or name == "head.0.weight" else 0.01
+        still = self.still or self.config.share == "frozen"
+        std = width**-0.5 if still or name == "head.0.weight" else 0.01
         draw = seeds.generator(seed, purpose=f"init/{name}")
         return nn.init.trunc_normal_(torch.empty(out, width), std=std, a=-2 * std, b=2 * std, generator=draw)
 

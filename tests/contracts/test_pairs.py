@@ -23,7 +23,7 @@ def _rows() -> list[list[str]]:
 
 def _table() -> dict[tuple[str, str], str]:
     head, _, *rows = _rows()
-    return {(row[0], strategy): cell for row in rows for strategy, cell in zip(head[1:], row[1:], strict=True)}
+    return {(tuner, row[0]): cell for row in rows for tuner, cell in zip(head[1:], row[1:], strict=True)}
 
 
 def _reasons() -> dict[str, str]:
@@ -42,8 +42,7 @@ def test_the_table_names_every_pair_there_is() -> None:
 
 @pytest.mark.parametrize(("tuner", "strategy"), sorted(TABLE), ids=lambda name: name)
 def test_a_pair_does_what_the_table_says(tmp_path: Path, tuner: str, strategy: str) -> None:
-    train = {**federation.TABLE["train"], "rounds": 1}
-    settings = federation.configure(tuner=variants.table(tuner), strategy={"name": strategy}, train=train)
+    settings = variants.settings(strategy, tuner=variants.table(tuner), train={"rounds": 1})
     cell = TABLE[tuner, strategy]
     if cell != "runs":
         with pytest.raises(ConfigError, match=re.escape(REASONS[cell.removeprefix("refused (").removesuffix(")")])):

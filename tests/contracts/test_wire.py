@@ -38,7 +38,7 @@ from consilium.protocols import Declaration, Learned, LocalTraining, Part, Perso
 from consilium.strategies.fedavg import FedAvg
 from consilium.strategies.partial import below
 from consilium.tensors import Tensors
-from tests import federation
+from tests import federation, variants
 
 STRATEGIES = sorted(registry.members("strategies"))
 SITES = federation.hospitals(10, 7)
@@ -60,8 +60,11 @@ def _traffic(folder: Path, settings: Config, strategy: Strategy) -> tuple[federa
 
 
 def _private(outcome: federation.Outcome, kept: list[Tensors]) -> Mapping[str, torch.Tensor]:
-    """Under names of their own: what a site kept and never declared, and a row of pixels of every image."""
-    found = {f"{number} {name}": value for number, each in enumerate(kept) for name, value in each.items()}
+    """Under names of their own: what a site kept and never declared, and a row of pixels of every image. A copy of what
+    it declared, "<of which kind>/<name>", is no secret: its last model, the sum of what it sent."""
+    sent = outcome.experiment.up(1).keys()
+    own = [{n: v for n, v in each.items() if not {n, n.partition("/")[2]} & sent} for each in kept]
+    found = {f"{number} {name}": value for number, each in enumerate(own) for name, value in each.items()}
     found = {name: value for name, value in found.items() if value.numel() > 1}
     pixels = {
         f"pixels {site}": torch.from_numpy(data.train.images[:, 0].copy()).flatten(1) for site, data in SITES.items()
@@ -74,7 +77,7 @@ def _private(outcome: federation.Outcome, kept: list[Tensors]) -> Mapping[str, t
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_no_personal_value_crosses_the_wire(tmp_path: Path, name: str, share: str) -> None:
     table = {"share": share} if share == "personal" else {}
-    settings = federation.configure(train=SHORT, strategy={"name": name}, head=table)
+    settings = variants.settings(name, train=SHORT, head=table)
     outcome, kept = _traffic(tmp_path, settings, registry.build("strategies", name, {}))
     federation.assert_absent(_private(outcome, kept), outcome.wire)
     if name in ("local", "fedper") or share == "personal":
@@ -84,7 +87,7 @@ def test_no_personal_value_crosses_the_wire(tmp_path: Path, name: str, share: st
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "local"])
 def test_the_search_would_find_what_does_travel(tmp_path: Path, name: str) -> None:
     """Without this the search could be blind."""
-    settings = federation.configure(train=SHORT)
+    settings = variants.settings(name, train=SHORT)
     outcome, _ = _traffic(tmp_path, settings, registry.build("strategies", name, {}))
     with pytest.raises(AssertionError, match="crossed the wire"):
         federation.assert_absent(outcome.shared, outcome.wire)
@@ -493,7 +496,7 @@ def test_agreement_covers_what_all_must_share() -> None:
 # ------------------------------------------------------------------------------------------------ the ledger
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_the_ledger_is_the_length_of_what_was_recorded(tmp_path: Path, name: str) -> None:
-    settings = federation.configure(strategy={"name": name}, evaluation={"serve": "best"})
+    settings = variants.settings(name, evaluation={"serve": "best"})
     outcome = federation.run(tmp_path, settings, SITES)
     for way in ("up", "down"):
         for site in SITES:

@@ -16,7 +16,8 @@ from consilium.aggregation import Aggregation
 from consilium.data import SiteData
 from consilium.errors import ConfigError
 from consilium.local.train import Trainer
-from consilium.protocols import Declaration, Part, Product, Strategy, Update, products
+from consilium.products import Product, products
+from consilium.protocols import Declaration, Part, Strategy, Update
 from consilium.strategies.fedavg import FedAvg
 from consilium.strategies.federated_lora import LEFT, RIGHT
 from consilium.tensors import Tensors, equal

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from consilium import aggregation
 from consilium.aggregation import Aggregation
-from consilium.protocols import Product
+from consilium.products import Product
 from consilium.tensors import Tensors, equal
 
 CLOSE = 1e-10  # of the largest number around

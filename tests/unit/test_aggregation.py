@@ -12,7 +12,8 @@ from torch import Tensor
 from consilium import aggregation, registry
 from consilium.aggregation import Aggregation, SumOptions, Terms
 from consilium.errors import ConfigError, WireError
-from consilium.protocols import Declaration, Factor, Product, Spec, Specs, Tag
+from consilium.products import Product
+from consilium.protocols import Declaration, Factor, Spec, Specs, Tag
 from consilium.strategies.fedavg import FedAvg
 from consilium.tensors import Tensors, equal
 

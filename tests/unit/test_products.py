@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from consilium.protocols import Factor, Spec, Tag, products
+from consilium.products import products
+from consilium.protocols import Factor, Spec, Tag
 
 
 def _spec(module: str, part: str, side: str, base: tuple[str, ...], scale: float = 1.0) -> Spec:

@@ -145,7 +145,7 @@ def test_a_gpu_is_named_with_the_memory_that_was_held_on_it(monkeypatch: pytest.
     pieces = federation.assemble(federation.configure())
     assert "peak_device_memory_bytes" not in results.hardware(pieces)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU, {device}")
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 5)
     moved = dataclasses.replace(pieces, setting=dataclasses.replace(pieces.setting, device="cuda:1"))
     found = results.hardware(moved)
     assert (found["name"], found["peak_device_memory_bytes"]) == ("a GPU, cuda:1", 5)

@@ -10,7 +10,8 @@ from consilium import registry, tensors
 from consilium.backbones import recompute, timm_backbone
 from consilium.config import BackboneConfig, HeadConfig
 from consilium.errors import ConfigError
-from consilium.protocols import Backbone, Combination, Declaration, Part, products
+from consilium.products import products
+from consilium.protocols import Backbone, Combination, Declaration, Part
 from consilium.tuners import compose, low_rank
 from consilium.tuners.lora import LoraOptions, factors
 from tests import small

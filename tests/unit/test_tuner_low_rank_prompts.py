@@ -15,7 +15,8 @@ from consilium import registry, tensors
 from consilium.backbones import roles
 from consilium.config import HeadConfig
 from consilium.errors import ConfigError
-from consilium.protocols import Backbone, Combination, Declaration, Part, products
+from consilium.products import products
+from consilium.protocols import Backbone, Combination, Declaration, Part
 from consilium.tuners import compose
 from tests import small
 
