@@ -28,7 +28,21 @@ from benchmarks import job, page
 from benchmarks.frame import Result, Row, Scale, Skipped
 from benchmarks.measure import ENVIRONMENT, ROOT
 
-MODULES = {"limit": "limit", "round": "rounds", "flower": "flower", "prefix": "prefix"}
+MODULES = {
+    "limit": "limit",
+    "round": "rounds",
+    "flower": "flower",
+    "deepcopy": "copies",
+    "prefix": "prefix",
+    "data": "data_path",
+    "workers": "workers",
+    "memory": "memory",
+    "combine": "combine",
+    "start": "start",
+    "wire": "wire",
+    "stacked": "stacked",
+    "growth": "growth",
+}
 PACKAGES = ("torch", "timm", "peft", "numpy", "flwr", "ray", "consilium")
 
 

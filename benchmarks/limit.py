@@ -34,7 +34,7 @@ def run(scale: Scale) -> Result:
         threads = "1 thread" if name == "1" else f"{cores()} threads"
         result.add(f"matrix products of float32, {threads}, best size", found["best"], "GFLOP/s")
         result.add(f"the same in the shapes of the model at batch {job.BATCH}", found["model"], "GFLOP/s")
-    for name, kind in (("copy", _copy), ("sum", _sum)):
+    for name, kind in (("copy", _copy), ("sum", summed)):
         for threads in (1, cores()):
             speed = bandwidth(kind, threads, scale)
             result.add(f"memory bandwidth, {name}, {threads} thread{'s' * (threads > 1)}", speed, "GB/s")
@@ -133,7 +133,8 @@ def _copy(source: torch.Tensor, target: torch.Tensor) -> int:
     return 2 * source.nbytes  # read and written
 
 
-def _sum(source: torch.Tensor, target: torch.Tensor) -> int:  # noqa: ARG001
+def summed(source: torch.Tensor, target: torch.Tensor) -> int:  # noqa: ARG001
+    """Add all elements; bytes read."""
     source.sum()
     return source.nbytes
 

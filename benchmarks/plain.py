@@ -6,8 +6,9 @@ adapters hung into a timm model and called as any module is, and timm with the `
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import job
-from consilium.data import Examples, Preprocessing
+from consilium.data import Examples, Preprocessing, SiteData
 from consilium.experiment import assemble
 from consilium.local.augment import PRESETS, to_float
 
@@ -85,29 +86,46 @@ def with_peft(num_classes: int, preprocessing: Preprocessing) -> Plain:
     return Plain(model, [each for each in model.parameters() if each.requires_grad], preprocessing)
 
 
-def deep_copies(sites: dict[str, Examples], num_classes: int, preprocessing: Preprocessing) -> Callable[[], float]:
+class Copies:
     """As the common research libraries do: every client holds a deep copy of the whole model for the whole run."""
-    import copy
 
-    server = with_peft(num_classes, preprocessing)
-    clients = {name: copy.deepcopy(server.forward) for name in sites}
+    def __init__(self, sites: Mapping[str, SiteData], num_classes: int, preprocessing: Preprocessing) -> None:
+        self.sites, self.preprocessing = sites, preprocessing
+        self.server: Any = with_peft(num_classes, preprocessing).forward
+        self.clients: dict[str, Any] = {name: copy.deepcopy(self.server) for name in sites}
+        self.parameters = sum(each.numel() for each in self.server.parameters() if each.requires_grad)
+        self.images: list[int] = []
+        self.losses: list[float] = []
 
-    def one_round() -> float:
+    def round(self) -> float:
+        """Seconds of a round: copy to every client, validate, train, validate, average all weights."""
         started = time.perf_counter()
-        for name, examples in sites.items():
-            model: Any = clients[name]
-            for mine, theirs in zip(model.parameters(), server.forward.parameters(), strict=True):  # type: ignore[attr-defined]
+        losses = []
+        for name, site in self.sites.items():
+            model = self.clients[name]
+            for mine, theirs in zip(model.parameters(), self.server.parameters(), strict=True):
                 mine.data = theirs.data.clone()
-            Plain(model, [each for each in model.parameters() if each.requires_grad], preprocessing).epoch(examples)
-        _average(server.forward, list(clients.values()))
+            self._validate(model, site.val)
+            trained = [each for each in model.parameters() if each.requires_grad]
+            losses.append(Plain(model, trained, self.preprocessing).epoch(site.train)[1])
+            self._validate(model, site.val)
+        self._average()
+        self.images.append(sum(len(site.train) for site in self.sites.values()))
+        self.losses.append(sum(losses) / len(losses))
         return time.perf_counter() - started
 
-    return one_round
+    @torch.inference_mode()
+    def _validate(self, model: Any, examples: Examples) -> None:
+        if len(examples):
+            pixels = torch.from_numpy(np.ascontiguousarray(examples.images[examples.rows]))
+            mean, std = (
+                torch.tensor(each).view(1, 3, 1, 1) for each in (self.preprocessing.mean, self.preprocessing.std)
+            )
+            model((to_float(pixels) - mean) / std)
 
-
-def _average(server: Any, clients: list[Any]) -> None:
-    for target in server.parameters():
-        target.data = torch.zeros_like(target.data)
-    for client in clients:
-        for target, value in zip(server.parameters(), client.parameters(), strict=True):
-            target.data += value.data.clone() / len(clients)
+    def _average(self) -> None:
+        for target in self.server.parameters():
+            target.data = torch.zeros_like(target.data)
+        for client in self.clients.values():
+            for target, value in zip(self.server.parameters(), client.parameters(), strict=True):
+                target.data += value.data.clone() / len(self.clients)

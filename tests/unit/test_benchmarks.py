@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as bench
-from benchmarks import clock, flower, frame, job, limit, measure, page, plain, rounds
+from benchmarks import clock, data_path, flower, frame, growth, inside, job, limit, measure, page, plain, rounds
 from benchmarks.frame import Estimate, Result, Row, Scale
 from benchmarks.job import Job
 from consilium import config
@@ -147,6 +147,39 @@ def test_what_the_product_no_longer_has_is_named() -> None:
     assert found.missing == ["consilium.coordinator.no_such_function"]
 
 
+def test_made_sites_train_what_they_say_and_copies_do_the_same(small: Job) -> None:
+    pytest.importorskip("peft")
+    classes, sites = small.prepare().classes, inside.made_sites(small, 3, 5, 2)
+    found = inside.federate(small.config(train={"rounds": 2}), sites, classes)
+    loop = plain.Copies(sites, len(classes), found.experiment.backbone.preprocessing)
+    assert min(loop.round(), loop.round()) > 0
+    assert found.images == loop.images == [15, 15]
+    assert found.steps == [6, 6]
+    assert loop.parameters == sum(torch.Size(spec.shape).numel() for spec in found.experiment.model.specs.values())
+    assert all(map(math.isfinite, [*found.losses, *loop.losses]))
+    assert not inside.same_bits(found.shared, {name: value + 1 for name, value in found.shared.items()})
+
+
+@pytest.mark.parametrize("name", bench.MODULES)
+def test_every_benchmark_goes_by_its_name(name: str) -> None:
+    module = importlib.import_module(f"benchmarks.{bench.MODULES[name]}")
+    assert module.NAME == name
+    assert module.TITLE
+    assert callable(module.run)
+
+
+def test_files_and_store_give_as_many_images(small: Job) -> None:
+    examples = limit.pooled(small, 8)
+    files = data_path.encoded(4)
+    preprocessing = plain.ours(small.config(), small.prepare().classes).preprocessing
+    assert data_path._through_store(examples, preprocessing) > 0
+    assert all(data_path._through_files(found, preprocessing) > 0 for found in files.values())
+
+
+def test_an_exponent_is_the_slope_of_logarithms() -> None:
+    assert growth.exponent([1, 10, 100], [3, 300, 30_000]) == pytest.approx(2)
+
+
 def test_results_are_kept_per_benchmark_and_a_failure_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = Result()
     result.add("a ratio", Estimate(2.0, 1.5, 2.5), target=("<=", 3.0))
@@ -160,7 +193,7 @@ def test_results_are_kept_per_benchmark_and_a_failure_is_told(tmp_path: Path, mo
     assert bench.run(["round"], Scale(True), target) is False
     assert bench.run(["limit"], Scale(True), target) is True
     kept = json.loads(target.read_text())
-    assert list(kept) == ["limit", "round"]
+    assert list(kept) == ["limit", "round"]  # in the order of the table
     assert "no luck" in kept["limit"]["failed"]
     text = page.renewed(f"by hand\n{page.START}\nold\n{page.END}\nand this\n", kept)
     assert text.startswith("by hand\n")
