@@ -1,8 +1,8 @@
 """The coordinator's sum: 1,000 updates of 300,000 parameters, read one after another.
 
-Speed is the bytes of the updates over the time, against the rate at which one thread sums a tensor far larger than any
-cache. Memory is what the process grows by while the sum is formed, of 100 and of 1,000 updates that are made as they are
-read.
+Speed is the bytes of the updates over the time, against the rate at which one thread sums a tensor larger than any
+cache. Memory is what the process grows by while the sum is formed, of 100 and of 1,000 updates that are made as they
+are read.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ def test_made_sites_train_what_they_say_and_copies_do_the_same(small: Job) -> No
 @pytest.mark.parametrize("name", bench.MODULES)
 def test_every_benchmark_goes_by_its_name(name: str) -> None:
     module = importlib.import_module(f"benchmarks.{bench.MODULES[name]}")
-    assert module.NAME == name
+    assert module.NAME == name  # noqa: SIM300
     assert module.TITLE
     assert callable(module.run)
 
