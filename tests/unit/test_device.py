@@ -72,9 +72,9 @@ class Numbers(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _setting(monkeypatch: pytest.MonkeyPatch, strategy: Mapping[str, Any], **keys: Any) -> Any:
+def _setting(monkeypatch: pytest.MonkeyPatch, strategy: str, **keys: Any) -> Any:
     """A run's pieces on the device `meta`, made the way a GPU's are."""
-    pieces = federation.assemble(federation.configure(strategy=strategy, **keys))
+    pieces = federation.assemble(variants.settings(strategy, **keys))
     elsewhere = own_copy(pieces.backbone)
     module = copy.deepcopy(elsewhere.module).to("meta")
     model = replace(pieces.model, backbone=replace(elsewhere, module=module))
@@ -97,7 +97,6 @@ def _waits(pieces: Any, steps: int) -> Counter[str]:
     return waits.seen + Counter({"copy": numbers.made})
 
 
-STRATEGIES: Mapping[str, Mapping[str, Any]] = {"fedprox": {"mu": 0.1}}
 OPTIONS = [
     {"train": {"augmentation": "dermoscopy"}},
     {"train": {"augmentation": "radiograph", "accumulate": 2}},
@@ -111,8 +110,7 @@ CASES = [*((name, OPTIONS[0]) for name in registry.members("strategies")), *(("f
 
 @pytest.mark.parametrize(("name", "keys"), CASES)
 def test_no_step_waits_for_the_device(name: str, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    table = {"name": name, **STRATEGIES.get(name, {})}
-    pieces = _setting(monkeypatch, table, **keys)
+    pieces = _setting(monkeypatch, name, **keys)
     few, many = _waits(pieces, 2), _waits(pieces, 5)
     assert few["operation"] < many["operation"]
     assert many["read"] <= few["read"]
@@ -130,7 +128,7 @@ def test_the_spy_sees_what_waits() -> None:
 
 
 def test_a_split_is_evaluated_with_one_wait_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    pieces = _setting(monkeypatch, {"name": "fedavg"})
+    pieces = _setting(monkeypatch, "fedavg")
     counts = []
     for size in (24, 6):
         monkeypatch.setattr(predict, "BATCH_SIZE", size)
