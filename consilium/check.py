@@ -17,9 +17,9 @@ import torch
 from consilium import payload, results, run
 from consilium.config import Config
 from consilium.coordinator import drawn_sites, predicted_passes
+from consilium.engines import stacked
 from consilium.experiment import Experiment, assemble
 from consilium.sites import audit
-from consilium.tuners.tokens import num_inserted
 
 Table = dict[str, Any]
 
@@ -33,6 +33,7 @@ class Check:
     bytes_per_round: Mapping[str, Table]  # sent in round 1; received by a site that lacks everything: total, per_site
     bytes: Mapping[str, Table]  # of the whole run, as result.json will say
     image_passes: Mapping[str, int]
+    stacked_sites: int  # that train as one batch
     memory_bytes: Mapping[str, int]
     wire: Mapping[str, list[Table]]
     kept_at_site: list[Table]
@@ -52,7 +53,7 @@ def check(config: Config) -> Check:
     """Everything a run does before training, and nothing after; raises what `run` would raise."""
     prepared = run.prepare(config, lambda _: None)
     run.check_serving(config, prepared)
-    experiment = assemble(config, prepared.classes)
+    experiment = stacked.resolved(assemble(config, prepared.classes), len(prepared.sites))
     specs = experiment.model.specs
     names = sorted(prepared.sites)
     first = _Book(experiment, names)
@@ -68,6 +69,7 @@ def check(config: Config) -> Check:
         bytes_per_round=first.table(),
         bytes=predicted_bytes(experiment, names),
         image_passes=passes,
+        stacked_sites=stacked.size(experiment.config),
         memory_bytes=memory(experiment),
         wire={"up": results.wire(sent, experiment.codec), "down": results.wire(received, experiment.codec)},
         kept_at_site=results.wire({n: spec for n, spec in specs.items() if n not in sent and n not in received}),
@@ -150,16 +152,20 @@ def _sent_alike(experiment: Experiment, names: Sequence[str]) -> Set[str]:
 def memory(experiment: Experiment) -> dict[str, int]:
     """An estimate: weights once per process, trained tensors with gradient and moments, activations of a batch."""
     backbone, config = experiment.backbone, experiment.config
-    module: Any = backbone.module
-    tokens = module.patch_embed.num_patches + getattr(module, "num_prefix_tokens", 1) + num_inserted(backbone)
+    together = stacked.size(config)
     kept = _KEPT_PER_TOKEN * backbone.num_blocks
     if config.engine.gradient_checkpointing:  # every block's input, and one block in full while it is computed again
         kept = backbone.num_blocks + _KEPT_PER_TOKEN
     size = 4 if config.train.precision == "float32" else 2
     parts = {
         "weights": backbone.num_parameters * 4,
-        "trained": results.parameters(experiment)["trainable"] * 4 * _COPIES,
-        "activations": config.train.batch_size * tokens * backbone.num_features * kept * size,
+        "trained": results.parameters(experiment)["trainable"] * 4 * _COPIES * together,
+        "activations": together
+        * config.train.batch_size
+        * stacked.tokens(backbone)
+        * backbone.num_features
+        * kept
+        * size,
     }
     return {**parts, "total": sum(parts.values())}
 

@@ -224,7 +224,8 @@ class EvaluationConfig(Options):
 
 
 class EngineConfig(Options):
-    """How the simulation is carried out; changes no result except through `threads`, `device` and `compile`."""
+    """How the simulation is carried out; changes no result except through `threads`, `device`, `compile` and
+    `stacked_sites`."""
 
     name: Literal["simulate"] = "simulate"
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
@@ -233,6 +234,7 @@ class EngineConfig(Options):
     prefix_cache: bool = True  # keep what the blocks below the trained ones make of images; not of augmented ones
     gradient_checkpointing: bool = False  # compute blocks again for their gradients: less memory, same bits, more time
     compile: bool = False  # blocks through torch.compile: faster on a GPU, changes last bits, needs a compiler
+    stacked_sites: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"  # sites of a round that train as one batch
     cache: Path | None = None  # folder of the decoded-image store; None: the user's cache folder
 
 

@@ -42,6 +42,7 @@ class Experiment:
     strategy: Strategy
     handshake: Handshake
     setting: Setting
+    never_stacked: str = ""  # why sites cannot train as one batch, if so
 
     def initial(self, seed: int) -> Tensors:
         """Start values for the strategy: all variables and, where it changes the base, the frozen weights."""
@@ -119,7 +120,14 @@ def join(config: Config, classes: Sequence[str], tuners: Sequence[Tuner], strate
     setting = Setting(
         model, task, config.train, backbone.preprocessing, config.seed, device, frozen, trains, anew, kept
     )
-    return Experiment(config, backbone, model, task, strategy, handshake, setting)
+    return Experiment(config, backbone, model, task, strategy, handshake, setting, _never_stacked(tuners, strategy))
+
+
+def _never_stacked(tuners: Sequence[Tuner], strategy: Strategy) -> str:
+    alone = [type(tuner).__name__ for tuner in tuners if not getattr(tuner, "stackable", False)]
+    if alone:
+        return f"{', '.join(alone)}, with these options, cannot act on several sites in one batch"
+    return "the strategy changes frozen weights, which stacked sites share" if strategy.declares.changes_base else ""
 
 
 def _kept(config: Config, backbone: Backbone, device: str) -> Kept | None:

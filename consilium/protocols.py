@@ -124,7 +124,8 @@ class Tuner(Protocol):
 
     An optional class attribute `precedence` says when its turn is where several act on one layer, in the forward pass
     and in merging, whatever the order of the list: 0 the backbone's own tensors (the default), 1 what is added to a
-    layer's weight, 2 to its bias, 3 and 4 what rescales all of that.
+    layer's weight, 2 to its bias, 3 and 4 what rescales all of that. An optional attribute `stackable` says that its
+    tensors may come stacked, [S, ...], for rows of S sites (`tuners/stacking.py`); without it sites train in turns.
     """
 
     def attach(self, backbone: Backbone, parts: Sequence[Part], combination: Combination) -> Attached:

@@ -18,6 +18,7 @@ from consilium import results, run_folder
 from consilium.config import Config, EvaluationConfig, StrategyConfig, WireConfig, config_hash
 from consilium.coordinator import Coordinator, predicted_passes
 from consilium.data import SiteData
+from consilium.engines import stacked
 from consilium.engines.simulate import Federation, Recorder, Simulation, num_workers, secrets_of
 from consilium.errors import ConfigError
 from consilium.exchange import Display
@@ -32,7 +33,6 @@ MAIN = "run"
 class Plan:
     """One of the runs of a folder: the run itself, or a reference."""
 
-    config: Config
     data: Federation
     experiment: Experiment
 
@@ -122,15 +122,16 @@ def check_serving(config: Config, prepared: sites.Federation) -> None:
 
 
 def _plan(config: Config, prepared: sites.Federation, data: dict[str, SiteData], folder: Path) -> Plan:
-    federation = Federation(config, prepared.classes, data, folder, secrets_of(config.seed, data))
-    return Plan(config, federation, assemble(config, prepared.classes))
+    experiment = stacked.resolved(assemble(config, prepared.classes), len(data))
+    federation = Federation(experiment.config, prepared.classes, data, folder, secrets_of(config.seed, data))
+    return Plan(federation, experiment)
 
 
 def _identity(plan: Plan, prepared: sites.Federation) -> dict[str, object]:
     """What two runs must share to give the same bits."""
     backbone = plan.experiment.backbone
     return {
-        "config_hash": config_hash(plan.config, backbone.digest, backbone.preprocessing),
+        "config_hash": config_hash(plan.data.config, backbone.digest, backbone.preprocessing),
         "data_digest": prepared.data_digest,
         "split_hash": prepared.split_hash,
         "code": results.code_digest(),
@@ -141,17 +142,17 @@ def _identity(plan: Plan, prepared: sites.Federation) -> dict[str, object]:
 
 def _open(plan: Plan, prepared: sites.Federation) -> None:
     agreed = plan.experiment.handshake.agreement
-    facts = {"agreement_hash": agreed, "classes": prepared.classes, "config": plan.config.to_dict()}
+    facts = {"agreement_hash": agreed, "classes": prepared.classes, "config": plan.data.config.to_dict()}
     split = prepared.split.to_parquet(index=False)
     run_folder.open_run(plan.data.folder, _identity(plan, prepared), facts, split)
 
 
 def _train(plans: Mapping[str, Plan], prepared: sites.Federation, show: Display, record: Recorder | None) -> None:
-    engine = plans[MAIN].config.engine
+    engine = plans[MAIN].data.config.engine
     todo = {name: plan for name, plan in plans.items() if name == MAIN or not _is_there(plan, name, prepared, show)}
     federations = {name: plan.data for name, plan in todo.items()}
     if prepared.held_out:
-        secrets = secrets_of(plans[MAIN].config.seed, prepared.held_out)
+        secrets = secrets_of(plans[MAIN].data.config.seed, prepared.held_out)
         folder = plans[MAIN].data.folder / "held_out"
         federations["held_out"] = replace(plans[MAIN].data, sites=prepared.held_out, secrets=secrets, folder=folder)
     with Simulation(federations, num_workers(engine.workers, len(prepared.sites)), record) as simulation:
@@ -175,7 +176,7 @@ def _train(plans: Mapping[str, Plan], prepared: sites.Federation, show: Display,
 def _federate(simulation: Simulation, plan: Plan, name: str, visit: bool, show: Display) -> None:
     here = show if name == MAIN else _as_reference(name, show)
     folder, transport = plan.data.folder, simulation.transport(name)
-    facts = {"name": plan.config.name, "sites": transport.sites(), "rounds": plan.config.train.rounds}
+    facts = {"name": plan.data.config.name, "sites": transport.sites(), "rounds": plan.data.config.train.rounds}
     here({"event": "start", **facts, "out": str(folder)})
     coordinator = Coordinator(plan.experiment, transport, folder, here, simulation.explain(name))
     progress = coordinator.run()

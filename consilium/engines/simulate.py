@@ -14,6 +14,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,9 +27,10 @@ import torch
 from consilium import seeds
 from consilium.config import Config
 from consilium.data import Examples, SiteData, UInt8Array
-from consilium.engines import failures
+from consilium.engines import failures, stacked
 from consilium.engines.site import Site
 from consilium.experiment import Experiment, assemble
+from consilium.local.seats import Seat
 from consilium.protocols import Failure
 
 Recorder = Callable[[Literal["down", "up"], str, bytes], None]
@@ -72,12 +74,12 @@ class Answering:
         if key not in self.experiments:
             self.experiments[key] = assemble(federation.config, federation.classes)
         with _threads(federation.config.engine.threads):
-            return {site: self._site(key, site).handle(data) for site, data in asked.items()}
+            return stacked.answers(self.experiments[key], asked, partial(self._site, key))
 
-    def _site(self, key: str, site: str) -> Site:
+    def _site(self, key: str, site: str, seat: Seat | None) -> Site:
         federation = self.federations[key]
         here = federation.folder / "sites" / site
-        return Site(self.experiments[key], federation.sites[site], here, federation.secrets[site])
+        return Site(self.experiments[key], federation.sites[site], here, federation.secrets[site], seat)
 
 
 @contextmanager
@@ -156,8 +158,8 @@ class Transport:
     def round(self, requests: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
         """Replies in the order of sites. Few sites start at once, the largest first; of many, some are asked ahead."""
         window = AHEAD * self.simulation.workers if self.simulation.pool is not None else 1
-        largest = len(requests) <= window
-        waiting = deque(self._groups(sorted(requests, key=self._size if largest else None)))
+        groups = stacked.groups(requests, self.simulation.answering.federations[self.key].config)
+        waiting = deque(sorted(groups, key=self._size) if len(requests) <= window else groups)
         started: dict[str, Future[Replies]] = {}
         for site in sorted(requests):
             while waiting and (site not in started or len(started) + len(waiting[0]) <= window):
@@ -165,13 +167,9 @@ class Transport:
                 started |= dict.fromkeys(group, self._start(group, requests))
             yield site, self._answer(site, started.pop(site))
 
-    def _groups(self, sites: Sequence[str]) -> list[tuple[str, ...]]:
-        """Sites that one worker answers together, in the order in which they start."""
-        return [(site,) for site in sites]
-
-    def _size(self, site: str) -> tuple[int, str]:
+    def _size(self, group: Sequence[str]) -> tuple[int, Sequence[str]]:
         federation = self.simulation.answering.federations[self.key]
-        return -len(federation.sites[site].train), site
+        return -sum(len(federation.sites[site].train) for site in group), group
 
     def _start(self, group: Sequence[str], requests: Mapping[str, bytes]) -> Future[Replies]:
         asked = {site: requests[site] for site in group}

@@ -25,6 +25,7 @@ from consilium.errors import ConsiliumError, TrainingError, WireError
 from consilium.experiment import Experiment
 from consilium.local.predict import outputs
 from consilium.local.prefix import Prefixes
+from consilium.local.seats import Seat
 from consilium.local.train import Setting, Trainer
 from consilium.messages import Reply, Request, check_learned, decode_request, encode, is_count, open_message
 from consilium.metrics import without_nan
@@ -36,12 +37,14 @@ Numbers = dict[str, Any]
 
 @dataclass(frozen=True)
 class Site:
-    """One hospital. `secret` seeds its personal tensors; in a deployment only the hospital knows it."""
+    """One hospital. `secret` seeds its personal tensors; in a deployment only the hospital knows it. `seat`: its place
+    among the sites that a simulation stacks with it."""
 
     experiment: Experiment
     data: SiteData
     folder: Path
     secret: int
+    seat: Seat | None = None
 
     def handle(self, data: bytes) -> bytes:
         """Answer a request; whatever goes wrong becomes a reply that names the failure."""
@@ -140,7 +143,7 @@ class Site:
             "loss": learned.loss,
             "num_steps": learned.num_steps,
             "image_passes": learned.image_passes,
-            "seconds": perf_counter() - started,
+            "seconds": perf_counter() - started - (self.seat.idle if self.seat else 0.0),
             "val": {"incoming": incoming, "outgoing": outgoing},
             **({"learned": dict(learned.numbers)} if learned.numbers else {}),
         }
@@ -209,7 +212,8 @@ class Site:
 
     def _trainer(self, request: Request, setting: Setting, moments: dict[str, Any]) -> Trainer:
         counts = request.context["class_counts"] if self._counts_travel else self._class_counts()
-        return Trainer(setting, self.data.train, request.round, self.data.name, counts, moments, self._prefixes)
+        name, train = self.data.name, self.data.train
+        return Trainer(setting, train, request.round, name, counts, moments, self._prefixes, self.seat)
 
     @cached_property
     def _prefixes(self) -> Prefixes | None:

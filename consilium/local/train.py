@@ -22,6 +22,7 @@ from consilium.local.augment import PRESETS, normalise, to_float
 from consilium.local.predict import Prefix, autocast, pooled_features, read
 from consilium.local.prefix import Fit, Kept, Pixels, Prefixes
 from consilium.local.schedule import factor, federation_progress
+from consilium.local.seats import Seat
 from consilium.protocols import Fitted, Model, Objective, Selector, Specs, Tag, Task, Trains
 from consilium.tensors import Tensors, detach, onto
 
@@ -61,6 +62,7 @@ class Trainer:
     class_counts: Sequence[int]
     moments: dict[str, Tensor] = field(default_factory=dict)
     prefixes: Prefixes | None = None
+    seat: Seat | None = None  # where it waits for the sites that it is stacked with
 
     @property
     def specs(self) -> Specs:
@@ -81,13 +83,15 @@ class Trainer:
         """The task's loss on a batch."""
         prefix, model = None if self.prefixes is None else self.prefixes.of_batch(variables, batch), self.setting.model
         found = Prefix(batch.images, 0) if prefix is None else prefix
-        outputs = model.forward(variables, found.tokens, found.depth)
+        forward = model.forward if self.seat is None else self.seat.forward
+        outputs = forward(variables, found.tokens, found.depth)
         return self.setting.task.loss(outputs.float(), batch.labels, self.class_counts)
 
     def watch(self, modules: Collection[str]) -> AbstractContextManager[Tensors]:
         """What enters these modules of the backbone in a `loss`, and under "" the pooled features."""
         prefixes = self.prefixes if modules else None  # pooled features come out of a cached prefix too
-        return self.setting.model.watch(modules) if prefixes is None else prefixes.watch(modules)
+        watch = self.setting.model.watch(modules) if prefixes is None else prefixes.watch(modules)
+        return watch if self.seat is None else self.seat.alone(watch)
 
     def features(self, variables: Tensors) -> tuple[Tensor, Tensor]:
         """Features [n, num_features] and labels [n] of the training split, without augmentation."""
@@ -198,7 +202,7 @@ class Trainer:
         for batch in batches:
             with autocast(self.setting.device, self.setting.config.precision):
                 loss = objective(live, batch, drawing) * (len(batch.labels) / count)
-            optimizer.backward(loss)
+            optimizer.backward(loss, self.seat)
             total += loss.detach()
         return total
 
@@ -335,10 +339,10 @@ class Optimizer:
             return torch.optim.SGD(groups, momentum=self.config.momentum, fused=self.fused or None)
         return torch.optim.AdamW(groups, fused=self.fused or None)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, seat: Seat | None = None) -> None:
         """Add the gradient of a micro-batch; a loss that needs no gradient adds nothing."""
         if loss.requires_grad:
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            (torch.autograd.backward if seat is None else seat.backward)(self.scaler.scale(loss))
 
     def step(self, share: float) -> None:
         """Clip and move, every rate times `share` of the schedule."""

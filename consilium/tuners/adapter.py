@@ -35,6 +35,7 @@ from consilium.protocols import Attached, Backbone, Combination, Part, Selector,
 from consilium.tensors import Tensors
 from consilium.tuners import base
 from consilium.tuners.scaling import require_sum
+from consilium.tuners.stacking import affine
 
 RATES = {"adapter": 1e-2}  # AdamW: docs/results/tuners.md
 REFUSED = "adapter: its activation is no linear map and cannot be folded into weights"
@@ -68,7 +69,7 @@ class Affine(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        return F.linear(x, self.weight, self.bias)
+        return affine(x, self.weight, self.bias)
 
 
 class Bottleneck(nn.Module):
@@ -126,7 +127,7 @@ class AdapterTuner:
     """Adds one bottleneck per part at the MLPs, and the attentions too where they are Houlsby's."""
 
     def __init__(self, options: AdapterOptions) -> None:
-        self.options = options
+        self.options, self.stackable = options, not options.dropout
 
     def attach(self, backbone: Backbone, parts: Sequence[Part], combination: Combination) -> Attached:
         """Hang bottlenecks. ConfigError for a block that is not there, a second adapter in one place, a router."""

@@ -12,6 +12,7 @@ from consilium import seeds
 from consilium.config import HeadConfig
 from consilium.protocols import Spec, Specs, Tag
 from consilium.tensors import Tensors
+from consilium.tuners.stacking import affine
 
 RATE = 1e-3  # AdamW, beside trained features
 
@@ -62,5 +63,5 @@ class Head:
         """Features [B, num_features] to outputs [B, num_outputs]."""
         for index, module in enumerate(self.layers):
             features = F.gelu(features) if index else features
-            features = F.linear(features, values[f"{module}.weight"], values[f"{module}.bias"])
+            features = affine(features, values[f"{module}.weight"], values[f"{module}.bias"])
         return features

@@ -26,7 +26,7 @@ from consilium.errors import ConfigError
 from consilium.protocols import Attached, Backbone, Combination, ModuleRole, Part, Selector, Spec, Specs, Tag
 from consilium.tensors import Tensors
 from consilium.tuners import base
-from consilium.tuners.scaling import Pieces, bias_apart, combined, fold, require_sum, rescaled
+from consilium.tuners.scaling import Pieces, bias_apart, combined, fold, over_channels, require_sum, rescaled
 
 RATES = {"ia3": 5e-2}  # AdamW: docs/results/tuners.md
 
@@ -60,7 +60,7 @@ class Ia3Adapter(base.Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """l * x."""
-        scale = self.total(dict(self.named_parameters(remove_duplicate=False)))
+        scale = over_channels(self.total(dict(self.named_parameters(remove_duplicate=False))), x)
         apart = bias_apart(self.beside[0]) if len(self.chosen) == 3 else None
         return rescaled(x, scale, torch.zeros_like(scale), apart)
 
@@ -82,6 +82,7 @@ class Ia3:
     """Adds one vector per part at every target."""
 
     precedence: ClassVar[int] = 3  # the whole layer, with what was added to it
+    stackable: ClassVar[bool] = True
 
     def __init__(self, options: Ia3Options) -> None:
         self.options = options

@@ -7,6 +7,7 @@ Leaves the site: the head. The identity that pins it: features equal the frozen 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from consilium import registry
 from consilium.protocols import Attached, Backbone, Combination, Part, Selector, Specs
@@ -29,6 +30,8 @@ class LinearOptions(registry.Options):
 )
 class Linear:
     """Trains nothing in the backbone."""
+
+    stackable: ClassVar[bool] = True
 
     def __init__(self, options: LinearOptions) -> None:
         self.options = options

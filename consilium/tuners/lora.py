@@ -30,6 +30,7 @@ from consilium.errors import ConfigError
 from consilium.protocols import Attached, Backbone, Combination, ModuleRole, Part, Selector, Spec, Specs, Tag
 from consilium.tensors import Tensors
 from consilium.tuners import base, low_rank
+from consilium.tuners.stacking import affine
 
 RATES = {"lora_a": 6e-3, "lora_b": 6e-3, "router": 2e-3, "magnitude": 3e-3}  # AdamW: docs/results/tuners.md
 
@@ -69,7 +70,7 @@ class Factors(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """B A x."""
-        return F.linear(F.linear(x, self.a), self.b)
+        return affine(affine(x, self.a), self.b)
 
 
 class LoraAdapter(base.Adapter):
@@ -96,7 +97,7 @@ class LoraAdapter(base.Adapter):
         """
         # The backbone is always in eval mode: dropout belongs to training, which is where gradients are recorded.
         dropped = F.dropout(x, self.dropout, training=torch.is_grad_enabled())
-        shares = None if self.router is None else F.linear(x, self.router).softmax(-1)
+        shares = None if self.router is None else affine(x, self.router).softmax(-1)
         for index, part in enumerate(self.parts):
             update = self.get_submodule(part)(dropped)
             update = update if shares is None else update * shares[..., index : index + 1].to(update.dtype)
@@ -132,7 +133,7 @@ class Lora:
     precedence: ClassVar[int] = 1  # what is added to a weight comes before what rescales the layer
 
     def __init__(self, options: LoraOptions) -> None:
-        self.options = options
+        self.options, self.stackable = options, not (options.dora or options.dropout)
 
     def attach(self, backbone: Backbone, parts: Sequence[Part], combination: Combination) -> Attached:
         """Hang factors beside every target. ConfigError for a target, block or rank that the backbone does not have."""

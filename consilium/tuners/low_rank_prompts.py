@@ -100,7 +100,7 @@ class LowRankPrompts:
     """Adds tokens that are products to the sequence."""
 
     def __init__(self, options: LowRankPromptsOptions) -> None:
-        self.options = options
+        self.options, self.stackable = options, not options.dropout
 
     def attach(self, backbone: Backbone, parts: Sequence[Part], combination: Combination) -> Attached:
         """Put products in front of the first or every block. ConfigError for a router, where prompts are already, and

@@ -20,12 +20,12 @@ from collections.abc import Sequence
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from consilium import registry, seeds
 from consilium.protocols import Attached, Backbone, Combination, Part, Selector, Spec, Specs, Tag
 from consilium.tensors import Tensors
 from consilium.tuners import tokens
+from consilium.tuners.stacking import affine
 
 RATES = {"prompt": 1e-2, "prompt_projection": 2e-3}  # AdamW
 
@@ -55,7 +55,7 @@ class Prompts(nn.Module):
     def forward(self, layer: int) -> Tensor:
         """[length, d]."""
         found: Tensor = self.tokens[layer]
-        return found if self.projection is None else F.linear(found, **self.projection)
+        return found if self.projection is None else affine(found, **self.projection)
 
 
 class PromptsAdapter(tokens.Tokens):
@@ -93,7 +93,7 @@ class PromptsTuner:
     """Adds tokens to the sequence."""
 
     def __init__(self, options: PromptsOptions) -> None:
-        self.options = options
+        self.options, self.stackable = options, not options.dropout
 
     def attach(self, backbone: Backbone, parts: Sequence[Part], combination: Combination) -> Attached:
         """Put tokens in front of the first or every block. ConfigError for a router, or where prompts are already."""

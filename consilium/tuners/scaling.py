@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from consilium.errors import ConfigError
 from consilium.protocols import Backbone, Combination
 from consilium.tuners import base
+from consilium.tuners.stacking import spread
 
 Pieces = tuple[bool, ...]  # which of the equal pieces of an output (q, k, v of a fused layer, else one) are tuned
 
@@ -30,11 +31,19 @@ def require_sum(tuner: str, combination: Combination) -> None:
 
 
 def combined(vectors: Sequence[Tensor], chosen: Pieces, neutral: float) -> Tensor:
-    """The sum of the parts' changes of a neutral value; [chosen pieces] each -> [all pieces], neutral elsewhere."""
+    """The sum of the parts' changes of a neutral value; [.., chosen pieces] each -> [.., all pieces], else neutral."""
     total = torch.stack(list(vectors)).sum(0) - neutral * (len(vectors) - 1)
-    pieces = iter(total.chunk(sum(chosen)))
-    rest = torch.full_like(total[: len(total) // sum(chosen)], neutral)
-    return torch.cat([next(pieces) if each else rest for each in chosen])
+    pieces = iter(total.chunk(sum(chosen), dim=-1))
+    rest = torch.full_like(total[..., : total.shape[-1] // sum(chosen)], neutral)
+    return torch.cat([next(pieces) if each else rest for each in chosen], dim=-1)
+
+
+def over_channels(vector: Tensor, output: Tensor, behind: int = 0) -> Tensor:
+    """A vector [n], or one for each of several stacked sites [S, n], shaped to act on output [B, ..., n, (behind)]."""
+    if vector.ndim == 1:
+        return vector.view(-1, *(1,) * behind)
+    between = (1,) * (output.ndim - 2 - behind)
+    return spread(vector, 1, len(output)).view(len(output), *between, -1, *(1,) * behind)
 
 
 def bias_apart(attention: nn.Module) -> Tensor | None:

@@ -33,6 +33,7 @@ from consilium.tuners.scaling import (
     bias_apart,
     combined,
     fold,
+    over_channels,
     require_sum,
     rescaled,
 )
@@ -68,7 +69,7 @@ class SsfAdapter(base.Adapter):
         weight = cast(Tensor, module.weight)
         self.shifted = shifted
         self.beside = (parent,)  # in a tuple, since what is above must not become a child
-        self.axes = (1,) * (weight.ndim - 2)  # those of an image behind the channels of a convolution
+        self.behind = max(weight.ndim - 2, 0)  # axes of an image behind the channels of a convolution
         for part in parts:
             self.add_module(part.name, ScaleAndShift(weight, shifted))
         self.handle = module.register_forward_hook(lambda module, _, output: module.ssf(output))
@@ -83,7 +84,8 @@ class SsfAdapter(base.Adapter):
         """g y + b over the channels of y."""
         scale, shift = self.total(dict(self.named_parameters(remove_duplicate=False)))
         apart = bias_apart(self.beside[0]) if len(self.shifted) == 3 else None
-        return rescaled(output, scale.view(-1, *self.axes), shift.view(-1, *self.axes), apart)
+        scale, shift = (over_channels(each, output, self.behind) for each in (scale, shift))
+        return rescaled(output, scale, shift, apart)
 
 
 @registry.register(
@@ -103,6 +105,7 @@ class Ssf:
     """Adds one scale and shift per part after every target."""
 
     precedence: ClassVar[int] = 4  # the whole layer, rescaled or not
+    stackable: ClassVar[bool] = True
 
     def __init__(self, options: SsfOptions) -> None:
         self.options = options

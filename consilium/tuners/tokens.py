@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from consilium.errors import ConfigError
 from consilium.protocols import Backbone, Combination, Part
-from consilium.tuners import base
+from consilium.tuners import base, stacking
 
 Depth = Literal["shallow", "deep"]
 
@@ -101,7 +101,7 @@ def insert(backbone: Backbone, name: str, adapter: Tokens) -> None:
 def _put(adapter: Tokens, prefix: int, layer: int, block: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # noqa: ARG001
     """[B, prefix + patches, d] or, behind the first block, [B, prefix + length + patches, d] -> the latter."""
     x, *others = inputs
-    tokens = adapter(layer).to(x.dtype).expand(len(x), -1, -1)
+    tokens = stacking.spread(adapter(layer), 2, len(x)).to(x.dtype).expand(len(x), -1, -1)
     # The backbone is always in eval mode: dropout belongs to training, which is where gradients are recorded.
     dropped = F.dropout(tokens, adapter.dropout, training=torch.is_grad_enabled())
     behind = prefix + (adapter.length if layer else 0)
