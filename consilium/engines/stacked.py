@@ -44,9 +44,7 @@ def _worthwhile(experiment: Experiment, num_sites: int) -> int:
     """How many sites train together faster than one after another, from sizes alone."""
     train, engine = experiment.config.train, experiment.config.engine
     measured = experiment.setting.device == "cpu" and not engine.compile and not experiment.never_stacked
-    cached = (
-        engine.prefix_cache and train.augmentation == "none" and _head_alone(experiment)
-    )  # no pass is left to share
+    cached = engine.prefix_cache and train.augmentation == "none" and _head_alone(experiment)  # no pass is left over
     small = train.batch_size <= MOST_IMAGES and train.batch_size * tokens(experiment.backbone) <= MOST_ROWS
     number = min(LARGEST, int(num_sites * train.participation) // GROUPS)
     return number if measured and small and not cached and number >= SMALLEST else 1
