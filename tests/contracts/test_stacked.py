@@ -154,10 +154,13 @@ def test_a_stacked_federation_is_the_sequential_one(tmp_path: Path, variant: str
 
 @pytest.mark.parametrize("strategy", sorted(registry.members("strategies")))
 def test_every_strategy_can_be_stacked_or_says_why_not(tmp_path: Path, strategy: str) -> None:
-    pieces = federation.assemble(_settings("auto", strategy=strategy))
-    if not pieces.never_stacked:
-        two = {"rounds": 2, "local_epochs": 0.5}
-        _assert_alike(*(_run(tmp_path / str(n), _settings(n, strategy=strategy, train=two)) for n in (1, 4)))
+    chosen = [
+        variants.settings(strategy, train={"rounds": 2, "local_epochs": 0.5}, engine={"stacked_sites": number})
+        for number in (1, 4)
+    ]
+    if federation.assemble(chosen[0]).never_stacked:
+        return
+    _assert_alike(*(_run(tmp_path / str(number), settings) for number, settings in enumerate(chosen)))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
