@@ -29,6 +29,16 @@ def map_tensors(function: Callable[..., Tensor], first: Tensors, *others: Tensor
     return {name: function(first[name], *(other[name] for other in others)) for name in sorted(first)}
 
 
+def under(prefix: str, tensors: Tensors) -> dict[str, Tensor]:
+    """The same tensors, called `prefix/name`."""
+    return {f"{prefix}/{name}": value for name, value in tensors.items()}
+
+
+def within(prefix: str, tensors: Tensors) -> dict[str, Tensor]:
+    """Of `tensors`, those called `prefix/name`, by name."""
+    return {n.removeprefix(f"{prefix}/"): v for n, v in tensors.items() if n.startswith(f"{prefix}/")}
+
+
 def detach(tensors: Tensors) -> dict[str, Tensor]:
     """Contiguous CPU copies without a gradient, sorted by name: the form in which tensors travel and rest."""
     return {name: tensors[name].detach().to("cpu", copy=True).contiguous() for name in sorted(tensors)}

@@ -154,7 +154,7 @@ class Toy:
             slopes = torch.autograd.grad(loss, [live[name] for name in names], allow_unused=True)
             pairs = zip(names, slopes, strict=True)
             moved = {n: (live[n] - rate * s if s is not None else live[n]).detach() for n, s in pairs}
-            live |= after_step(moved) if after_step else moved
+            live |= {**moved, **(after_step(moved) if after_step else {})}
             losses.append(float(loss.detach()))
         way = dict.fromkeys(names, rate * steps)
         found = {n: live[n].detach() for n in variables}

@@ -34,16 +34,8 @@ from consilium.protocols import (
     Update,
 )
 from consilium.strategies.fedavg import FedAvg
-from consilium.tensors import Tensors, detach, map_tensors, select, squared_distance, weighted_mean
+from consilium.tensors import Tensors, detach, map_tensors, select, under, weighted_mean, within
 from consilium.tuners import base
-
-
-def under(prefix: str, tensors: Tensors) -> dict[str, Tensor]:
-    return {f"{prefix}/{name}": value for name, value in tensors.items()}
-
-
-def within(prefix: str, tensors: Tensors) -> dict[str, Tensor]:
-    return {n.removeprefix(f"{prefix}/"): v for n, v in tensors.items() if n.startswith(f"{prefix}/")}
 
 
 def slotted(prefix: str, specs: Specs, slot: Slot) -> dict[str, Spec]:
@@ -182,107 +174,6 @@ class Flora:
             weight = name.split("/")[1].split(".lora.")[0] + ".weight"
             total[weight] += received[name.removesuffix("a") + "b"].double() @ received[name].double()
         return {name: value.float() for name, value in total.items()}
-
-
-@dataclass(frozen=True)
-class FedAla:
-    """Zhang et al., AAAI 2023, arXiv 2212.01197: start from w + (w_global - w) omega, omega in [0, 1] learnt."""
-
-    declares: ClassVar[Declaration] = Declaration()
-
-    def up(self, specs: Specs, round: int) -> Specs:  # noqa: ARG002
-        return specs
-
-    def down(self, specs: Specs, round: int) -> Specs:  # noqa: ARG002
-        return specs
-
-    def init_server(self, initial: Tensors, specs: Specs, sites: Sequence[str]) -> ServerState:  # noqa: ARG002
-        return ServerState(0, tuple(sites), initial)
-
-    def send(self, server: ServerState, site: str) -> Tensors:  # noqa: ARG002
-        return server.shared
-
-    def init_site(self, initial: Tensors, specs: Specs, site: str) -> Personal:  # noqa: ARG002
-        return Personal(under("omega", map_tensors(torch.ones_like, initial)))
-
-    def learn(self, received: Tensors, personal: Personal, training: LocalTraining) -> Learned:
-        own = within("own", personal.tensors) or received
-        fixed = {**under("own", own), **under("new", received)}
-
-        def mix(tensors: Tensors) -> Tensors:
-            blend = lambda w, new, omega: w + (new - w) * omega  # noqa: E731
-            return map_tensors(blend, within("own", tensors), within("new", tensors), within("omega", tensors))
-
-        def objective(variables: Tensors, batch: Batch, generator: Generator) -> Tensor:  # noqa: ARG001
-            return training.loss(mix(variables), batch)
-
-        weights = under("omega", within("omega", personal.tensors))
-        mixing = training.fit(
-            weights,
-            objective=objective,
-            fixed=fixed,
-            epochs=0.8,
-            learning_rate=20.0,
-            after_step=lambda omegas: map_tensors(lambda omega: omega.clamp(0, 1), omegas),
-            purpose="mixing",
-        )
-        fitted = training.fit(mix({**fixed, **mixing.variables}))
-        kept = Personal({**under("own", fitted.variables), **mixing.variables})
-        passes = mixing.image_passes + fitted.image_passes
-        return Learned(fitted.variables, kept, fitted.loss, fitted.num_steps, passes)
-
-    def combine(self, server: ServerState, updates: Iterable[Update], specs: Specs) -> ServerState:  # noqa: ARG002
-        mean = weighted_mean([(update.num_examples, update.tensors) for update in updates])
-        return replace(server, shared={**server.shared, **mean})
-
-    def deploy(self, received: Tensors, personal: Personal) -> Mapping[str, Tensors]:
-        return {"personal": within("own", personal.tensors) or received, "global": received}
-
-
-@dataclass(frozen=True)
-class FedAmp:
-    """Huang et al., AAAI 2021, arXiv 2007.03797: every site gets its own mean u_i, closest to the sites like it."""
-
-    pull: float = 0.1
-    sigma: float = 1.0
-    declares: ClassVar[Declaration] = Declaration(needs_individual_updates=True)
-
-    def up(self, specs: Specs, round: int) -> Specs:  # noqa: ARG002
-        return specs
-
-    def down(self, specs: Specs, round: int) -> Specs:  # noqa: ARG002
-        return specs
-
-    def init_server(self, initial: Tensors, specs: Specs, sites: Sequence[str]) -> ServerState:  # noqa: ARG002
-        memory = {name: value for site in sites for name, value in under(site, initial).items()}
-        return ServerState(0, tuple(sites), {}, memory)
-
-    def send(self, server: ServerState, site: str) -> Tensors:
-        models = {other: within(other, server.memory) for other in server.sites}
-        others = [other for other in server.sites if other != site]
-        near = {j: math.exp(-float(squared_distance(models[site], models[j])) / self.sigma) for j in others}
-        share = {j: value / len(server.sites) for j, value in near.items()}
-        return weighted_mean([(share.get(j, 1 - sum(share.values())), models[j]) for j in server.sites])
-
-    def init_site(self, initial: Tensors, specs: Specs, site: str) -> Personal:  # noqa: ARG002
-        return Personal()
-
-    def learn(self, received: Tensors, personal: Personal, training: LocalTraining) -> Learned:
-        def objective(variables: Tensors, batch: Batch, generator: Generator) -> Tensor:  # noqa: ARG001
-            w, u = select(variables, received), within("u", variables)
-            return training.loss(w, batch) + self.pull / 2 * squared_distance(w, u)
-
-        start = personal.tensors or received
-        fitted = training.fit(start, objective=objective, fixed=under("u", received))
-        kept = Personal(fitted.variables)
-        return Learned(fitted.variables, kept, fitted.loss, fitted.num_steps, fitted.image_passes)
-
-    def combine(self, server: ServerState, updates: Iterable[Update], specs: Specs) -> ServerState:  # noqa: ARG002
-        news = {name: value for u in updates for name, value in under(u.site, u.tensors).items()}
-        return replace(server, memory={**server.memory, **news})
-
-    def deploy(self, received: Tensors, personal: Personal) -> Mapping[str, Tensors]:
-        return {"personal": personal.tensors or received}
 
 
 def routed_dual_adapter() -> FedAvg:

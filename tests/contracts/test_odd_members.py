@@ -180,37 +180,6 @@ def test_flora_catches_up_every_missed_stack_and_all_bases_are_alike(tmp_path: P
     assert not torch.equal(outcome.served("a")[module], outcome.experiment.backbone.module.get_parameter(module))
 
 
-# ------------------------------------------------------------------------------------------------ FedALA, FedAMP
-def test_fedala_learns_mixing_weights_between_zero_and_one(tmp_path: Path) -> None:
-    outcome = _run(tmp_path, odd.FedAla(), train={**HALF_SGD, "rounds": 6})
-    kept = {site: _personal(outcome, site) for site in "abcd"}
-    omegas = torch.cat([v.flatten() for t in kept.values() for n, v in t.items() if n.startswith("omega/")])
-    assert omegas.min() >= 0
-    assert omegas.max() <= 1
-    assert ((omegas > 0) & (omegas < 1)).any(), "something was learnt"
-    assert not any("omega" in name for way in ("up", "down") for _, _, t in outcome.sent(way) for name in t)
-    assert not equal(outcome.served("a"), outcome.served("b"))
-
-
-def test_fedamp_sends_every_site_its_own_mean(tmp_path: Path) -> None:
-    outcome = _run(tmp_path, odd.FedAmp(sigma=10.0))
-    models = dict.fromkeys("abcd", outcome.experiment.model.initial(3))
-    ups, downs = outcome.sent("up"), outcome.sent("down")
-    for number in range(1, 6):
-        got = {site: tensors for n, site, tensors in downs if n == number}
-        for site, tensors in got.items():
-            distance = {j: sum((m[n] - models[site][n]).double().square().sum() for n in m) for j, m in models.items()}
-            share = {j: torch.exp(-d / 10.0) / 4 for j, d in distance.items() if j != site}
-            share[site] = 1 - sum(share.values())
-            for name in tensors:
-                mean = sum(share[j] * models[j][name].double() for j in models)
-                torch.testing.assert_close(tensors[name].double(), mean, rtol=1e-4, atol=1e-5)
-        models |= {site: tensors for n, site, tensors in ups if n == number}
-        if number > 2:
-            first, second = got.values()
-            assert not equal(first, second)
-
-
 # ---------------------------------------------------------------------------------------------- dual adapter, one shot
 def test_routed_dual_adapter_keeps_its_own_part_and_the_router(tmp_path: Path) -> None:
     outcome = _run(tmp_path, odd.routed_dual_adapter())
@@ -246,9 +215,7 @@ def test_one_shot_mixture_is_the_discriminant_of_the_pooled_data(tmp_path: Path)
     assert (predictions.argmax(1) == y).double().mean() > 0.9
 
 
-@pytest.mark.parametrize(
-    "strategy", [odd.Scaffold(), odd.Flora(), odd.FedAla(), odd.FedAmp(), odd.routed_dual_adapter()], ids=type
-)
+@pytest.mark.parametrize("strategy", [odd.Scaffold(), odd.Flora(), odd.routed_dual_adapter()], ids=type)
 def test_the_order_of_replies_changes_no_bit(tmp_path: Path, strategy: Strategy) -> None:
     train = {**HALF_SGD, "rounds": 3}
     forth = _run(tmp_path / "forth", strategy, train=train)
