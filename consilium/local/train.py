@@ -110,18 +110,18 @@ class Trainer:
         if not names or not count:
             return {}
         live = {name: value.detach().to(self.setting.device, copy=True) for name, value in variables.items()}
-        total = {name: torch.zeros_like(live[name].requires_grad_()) for name in names}
+        for name in names:
+            live[name].requires_grad_().grad = torch.zeros_like(live[name])
         steps = plan(count, self.setting.config, 1.0, self._generator("gradient", "order"))
         batches = self._batches([rows for step in steps for rows in step], self._generator("gradient", "augment"))
         losses = []
         with seeds.ambient(self._seed("gradient", "dropout")):
             for batch in batches:
                 loss = self.loss(live, batch) * (len(batch.labels) / count)
-                found = torch.autograd.grad(loss, [live[name] for name in names], materialize_grads=True)
-                total = {name: total[name] + value for name, value in zip(names, found, strict=True)}
+                (torch.autograd.backward if self.seat is None else self.seat.backward)(loss)
                 losses.append(loss.detach())
         self._finite(float(torch.stack(losses).sum()))
-        return detach(total)
+        return detach({name: value for name in names if (value := live[name].grad) is not None})
 
     def fit(
         self,

@@ -163,6 +163,20 @@ def test_the_servers_control_is_the_mean_of_the_sites(tmp_path: Path, options: d
     assert "control/head.weight" not in outcome.served("a")
 
 
+def test_gradients_of_sites_that_train_as_one_batch_are_their_own(tmp_path: Path) -> None:
+    table, train = {"name": "scaffold", "control": "gradient"}, {"rounds": 2}
+    alone, together = (
+        federation.run(
+            tmp_path / str(number),
+            federation.configure(strategy=table, train=train, engine={"stacked_sites": number, "device": "cpu"}),
+            HOSPITALS,
+        ).shared
+        for number in (1, 3)
+    )
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-5)
+
+
 def test_as_many_numbers_again_travel(tmp_path: Path) -> None:
     outcome = federation.run(
         tmp_path, federation.configure(strategy={"name": "scaffold"}, train=federation.SGD), HOSPITALS
