@@ -9,6 +9,8 @@ Only the product acts in the model, so four sums are on offer; which is exact fo
     residual     factors get their means, what these miss goes into the frozen base (FedEx-LoRA, arXiv 2410.09432)
     median, trimmed_mean   by coordinate, every site counts once: a few wild sites cannot pull it far (arXiv 1803.01498)
 
+Before any of them, updates that are longer than `clip` can be shortened to it (Sun et al., arXiv 1911.07963).
+
 Terms come sorted by site and are summed in float64 in that order; results have the type of the tensor they replace.
 A term that holds one factor of a product alone was trained beside the coordinator's other one, which stands in for it.
 """
@@ -47,6 +49,16 @@ def trimmed_mean(terms: Terms, trim: float) -> dict[str, Tensor]:
     """Mean of each coordinate without its floor(trim * n) smallest and largest values, weights aside, over the n sites
     that sent the tensor; nothing is cut, and this is the uniform mean, where trim * n < 1 (always of one or two)."""
     return _by_name(terms, lambda count: math.floor(round(trim * count, 9)))
+
+
+def clipped(tensors: Tensors, start: Tensors, limit: float) -> Tensors:
+    """start + (w - start) min(1, limit / ||w - start||), the norm over all tensors of the site together, float64; an
+    update that is short enough keeps its bits."""
+    steps = {name: value.double() - start[name].double() for name, value in tensors.items()}
+    length = math.sqrt(sum(float(step.square().sum()) for step in steps.values()))
+    if length <= limit:
+        return tensors
+    return {n: (start[n].double() + step * (limit / length)).to(tensors[n].dtype) for n, step in steps.items()}
 
 
 def _by_name(terms: Terms, cut: Callable[[int], int]) -> dict[str, Tensor]:
@@ -194,12 +206,16 @@ class Aggregation:
     kind: Kind = "mean"
     trim: float = 0.0  # of trimmed_mean: the share of sites cut off at either end
     of_factors: bool = False
+    clip: float | None = None  # the longest that a site's update may be, over all of its tensors; a longer one is cut
+    largest: float | None = None  # and the longest that is not refused
 
     def __call__(
         self, stream: Iterable[tuple[float, Tensors]], products: Sequence[Product], start: Tensors
     ) -> dict[str, Tensor]:
         """What replaces tensors of `start`: products by the rule, all other tensors by the mean or the robust sum.
         The mean reads its terms as they come and keeps none."""
+        if (clip := self.clip) is not None:
+            stream = ((weight, clipped(tensors, start, clip)) for weight, tensors in stream)
         if self.kind == "mean":
             return weighted_mean(stream)
         terms = list(stream)
@@ -215,15 +231,18 @@ class Aggregation:
         return trimmed_mean(terms, self.trim) if self.kind == "trimmed_mean" else weighted_mean(terms)
 
     def declare(self, declaration: Declaration) -> Declaration:
-        """The declaration of a strategy that sums so: all but the mean look at every site's own update. ConfigError for
-        a router, whose weights depend on the image: a base cannot take the place of what it weighs."""
+        """The declaration of a strategy that sums so: all but the plain mean look at every site's own update.
+        ConfigError for a router, whose weights depend on the image: a base cannot take the place of what it weighs."""
         if self.kind in _CHANGES_BASE and declaration.combination != "sum":
             received = f"{self.kind}, parts combined by a {declaration.combination}"
             raise ConfigError("this aggregation needs adapters that are summed", received=received)
-        alone = declaration.needs_individual_updates or self.kind != "mean"
+        plain = self.kind == "mean" and self.clip is None and self.largest is None
+        alone = declaration.needs_individual_updates or not plain
         changes = declaration.changes_base or self.kind in _CHANGES_BASE
         anew = declaration.restarts_factors or self.kind in _RESTARTS
-        return replace(declaration, needs_individual_updates=alone, changes_base=changes, restarts_factors=anew)
+        largest = declaration.largest_update if self.largest is None else self.largest
+        bounded = replace(declaration, needs_individual_updates=alone, largest_update=largest)
+        return replace(bounded, changes_base=changes, restarts_factors=anew)
 
     def products(self, specs: Specs, shared: Specs) -> tuple[Product, ...]:
         """The products all of whose factors travel; ConfigError where there is none and the sum is one of products."""
@@ -269,6 +288,8 @@ class SumOptions(Options):
     weights: Weighting = "examples"  # of the robust sums, which count every site once: uniform
     aggregate: Kind = "mean"
     trim: float | None = Field(default=None, ge=0, lt=0.5)  # of trimmed_mean: share of sites cut off at either end
+    clip_updates: float | None = Field(default=None, gt=0)  # length to which a site's longer update is cut; None: never
+    refuse_updates: float | None = Field(default=None, gt=0)  # length of an update from which a site is refused by name
 
     @model_validator(mode="before")
     @classmethod
@@ -281,8 +302,14 @@ class SumOptions(Options):
             raise ValueError("trim belongs to aggregate = 'trimmed_mean', which needs it")
         if self.aggregate in _ROBUST and self.weights != "uniform":
             raise ValueError(f"{self.aggregate} counts every site once: weights = 'uniform', or leave weights out")
+        if (
+            self.clip_updates is not None
+            and self.refuse_updates is not None
+            and self.refuse_updates <= self.clip_updates
+        ):
+            raise ValueError("clip_updates has no effect where refuse_updates is not larger")
         return self
 
     def aggregation(self, of_factors: bool = False) -> Aggregation:
         """The sum that these keys choose."""
-        return Aggregation(self.aggregate, self.trim or 0.0, of_factors)
+        return Aggregation(self.aggregate, self.trim or 0.0, of_factors, self.clip_updates, self.refuse_updates)

@@ -123,6 +123,19 @@ class Exchange:
         sent = experiment.strategy.send(self.progress.server, reply.site)
         return experiment.codec.read(reply.tensors, sent, experiment.up(self.number))
 
+    def _bounded(self, reply: Reply) -> None:
+        """WireError where an update is longer than the strategy lets it be: a site that is broken, or not honest."""
+        strategy = self.partners.experiment.strategy
+        if (limit := strategy.declares.largest_update) is None:
+            return
+        sent = strategy.send(self.progress.server, reply.site)
+        steps = [value.double() - sent[name].double() for name, value in reply.tensors.items() if name in sent]
+        length = math.sqrt(sum(float(step.square().sum()) for step in steps))
+        if length > limit:
+            remedy = "look at the site's training, or raise strategy.refuse_updates"
+            what, allowed = f"the update of {reply.site} is too long", f"up to {limit:g}"
+            raise WireError(what, allowed=allowed, received=f"{length:.4g}", remedy=remedy)
+
     def _counted(self, reply: Reply) -> Reply | Failure:
         """A reply whose numbers can be reckoned with: weights of the mean do not change from round to round."""
         task = self.partners.experiment.task
@@ -130,6 +143,7 @@ class Exchange:
             check_numbers(self.kind, reply.numbers, len(task.classes) if task.class_counts == "federation" else 0)
             check_learned(reply.numbers, self.partners.experiment.strategy.declares.numbers)
             reply = replace(reply, tensors=self._whole(reply))
+            self._bounded(reply)
         except TrainingError as error:
             return Failure(reply.site, "non_finite", str(error))
         except WireError as error:

@@ -344,6 +344,7 @@ class Declaration:
     plain_sgd: bool = False  # it reads gradients off the way that was gone: no other optimiser, no momentum
     numbers: Mapping[str, str] = field(default_factory=dict)  # of each round, beside the tensors: name -> what it says
     passes: Callable[[int], Sequence[float | None]] = lambda round: (None,)  # epochs; None: as configured  # noqa: ARG005
+    largest_update: float | None = None  # of what a site sends, as a step from what it was sent; a longer is refused
     finish_epochs: float = 0.0  # a last local phase at every site, of all that its tuners train: the personal model
 
     @property
