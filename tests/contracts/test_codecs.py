@@ -15,7 +15,7 @@ from consilium.check import predicted_bytes
 from consilium.coordinator import Coordinator
 from consilium.engines.simulate import Federation, Simulation, secrets_of
 from consilium.engines.site import Site
-from consilium.engines.state import StateFolder
+from consilium.engines.state import SiteState, StateFolder
 from consilium.errors import ConfigError
 from consilium.messages import Request, decode_reply, decode_request, encode, envelope_of
 from consilium.protocols import Strategy
@@ -93,6 +93,31 @@ def test_the_run_can_be_followed_from_its_messages_alone(tmp_path: Path, name: s
     for site in SITES:
         assert equal(held[site], {**held[site], **outcome.shared})
         assert equal(outcome.served(site), {**outcome.served(site), **outcome.shared})
+
+
+@pytest.mark.parametrize("name", ["fedavg", "rolora", "fedsa"])
+def test_what_a_site_could_not_say_is_said_in_its_next_reply(tmp_path: Path, name: str) -> None:
+    """arrived + residual = trained + residual before, at every site, over every round that it is drawn in."""
+    states: dict[str, list[SiteState]] = {site: [] for site in SITES}
+    agreement = federation.assemble(_settings(name)).handshake.agreement
+
+    def look(way: str, site: str, _: bytes) -> None:
+        folder = StateFolder(tmp_path / "sites" / site, agreement)
+        if way == "up" and folder.rounds()[-1] not in [state.round for state in states[site]]:
+            states[site].append(folder.load(folder.rounds()[-1]))
+
+    outcome, waited = _run(tmp_path, name, watch=look), 0
+    for _, site, data in [message for message in outcome.wire if message[0] == "up"]:
+        number, wire = envelope_of(data)["round"], _open(outcome, "up", data)
+        at = [state.round for state in states[site]].index(number) if wire else 0
+        before = states[site][at - 1].residual if at else {}
+        arrived = _by_hand(wire, states[site][at].received)
+        for tensor, value in arrived.items():
+            left = [each[tensor].double() if tensor in each else 0 for each in (states[site][at].residual, before)]
+            trained = states[site][at].sent[tensor].double()
+            torch.testing.assert_close(value.double() + left[0], trained + left[1], rtol=0, atol=1e-8)
+            waited += tensor in before and bool(before[tensor].any())
+    assert waited
 
 
 def _open(outcome: federation.Outcome, way: str, data: bytes) -> Tensors:
