@@ -7,10 +7,12 @@ a hook that `torch.compile` cannot follow is an error, not a slow run. Fused sum
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from consilium.errors import ConfigError
 
@@ -24,7 +26,18 @@ def by_block(module: nn.Module, device: str) -> None:
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, _FORMS)
     for block in module.get_submodule("blocks").children():
-        block.forward = torch.compile(block.forward, fullgraph=True, backend=BACKEND)
+        block.forward = _any_batch(torch.compile(block.forward, fullgraph=True, dynamic=False, backend=BACKEND))
+
+
+def _any_batch(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """One function for every size of batch, from the first on. Left to itself torch.compile makes one for the first
+    size it meets, so that bits would depend on what a process has seen: on workers, and on where a run was resumed."""
+
+    def call(x: Tensor, *inputs: Any, **named: Any) -> Tensor:
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+        return run(x, *inputs, **named)
+
+    return call
 
 
 @lru_cache(maxsize=4)
