@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.frame import Estimate, Row
 from benchmarks.measure import ROOT
-from consilium.report.marks import Axis, Point, svg, whisker, word
+from consilium.report.marks import Axis, Point, axis_x, marker, polyline, svg, whisker, word
 from consilium.report.sections import Figure
 from consilium.study import drawing
 
@@ -29,7 +29,11 @@ def write() -> None:
     found = json.loads(RESULTS.read_text())
     PAGE.write_text(renewed(PAGE.read_text(), found))
     FIGURES.mkdir(parents=True, exist_ok=True)
-    (FIGURES / "performance.svg").write_bytes(drawing.svg(drawing.sheet(targets_figure(found))) + b"\n")
+    figures = {"performance": targets_figure(found)}
+    if found.get("growth", {}).get("samples"):
+        figures["growth"] = growth_figure(found)
+    for name, figure in figures.items():
+        (FIGURES / f"{name}.svg").write_bytes(drawing.svg(drawing.sheet(figure)) + b"\n")
 
 
 def renewed(text: str, found: Mapping[str, Any]) -> str:
@@ -97,10 +101,11 @@ def _unit(unit: str) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits, never in powers of ten where a reader expects a plain number."""
+    """Three significant digits, five close to one, never in powers of ten where a reader expects a plain number."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    close = 2 if abs(value - 1) < 0.02 else 0  # 1.003 is not 1
+    digits = max(0, 2 - math.floor(math.log10(abs(value))) + close)
     text = f"{value:,.{digits}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
 
@@ -149,6 +154,34 @@ def _grid(x: Axis, marks: Sequence[float], bottom: float) -> str:
         style = "axis" if at == 1 else "grid"
         lines.append(f'<line class="{style}" x1="{x(at):.1f}" x2="{x(at):.1f}" y1="4" y2="{bottom:.1f}"/>')
         lines.append(word(x(at), bottom + 15, f"{at:g}", "middle"))
+    return "".join(lines)
+
+
+def growth_figure(found: Mapping[str, Any]) -> Figure:
+    """Seconds of a round over sites, images and parameters, both axes logarithmic."""
+    samples = found["growth"]["samples"]
+    panels = [(f"seconds of a round over {name}", _curve(name, points)) for name, points in samples.items()]
+    return Figure("How the time of a round grows", panels)
+
+
+def _curve(name: str, points: Mapping[str, float]) -> Any:
+    sizes, seconds = [float(size) for size in points], list(points.values())
+    x = Axis(min(sizes) / 1.4, max(sizes) * 1.4, 52, 292, log=True)
+    y = Axis(min(seconds) / 3, max(seconds) * 3, 170, 10, log=True)
+    parts = [_across(y), axis_x(x, 170, sizes, lambda value: f"{value:,.0f}")]
+    parts.append(polyline(0, [(x(size), y(value)) for size, value in zip(sizes, seconds, strict=True)]))
+    parts += [marker(0, x(size), y(value), 3) for size, value in zip(sizes, seconds, strict=True)]
+    parts.append(word(172, 204, name, "middle"))
+    return svg(300, 210, f"seconds of a round over {name}", parts)
+
+
+def _across(y: Axis) -> str:
+    """Horizontal lines at whole powers of ten."""
+    lines = []
+    for power in range(math.ceil(math.log10(y.low)), math.floor(math.log10(y.high)) + 1):
+        at = y(10.0**power)
+        lines.append(f'<line class="grid" x1="52" x2="292" y1="{at:.1f}" y2="{at:.1f}"/>')
+        lines.append(word(47, at + 4, f"{10.0**power:g}", "end"))
     return "".join(lines)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
-from benchmarks import job
+from benchmarks import inside, job
 from benchmarks.frame import Estimate, Result, Scale
 from benchmarks.job import Job
-from consilium import registry
+from consilium import config, registry
+from consilium import run as whole_run
 from consilium.config import Config
 from consilium.errors import ConsiliumError
 from consilium.experiment import Experiment, assemble
@@ -15,6 +19,7 @@ from consilium.messages import Reply, encode, size
 
 NAME, TITLE = "wire", "Bytes on the wire"
 CLASSES = ("a", "b", "c", "d")
+CODECS = {"float32": 1, "bfloat16": 2, "int8": 4}
 
 
 def run(scale: Scale) -> Result:
@@ -36,7 +41,7 @@ def run(scale: Scale) -> Result:
     result.add(what, Estimate(found[worst], min(found.values()), found[worst]), target=("<=", 1.01))
     result.samples["payload over raw"] = found
     if "wire" in Config.model_fields:
-        _codecs(result)
+        _codecs(result, scale)
     else:
         result.facts["codecs"] = "the table [wire] is not there yet"
     return result
@@ -60,5 +65,33 @@ def overhead(experiment: Experiment) -> float:
     return size(encode(reply, experiment.up(1))).payload / raw
 
 
-def _codecs(result: Result) -> None:
-    result.facts["codecs"] = "not measured"
+def _codecs(result: Result, scale: Scale) -> None:
+    """Bytes that sites send and what it costs, on a federation that learns something: the quick start, smaller."""
+    table = config.quick_start()
+    table["sites"]["num_images"] = scale.pick(1000, 60)
+    table["train"]["rounds"] = scale.pick(6, 2)
+    table["evaluation"] = {"references": []}
+    table["engine"] = {"device": "cpu", "cache": str(job.FOLDER / "store")}
+    found = {name: _learn({**table, "wire": {"codec": name}}) for name in CODECS}
+    for name, factor in CODECS.items():
+        if name == "float32":
+            continue
+        saved = found["float32"]["bytes"] / found[name]["bytes"]
+        result.add(f"{name}: bytes sent by sites, float32 over it", saved, "x", (">=", 0.98 * factor))
+        for metric in ("balanced_accuracy", "loss"):
+            words = f"{name}: change of the mean validation {metric.replace('_', ' ')} after the last round"
+            result.add(words, found[name][metric] - found["float32"][metric], "")
+    result.samples["codecs"] = found
+
+
+def _learn(table: dict[str, Any]) -> dict[str, float]:
+    settings = config.from_dict(table)
+    prepared = whole_run.prepare(settings, lambda _: None)
+    means: list[dict[str, float]] = []
+
+    def listen(event: Mapping[str, Any]) -> None:
+        if event["event"] == "round":
+            means.append(event["val_mean"])
+
+    found = inside.federate(settings, prepared.sites, prepared.classes, listen=listen)
+    return {"bytes": float(sum(found.progress.ledger.payload["up"].values())), **means[-1]}

@@ -209,7 +209,16 @@ def test_the_page_shows_the_results_that_lie_beside_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.0, "0"), (1.0081, "1.01"), (0.0123, "0.0123"), (3351.783, "3,352"), (12.0, "12")]
+    ("value", "text"),
+    [
+        (0.0, "0"),
+        (1.0031, "1.0031"),
+        (1.0, "1"),
+        (1.251, "1.25"),
+        (0.0123, "0.0123"),
+        (3351.783, "3,352"),
+        (12.0, "12"),
+    ],
 )
 def test_numbers_have_three_digits(value: float, text: str) -> None:
     assert page.number(value) == text
