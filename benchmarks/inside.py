@@ -21,6 +21,7 @@ from benchmarks.job import Job
 from consilium.config import Config
 from consilium.coordinator import Coordinator
 from consilium.data import Examples, SiteData
+from consilium.engines import stacked
 from consilium.engines.simulate import Federation, Simulation, secrets_of
 from consilium.experiment import Experiment, assemble
 from consilium.rounds import Progress
@@ -64,8 +65,8 @@ def federate(
         listen(event)
 
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(str(folder)) as scratch:
-        here = Federation(settings, classes, sites, Path(scratch), secrets_of(settings.seed, sites))
-        pieces = assemble(settings, classes)
+        pieces = stacked.resolved(assemble(settings, classes), len(sites))
+        here = Federation(pieces.config, classes, sites, Path(scratch), secrets_of(settings.seed, sites))
         with Simulation({"run": here}, 1) as simulation:
             simulation.answering.experiments["run"] = pieces
             coordinator = Coordinator(pieces, simulation.transport("run"), Path(scratch), show)

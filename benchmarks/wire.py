@@ -68,8 +68,8 @@ def overhead(experiment: Experiment) -> float:
 def _codecs(result: Result, scale: Scale) -> None:
     """Bytes that sites send and what it costs, on a federation that learns something: the quick start, smaller."""
     table = config.quick_start()
-    table["sites"]["num_images"] = scale.pick(1000, 60)
-    table["train"]["rounds"] = scale.pick(6, 2)
+    table["sites"]["num_images"] = scale.pick(600, 60)
+    table["train"]["rounds"] = scale.pick(5, 2)
     table["evaluation"] = {"references": []}
     table["engine"] = {"device": "cpu", "cache": str(job.FOLDER / "store")}
     found = {name: _learn({**table, "wire": {"codec": name}}) for name in CODECS}
