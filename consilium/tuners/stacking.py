@@ -19,9 +19,18 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """W x + b: x [..., in], weight [out, in], bias [out]; or x [S * B, ..., in], weight [S, out, in], bias [S, out]."""
     if weight.ndim == 2:
         return F.linear(x, weight, bias)
-    if x.is_cuda:
-        found = torch.bmm(x.reshape(len(weight), -1, x.shape[-1]), weight.mT)
-        return (found if bias is None else found + bias[:, None]).view(*x.shape[:-1], -1)
+    return batched(x, weight, bias) if x.is_cuda else one_by_one(x, weight, bias)
+
+
+def batched(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """All sites in one product of batches of matrices."""
+    rows = x.reshape(len(weight), -1, x.shape[-1])
+    found = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias[:, None], rows, weight.mT)
+    return found.view(*x.shape[:-1], -1)
+
+
+def one_by_one(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The products that the sites alone would form, below one another."""
     biases = [None] * len(weight) if bias is None else bias.unbind()
     return torch.cat([F.linear(*each) for each in zip(x.chunk(len(weight)), weight, biases, strict=True)])
 

@@ -22,7 +22,7 @@ from consilium.local.seats import Seat, Table, together
 from consilium.local.train import Trainer
 from consilium.protocols import Declaration, Part
 from consilium.tensors import Tensors, equal
-from consilium.tuners import compose
+from consilium.tuners import compose, stacking
 from tests import federation, small, variants
 from tests.e2e.runs import CONFIG, assert_same, read
 
@@ -103,6 +103,14 @@ def test_a_stackable_tuner_gives_every_site_its_own_outputs_and_gradients(
 
 def _gradients(outputs: Tensor, own: Tensors) -> tuple[Tensor, ...]:
     return torch.autograd.grad(outputs.square().sum(), list(own.values()), retain_graph=True)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6, 4, 5), (3, 1, 2, 5)], ids=str)
+@pytest.mark.parametrize("bias", [None, torch.randn(3, 7, dtype=torch.float64)], ids=["plain", "bias"])
+def test_the_product_of_a_gpu_is_that_of_a_processor(shape: tuple[int, ...], bias: Tensor | None) -> None:
+    x, weight = torch.randn(shape, dtype=torch.float64), torch.randn(3, 7, 5, dtype=torch.float64)
+    torch.testing.assert_close(stacking.batched(x, weight, bias), stacking.one_by_one(x, weight, bias))
+    assert stacking.affine(x, weight, bias).shape == (*shape[:-1], 7)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
