@@ -90,6 +90,7 @@ class Halves:
         self.deepest = len(named) + 1  # the depth of the pooled features
         self.sizes = sizes  # of one image at each depth: numbers
         self.quiet = quiet  # up to here a forward pass that records gradients draws nothing (dropout)
+        self._hung = [n for n, each in module.named_modules() if each._forward_hooks or each._forward_pre_hooks]
         self._beside = any(isinstance(value, Tensor) for each in named for value in each.values())
 
     def run(self, variables: Tensors, inputs: Tensor, start: int, depth: int) -> Tensor:
@@ -107,9 +108,7 @@ class Halves:
 
     def plain(self, depth: int) -> bool:
         """Whether no tuner has hung anything into the part below this depth."""
-        modules = self._range.whole.named_modules()
-        hung = [name for name, each in modules if each._forward_hooks or each._forward_pre_hooks]
-        return not any(place(f"{name}.", self.deepest) < depth for name in hung)
+        return not any(place(f"{name}.", self.deepest) < depth for name in self._hung)
 
 
 @dataclass

@@ -38,5 +38,7 @@ def ambient(seed: int) -> Iterator[None]:
     import torch
 
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would write down for later what a GPU is to do
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.manual_seed_all(seed)
         yield

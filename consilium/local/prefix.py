@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from weakref import ref
 
 import numpy as np
 import torch
@@ -25,13 +26,13 @@ from consilium.config import TrainConfig
 from consilium.data import Batch, Examples, IntArray, Preprocessing
 from consilium.halves import Halves, place
 from consilium.local import kept
-from consilium.local.predict import BATCH_SIZE, Prefix, autocast, load_images
+from consilium.local.predict import Prefix, autocast, batches, load_images
 from consilium.protocols import Model, Selector
 from consilium.tensors import Tensors
 
-FORMAT = 1
+FORMAT = 2
 MEMORY = 2 * 1024**3  # bytes of tokens in memory while a site answers one request
-_pixels: dict[tuple[str, str], str] = {}  # (file of the store, digest of rows) -> digest of those pixels
+_pixels: dict[int, tuple[ref[Examples], str]] = {}  # identity of a split -> itself, while in use, and its digest
 
 
 @dataclass(frozen=True)
@@ -161,8 +162,7 @@ class Prefixes:
     ) -> Iterator[Tensor]:
         """In the order of the split and of the same size whoever asks, so that the bits are the same on a GPU too."""
         below = self.split(lower, examples, self.lasting, precision) if self.lasting < depth else None
-        for start in range(0, len(examples), BATCH_SIZE):
-            rows = np.arange(start, min(start + BATCH_SIZE, len(examples)))
+        for rows in batches(len(examples), self.device, precision):
             pixels = Pixels(examples, rows, self.preprocessing, self.device)
             inputs = Prefix(pixels(), 0) if below is None else below.rows(rows, self.device)
             with torch.no_grad(), autocast(self.device, precision):
@@ -227,14 +227,17 @@ def _same(first: Tensor, second: Tensor) -> bool:
 
 
 def _digest_of_pixels(examples: Examples) -> str:
-    """Of the stored pixels of a split, in its order; read once per process from a mapped store."""
-    name = str(getattr(examples.images, "filename", "") or "")
-    key = (name, hashlib.sha256(np.ascontiguousarray(examples.rows).tobytes()).hexdigest())
-    if not name or key not in _pixels:
-        total = hashlib.sha256(str((len(examples), examples.images.shape[1:])).encode())
-        for row in examples.rows:
-            total.update(np.ascontiguousarray(examples.images[row]).data)
-        if not name:
-            return total.hexdigest()
-        _pixels[key] = total.hexdigest()
-    return _pixels[key]
+    """Of the stored pixels of a split, in its order; read once for as long as the split is in use."""
+    at = id(examples)
+    known = _pixels.get(at)
+    if known is not None and known[0]() is examples:
+        return known[1]
+    total = hashlib.sha256(str((len(examples), examples.images.shape[1:])).encode())
+    for row in examples.rows:
+        total.update(np.ascontiguousarray(examples.images[row]).data)
+    _pixels[at] = ref(examples, lambda _: _forget(at)), total.hexdigest()
+    return total.hexdigest()
+
+
+def _forget(at: int) -> None:
+    _pixels.pop(at, None)
