@@ -4,7 +4,8 @@ Depth d, from 1 to the number of blocks: tokens where block d would read them, b
 the last block. One more: the pooled features. Depth 0 stands for the images. What tuners hung in acts in either half.
 
 Whether the halves are the whole is tried out with random images, block by block, bit for bit: a model that computes
-anything else between its blocks cannot be split, and is used whole.
+anything else between its blocks cannot be split, and is used whole. On a CPU, depths are told apart at which the bits
+of an image depend on how many it is computed with: `even`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from consilium import seeds
 from consilium.tensors import Tensors
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
+_REGISTERS = 32  # float32 that the widest loops of torch take at once
 _TOP = ("norm.", "fc_norm.")  # behind the blocks
 
 
@@ -90,6 +93,7 @@ class Halves:
         self.deepest = len(named) + 1  # the depth of the pooled features
         self.sizes = sizes  # of one image at each depth: numbers
         self.quiet = quiet  # up to here a forward pass that records gradients draws nothing (dropout)
+        self.even = self.deepest  # up to here an image has the same bits in every batch
         self._hung = [n for n, each in module.named_modules() if each._forward_hooks or each._forward_pre_hooks]
         self._beside = any(isinstance(value, Tensor) for each in named for value in each.values())
 
@@ -133,6 +137,7 @@ def split(module: nn.Module, variables: Tensors, image_size: int) -> Halves | No
             quiet = two.silent.index(False) - 1 if False in two.silent else len(two.named) + 1
             halves = Halves(module, two.named, [], quiet)
             halves.sizes = _tried_out(halves, variables, images[:1], one, features)
+            halves.even = _even(module, variables, images[:1]) if like.device.type == "cpu" else halves.deepest
     except (AttributeError, TypeError, ValueError, RuntimeError):  # it is built in another way
         return None
     return halves if all(halves.sizes) else None
@@ -160,6 +165,25 @@ def _trace(module: nn.Module, variables: Tensors, images: Tensor) -> tuple[_Trac
     if len(found.named) != len(blocks):
         raise ValueError("each block is called once")
     return found, features
+
+
+def _even(module: nn.Module, variables: Tensors, image: Tensor) -> int:
+    """The depth up to which the numbers of an image do not depend on how many it is computed with. On a CPU functions
+    of single numbers go through vector registers, and what is left at the end of a batch is rounded in another way."""
+    odd: list[int] = [len(list(module.get_submodule("blocks").children())) + 1]
+
+    def note(block: int, child: nn.Module, inputs: object, output: object) -> None:  # noqa: ARG001
+        if isinstance(output, Tensor) and output.numel() % _REGISTERS:
+            odd.append(block)
+
+    inside = [(int(match.group(1)), child) for name, child in module.named_modules() if (match := _BLOCK.match(name))]
+    handles = [child.register_forward_hook(partial(note, block)) for block, child in inside]
+    try:
+        functional_call(module, dict(variables), (image,), tie_weights=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return min(odd)
 
 
 def _state(device: torch.device) -> bytes:

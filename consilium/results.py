@@ -254,6 +254,11 @@ def warnings(experiment: Experiment, federation: Federation) -> list[str]:
     found, strategy = list(federation.warnings), experiment.config.strategy.name
     if strategy != "local" and not both_ways(experiment)[0]:
         found.append(f"nothing is shared: with this tuner and head, {strategy!r} is every site training alone")
+    prefixes = experiment.setting.prefixes()
+    if prefixes is not None and prefixes.refused:
+        found.append(
+            f"engine.prefix_cache has no effect: {experiment.backbone.name} cannot be split between its blocks"
+        )
     codec = experiment.config.wire.codec
     if codec != "float32" and not any(experiment.codec.coded(way) for way in both_ways(experiment)):
         found.append(f"wire.codec = {codec!r} changes nothing: no trained float32 parameter travels")

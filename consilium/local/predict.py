@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,14 +14,7 @@ from consilium.local.augment import normalise, to_float
 from consilium.protocols import Model
 from consilium.tensors import Tensors, onto
 
-BATCH_SIZE = 128  # images at once
-FEW = 16  # they fit into the cache of a processor, which is up to a fifth quicker
-
-
-def batches(num: int, device: str, precision: str) -> Iterator[IntArray]:
-    """Row numbers 0 .. num - 1 in the batches of inference. On a CPU no bit of float32 depends on their size."""
-    size = FEW if device == "cpu" and precision == "float32" else BATCH_SIZE
-    return (np.arange(start, min(start + size, num)) for start in range(0, num, size))
+BATCH_SIZE = 128
 
 
 def autocast(device: str, precision: str) -> torch.autocast:
@@ -64,7 +57,7 @@ def outputs(
         with autocast(device, precision):
             return model.forward(here, inputs.tokens, inputs.depth)
 
-    return _rows(function, examples, preprocessing, device, precision, prefix)
+    return _rows(function, examples, preprocessing, device, prefix)
 
 
 def pooled_features(
@@ -81,7 +74,7 @@ def pooled_features(
     def function(inputs: Prefix) -> Tensor:
         return model.features(here, inputs.tokens, inputs.depth)
 
-    return _rows(function, examples, preprocessing, device, "float32", prefix)
+    return _rows(function, examples, preprocessing, device, prefix)
 
 
 @torch.inference_mode()
@@ -90,11 +83,11 @@ def _rows(
     examples: Examples,
     preprocessing: Preprocessing,
     device: str,
-    precision: str,
     prefix: Prefix | None,
 ) -> Tensor:
     parts = []
-    for rows in batches(len(examples), device, precision):
+    for start in range(0, len(examples), BATCH_SIZE):
+        rows = np.arange(start, min(start + BATCH_SIZE, len(examples)))
         if prefix is not None:
             inputs = prefix.rows(rows, device)
         else:

@@ -26,11 +26,12 @@ from consilium.config import TrainConfig
 from consilium.data import Batch, Examples, IntArray, Preprocessing
 from consilium.halves import Halves, place
 from consilium.local import kept
-from consilium.local.predict import Prefix, autocast, batches, load_images
+from consilium.local.predict import BATCH_SIZE, Prefix, autocast, load_images
 from consilium.protocols import Model, Selector
 from consilium.tensors import Tensors
 
-FORMAT = 2
+FORMAT = 1
+FEW = 16  # images at once: they fit into the cache of a processor, which is up to a fifth quicker
 MEMORY = 2 * 1024**3  # bytes of tokens in memory while a site answers one request
 _pixels: dict[int, tuple[ref[Examples], str]] = {}  # identity of a split -> itself, while in use, and its digest
 
@@ -97,6 +98,11 @@ class Prefixes:
         """The depth below which no round trains anything."""
         return self._depth(self.model.specs)
 
+    @property
+    def refused(self) -> bool:
+        """Whether there would be something to keep, but the backbone cannot be split."""
+        return self._lowest(self.model.specs) > 0 == self.lasting
+
     def split(self, variables: Tensors, examples: Examples, depth: int, precision: str) -> Prefix | None:
         """What the model makes of a split up to `depth`; None where it is not to be had."""
         halves = self.model.halves if depth > 0 and len(examples) else None
@@ -138,12 +144,15 @@ class Prefixes:
         return deepest if spec is not None and spec.tag.role == "head" else place(name, deepest)
 
     def _depth(self, names: Iterable[str]) -> int:
-        if min((self.place(name, sys.maxsize) for name in names), default=sys.maxsize) == 0:
+        if self._lowest(names := list(names)) == 0:
             return 0  # so that a model of which all is trained is not tried out
         halves = self.model.halves
         if halves is None or not halves.usable(self.model.specs):
             return 0
-        return min((self.place(name) for name in names), default=halves.deepest)
+        return min([halves.even, *map(self.place, names)])
+
+    def _lowest(self, names: Iterable[str]) -> int:
+        return min((self.place(name, sys.maxsize) for name in names), default=sys.maxsize)
 
     def _make(self, halves: Halves, lower: Tensors, examples: Examples, depth: int, precision: str) -> Tensor | None:
         size = len(examples) * halves.sizes[depth] * 4
@@ -162,7 +171,9 @@ class Prefixes:
     ) -> Iterator[Tensor]:
         """In the order of the split and of the same size whoever asks, so that the bits are the same on a GPU too."""
         below = self.split(lower, examples, self.lasting, precision) if self.lasting < depth else None
-        for rows in batches(len(examples), self.device, precision):
+        size = FEW if self.device == "cpu" else BATCH_SIZE
+        for start in range(0, len(examples), size):
+            rows = np.arange(start, min(start + size, len(examples)))
             pixels = Pixels(examples, rows, self.preprocessing, self.device)
             inputs = Prefix(pixels(), 0) if below is None else below.rows(rows, self.device)
             with torch.no_grad(), autocast(self.device, precision):
@@ -191,12 +202,13 @@ class Fit:
     def prefix(self, prefixes: Prefixes, variables: Tensors) -> Prefix | None:
         """The deepest one that depends on no tensor that is trained, drawn, or not of this fit."""
         moving = [name for name, value in variables.items() if value.requires_grad]
-        if min((prefixes.place(name, sys.maxsize) for name in moving), default=sys.maxsize) == 0:
+        if any(prefixes.place(name, sys.maxsize) == 0 for name in moving):
             return None
         halves = prefixes.model.halves
         if halves is None:
             return None
-        depth = min([halves.quiet if torch.is_grad_enabled() else halves.deepest, *map(prefixes.place, moving)])
+        quiet = halves.quiet if torch.is_grad_enabled() else halves.deepest
+        depth = min([quiet, halves.even, *map(prefixes.place, moving)])
         lower = {name: value for name, value in variables.items() if prefixes.place(name) < depth}
         if any(self.versions.get(id(value)) != value._version for value in lower.values()):
             return None
