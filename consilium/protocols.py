@@ -345,7 +345,8 @@ class Declaration:
     numbers: Mapping[str, str] = field(default_factory=dict)  # of each round, beside the tensors: name -> what it says
     passes: Callable[[int], Sequence[float | None]] = lambda round: (None,)  # epochs; None: as configured  # noqa: ARG005
     largest_update: float | None = None  # of what a site sends, as a step from what it was sent; a longer is refused
-    finish_epochs: float = 0.0  # a last local phase at every site, of all that its tuners train: the personal model
+    finish_epochs: float = 0.0  # a last local phase at every site: the personal model
+    finishes: Selector = lambda tag: True  # what is trained in it, of all that the tuners train  # noqa: ARG005
 
     @property
     def personal_parts(self) -> frozenset[str]:

@@ -204,11 +204,11 @@ class Site:
     def _last_phase(self, request: Request, variables: Tensors) -> Fitted:
         """Train the model to use on, at this site alone: all that the tuners train, on a schedule of its own, as that
         of the rounds ends near zero."""
-        setting, epochs = self.experiment.setting, self.experiment.strategy.declares.finish_epochs
+        setting, declares = self.experiment.setting, self.experiment.strategy.declares
         schedule = setting.config.schedule.model_copy(update={"restart": True})
         config = setting.config.model_copy(update={"schedule": schedule, "moments": "reset"})
-        alone = replace(setting, config=config, trains=lambda tag, round: True)  # noqa: ARG005
-        return self._trainer(request, alone, {}).fit(variables, epochs=epochs, purpose="finish")
+        alone = replace(setting, config=config, trains=lambda tag, round: declares.finishes(tag))  # noqa: ARG005
+        return self._trainer(request, alone, {}).fit(variables, epochs=declares.finish_epochs, purpose="finish")
 
     def _trainer(self, request: Request, setting: Setting, moments: dict[str, Any]) -> Trainer:
         counts = request.context["class_counts"] if self._counts_travel else self._class_counts()

@@ -27,6 +27,7 @@ Identity: strength = 0 is dual_lora, bit by bit; with personal_rank = 0 FedIT (t
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -93,9 +94,10 @@ class Penalty:
         share = min(1.0, training.round / self.options.warmup_rounds) if self.options.warmup_rounds else 1.0
         by_layer = self.options.penalty in ("cos_squared", "cos")
         layers = [shared.base[0].removesuffix(".weight") for shared, _ in pairs] if by_layer else []
+        looks = bool(layers) or self.options.penalty == "pooled"  # who looks trains alone, see local/seats.py
 
         def objective(variables: Tensors, batch: Batch, generator: torch.Generator) -> Tensor:  # noqa: ARG001
-            with training.watch(layers) as seen:
+            with training.watch(layers) if looks else nullcontext({}) as seen:
                 loss = training.loss(whole(variables), batch)
             omega = self._omega(training, pairs, variables, batch, seen)
             return loss + self.options.strength * share * omega.to(loss.dtype)

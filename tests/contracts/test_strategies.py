@@ -11,10 +11,11 @@ import torch
 
 from consilium import registry
 from consilium.check import predicted_bytes, predicted_passes
+from consilium.engines.simulate import secrets_of
 from consilium.engines.state import SiteState, StateFolder
 from consilium.errors import TrainingError
 from consilium.protocols import Personal, Strategy, Update
-from consilium.tensors import Tensors, digest_all, equal
+from consilium.tensors import Tensors, digest_all, equal, select
 from consilium.tuners import base
 from tests import federation, variants
 
@@ -87,7 +88,11 @@ def test_nothing_moves_that_is_not_declared_trained(tmp_path: Path, name: str) -
     frozen = digest_all(base.parameters(pieces.backbone.module))
     outcome = federation.run(tmp_path, _settings(name, rounds=1, participation=1), SITES)
     assert digest_all(base.parameters(outcome.experiment.backbone.module)) == frozen
-    served, start, active = outcome.served("a"), pieces.model.initial(3), pieces.active(1, "a")
+    served, active, secret = outcome.served("a"), pieces.active(1, "a"), secrets_of(3, SITES)["a"]
+    start = {
+        **pieces.model.initial(secret),
+        **select(pieces.model.initial(3), pieces.down(1).keys() & pieces.model.specs.keys()),
+    }
     bases = {n for n, spec in pieces.down(1).items() if spec.tag.slot == "base"} - pieces.model.specs.keys()
     assert served.keys() == pieces.model.specs.keys() | bases
     assert not [n for n in bases if torch.equal(served[n], pieces.backbone.module.get_parameter(n))]
@@ -163,7 +168,8 @@ def test_a_site_whose_reply_was_lost_catches_up(tmp_path: Path, name: str) -> No
         for site in SITES if not _trains_at_the_end(_build(name)) else ():
             served, builds_on = outcome.served(site), outcome.progress.builds_on.get(site)
             kept = _folder(outcome, site).load(builds_on).personal.tensors if builds_on else {}
-            newest = {n for n in outcome.shared if n in served and f"own/{n}" not in kept}  # of no model of its own
+            own = {n.partition("/")[2] for n in kept}  # what it makes a model of its own of
+            newest = {n for n in outcome.shared if n in served and n not in own}
             assert all(torch.equal(served[n], outcome.shared[n]) for n in newest)
 
 
@@ -226,6 +232,6 @@ def test_personal_tensors_start_apart_from_a_secret_and_live_on(tmp_path: Path, 
         for (site, number), state in seen.items():
             before = seen[site, number - 1].personal.tensors if number > 1 else starts[site]
             now = state.personal.tensors[variable]
-            assert not torch.equal(now, before[variable])
+            assert torch.equal(now, before[variable]) != pieces.active(number, site)(pieces.model.specs[variable].tag)
             assert (now - before[variable]).abs().max() < 0.2, "it goes on from where it was"
     assert len(seen) == 16
