@@ -229,6 +229,7 @@ class EngineConfig(Options):
 
     name: Literal["simulate"] = "simulate"
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    pool: Literal["auto", "threads", "processes"] = "auto"  # what workers are; auto: threads, unless dropout is drawn
     threads: int = Field(default=1, ge=1)
     device: str = "auto"
     prefix_cache: bool = True  # keep what the blocks below the trained ones make of images; not of augmented ones
@@ -311,7 +312,7 @@ AGREED = (
     "train",
     "wire",
 )  # what all sites must share, beside the backbone's digest
-NO_EFFECT = ("workers", "cache", "gradient_checkpointing")  # engine keys that change neither data nor results
+NO_EFFECT = ("workers", "pool", "cache", "gradient_checkpointing")  # engine keys that change neither data nor results
 
 
 def agreement_hash(config: Config, backbone_digest: str, classes: Sequence[str], preprocessing: Preprocessing) -> str:

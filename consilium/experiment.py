@@ -20,6 +20,7 @@ import torch
 from consilium import registry
 from consilium.backbones import compiled, recompute, timm_backbone
 from consilium.config import BackboneConfig, Config, agreement_hash
+from consilium.engines import pools
 from consilium.errors import ConfigError
 from consilium.filters.codec import Codec
 from consilium.local.prefix import Kept
@@ -101,6 +102,7 @@ def assemble(config: Config, classes: Sequence[str]) -> Experiment:
 
 def join(config: Config, classes: Sequence[str], tuners: Sequence[Tuner], strategy: Strategy) -> Experiment:
     """The same with tuners and a strategy in hand, whatever the configuration names."""
+    pools.check(config)
     device = pick_device(config.engine.device, config.train.precision)
     task: Task = registry.build("tasks", config.task.name, config.task.options()).with_classes(classes)
     backbone = own_copy(load_backbone(config.backbone, device))

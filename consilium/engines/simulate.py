@@ -1,24 +1,20 @@
 """Engine: the simulation. In: encoded requests for sites. Out: their encoded replies, from this machine.
 
-Sites are answered in this process or by a pool of worker processes. A site's answer depends on the request and its own
-folder alone, so neither the number of workers nor the order in which they finish changes a bit of any result.
+Sites are answered in this thread or by a pool of threads or processes. A site's answer depends on the request and its
+own folder alone, so neither the workers nor the order in which they finish change a bit of any result.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
-from threading import Thread
+from threading import Lock
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -27,15 +23,14 @@ import torch
 from consilium import seeds
 from consilium.config import Config
 from consilium.data import Examples, SiteData, UInt8Array
-from consilium.engines import failures, stacked
+from consilium.engines import failures, pools, stacked
+from consilium.engines.pools import Pool, Replies, Requests
 from consilium.engines.site import Site
 from consilium.experiment import Experiment, assemble
 from consilium.local.seats import Seat
 from consilium.protocols import Failure
 
 Recorder = Callable[[Literal["down", "up"], str, bytes], None]
-Requests = Mapping[str, bytes]  # site -> request
-Replies = dict[str, bytes]  # site -> reply
 AHEAD = 4  # sites per worker that are asked before the first of them is due: nobody waits, and nothing piles up
 
 
@@ -62,24 +57,35 @@ def secrets_of(seed: int, sites: Mapping[str, SiteData]) -> dict[str, int]:
     return {name: seeds.derive(seed, site=name, purpose="personal start") for name in sites}
 
 
-class Answering:
-    """Answers for any site of several federations, building each experiment once per process."""
+def proceed() -> None:
+    """Nothing ends what this thread does."""
 
-    def __init__(self, federations: Mapping[str, Federation]) -> None:
-        self.federations = federations
+
+class Answering:
+    """Answers for any site of several federations, building each experiment once. `go_on` raises to end a thread."""
+
+    def __init__(self, federations: Mapping[str, Federation], go_on: Callable[[], None] = proceed) -> None:
+        self.federations, self.go_on = federations, go_on
         self.experiments: dict[str, Experiment] = {}
 
     def __call__(self, key: str, asked: Requests) -> Replies:
-        federation = self.federations[key]
-        if key not in self.experiments:
-            self.experiments[key] = assemble(federation.config, federation.classes)
-        with _threads(federation.config.engine.threads):
-            return stacked.answers(self.experiments[key], asked, partial(self._site, key))
+        with _threads(self.federations[key].config.engine.threads):
+            return stacked.answers(self._experiment(key), asked, partial(self._site, key))
 
     def _site(self, key: str, site: str, seat: Seat | None) -> Site:
-        federation = self.federations[key]
-        here = federation.folder / "sites" / site
-        return Site(self.experiments[key], federation.sites[site], here, federation.secrets[site], seat)
+        self.go_on()
+        federation, here = self.federations[key], self.federations[key].folder / "sites" / site
+        return Site(self._experiment(key), federation.sites[site], here, federation.secrets[site], seat)
+
+    def _experiment(self, key: str) -> Experiment:
+        if key not in self.experiments:
+            with _assembling:
+                made = assemble(self.federations[key].config, self.federations[key].classes)
+            self.experiments[key] = replace(made, setting=replace(made.setting, go_on=self.go_on))
+        return self.experiments[key]
+
+
+_assembling = Lock()  # loads a backbone once, and its modules draw from the process's random generator
 
 
 @contextmanager
@@ -94,32 +100,31 @@ def _threads(number: int) -> Iterator[None]:
 
 
 class Simulation:
-    """Answers requests in this process (`workers` = 1) or by `workers` processes. Use as a context manager."""
+    """Answers requests in this thread (`workers` = 1) or by so many threads or processes. Use as a context manager."""
 
     def __init__(self, federations: Mapping[str, Federation], workers: int, record: Recorder | None = None) -> None:
         self.answering, self.workers, self.record = Answering(federations), workers, record
-        self.pool: ProcessPoolExecutor | None = None
-        self.lifeline: Connection | None = None
+        self.pool: Pool | None = None
 
     def __enter__(self) -> Simulation:
-        if self.workers > 1:
-            context = get_context("spawn")
-            ours, self.lifeline = context.Pipe(duplex=False)
-            self.pool = ProcessPoolExecutor(
-                self.workers, context, initializer=_start_worker, initargs=(self.answering.federations, ours)
-            )
+        federations = self.answering.federations
+        kind = pools.kind_of([federation.config for federation in federations.values()])
+        if self.workers > 1 and kind == "threads":
+            self.pool = pools.Threads(partial(Answering, federations), self.workers)
+        elif self.workers > 1:
+            self.pool = pools.Processes(partial(Answering, federations), self.workers)
         return self
 
     def __exit__(self, kind: object, *exception: object) -> None:
-        if kind is not None:
-            self.stop()
         if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
+            if kind is not None:
+                self.pool.stop()
+            self.pool.close()
 
     def stop(self) -> None:
         """End the workers at once, whatever they do; the files they wrote are whole."""
-        if self.lifeline is not None:
-            self.lifeline.close()
+        if self.pool is not None:
+            self.pool.stop()
 
     def transport(self, key: str) -> Transport:
         """The wire to the sites of one federation."""
@@ -131,14 +136,13 @@ class Simulation:
         return lambda failure: failures.unseal(folder / "sites" / failure.site, failure.message)
 
     def submit(self, key: str, asked: Requests) -> Future[Replies]:
-        """A future of the replies of a few sites, answered by one worker, or of BrokenProcessPool where it died."""
+        """A future of the replies of a few sites, answered by one worker, or of BrokenExecutor where it died."""
         future: Future[Replies] = Future()
         try:
             if self.pool is not None:
-                with _uninterrupted():
-                    return self.pool.submit(_answer_in_worker, key, asked)
+                return self.pool.submit(key, asked)
             future.set_result(self.answering(key, asked))
-        except BrokenProcessPool as error:
+        except BrokenExecutor as error:
             future.set_exception(error)
         return future
 
@@ -180,7 +184,7 @@ class Transport:
     def _answer(self, site: str, future: Future[Replies]) -> bytes | Failure:
         try:
             reply = future.result().pop(site)
-        except BrokenProcessPool:
+        except BrokenExecutor:
             return Failure(site, "lost", "its worker process died (out of memory?)")
         self._record("up", site, reply)
         return reply
@@ -196,35 +200,7 @@ def num_workers(wanted: int | Literal["auto"], num_sites: int) -> int:
     return max(1, min(cores, num_sites) if wanted == "auto" else wanted)
 
 
-# ------------------------------------------------------------------------------------------------ worker processes
-_here: list[Answering] = []
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """A worker started inside is deaf to Ctrl-C for good: its parent hears it and ends the workers."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start_worker(federations: Mapping[str, Federation], lifeline: Connection) -> None:
-    Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
-    _here[:] = [Answering(federations)]
-
-
-def _end_with_parent(lifeline: Connection) -> None:
-    """The pipe ends when the parent closes it or dies, however it dies: no worker may go on writing site states."""
-    lifeline.poll(None)
-    os._exit(1)
-
-
-def _answer_in_worker(key: str, asked: Requests) -> Replies:
-    return _here[0](key, asked)
-
-
+# ------------------------------------------------------------------------------------------------ to another process
 @dataclass(frozen=True)
 class _PixelFile:
     """Stands for a memory map while a federation travels to a worker."""

@@ -45,6 +45,7 @@ class Setting:
     trains: Trains = lambda tag, round: True  # what the strategy leaves trained  # noqa: ARG005
     anew: Set[str] = frozenset()  # what the strategy sends back in another basis: old moments say nothing of it
     kept: Kept | None = None  # where prefixes are kept; None: everything is computed from the images
+    go_on: Callable[[], None] = lambda: None  # called before every step; raises where a run has ended meanwhile
 
     def prefixes(self) -> Prefixes | None:
         """A place for the prefixes of one site while it answers one request."""
@@ -169,6 +170,7 @@ class Trainer:
         augmenting, drawing = self._generator(purpose, "augment"), self._generator(purpose, "objective")
         losses = []
         for number, step in enumerate(steps):
+            self.setting.go_on()
             progress = federation_progress(config.schedule, self.round, config.rounds, number, len(steps))
             batches = self._batches(step, augmenting)
             minimised = objective or self._task_objective

@@ -41,6 +41,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "fedavg": ("evaluation.references=['local', 'pooled']",),
     "fedper": ("strategy.name=fedper", "train.moments=keep", "evaluation.references=['local']"),
     "half": ("train.participation=0.5", "task.class_weight=inverse", "task.class_counts=federation"),
+    "drawless": ("tuner.dropout=0", "evaluation.references=['local', 'pooled']"),
     "best": ("strategy.name=fedper", "evaluation.serve=best", "train.schedule.name=constant"),
 }
 Finished = Callable[[str], Path]
@@ -92,7 +93,7 @@ def _essence(path: Path) -> Any:
     return _timeless(read(path)) if path.suffix == ".json" else path.read_bytes()
 
 
-VOLATILE = {"seconds", "site_seconds", "peak_memory_bytes", "hardware", "workers", "control", "envelope"}
+VOLATILE = {"seconds", "site_seconds", "peak_memory_bytes", "hardware", "workers", "pool", "control", "envelope"}
 
 
 def _timeless(value: Any) -> Any:

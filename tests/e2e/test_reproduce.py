@@ -25,7 +25,7 @@ def test_a_second_run_is_the_same(consilium: Parent, finished: Finished, tmp_pat
     assert_same(finished(kind), tmp_path / "again")
 
 
-@pytest.mark.parametrize(("kind", "workers"), [("fedper", 2), ("best", 3)])
+@pytest.mark.parametrize(("kind", "workers"), [("fedper", 2), ("best", 3), ("drawless", 3)])
 def test_the_number_of_workers_changes_nothing(
     consilium: Parent, finished: Finished, tmp_path: Path, kind: str, workers: int
 ) -> None:

@@ -144,11 +144,13 @@ def test_killed_again_and_again(consilium: Parent, tmp_path: Path) -> None:
 
 
 @contextmanager
-def _held(consilium: Parent, folder: Path, kind: str, method: str, number: int, workers: int) -> Iterator[Running]:
+def _held(
+    consilium: Parent, folder: Path, kind: str, method: str, number: int, workers: int, *more: str
+) -> Iterator[Running]:
     """A run that waits at that call of a coordinator's method; after the block all of its processes are gone."""
     for name in ("reached", "go"):
         os.mkfifo(folder / name)
-    command = (*words(folder, *KINDS[kind], f"engine.workers={workers}"), "--out", folder / "out", "--json")
+    command = (*words(folder, *KINDS[kind], f"engine.workers={workers}", *more), "--out", folder / "out", "--json")
     hook = HELD.format(method=method, number=number)
     running = consilium.start(*command, hook=hook, cwd=folder, piped=True)
     with running.stream() as stream:
@@ -157,20 +159,23 @@ def _held(consilium: Parent, folder: Path, kind: str, method: str, number: int, 
         list(stream)
 
 
+@pytest.mark.parametrize(("pool", "kind"), [("threads", "drawless"), ("processes", "best")])
 def test_killed_with_two_workers_in_the_middle_of_a_round(
-    consilium: Parent, finished: Finished, tmp_path: Path
+    consilium: Parent, finished: Finished, tmp_path: Path, pool: str, kind: str
 ) -> None:
-    with _held(consilium, tmp_path, "best", "Exchange._read", 6, workers=2) as running:  # the second reply of round 2
+    second_of_round_2 = 6 if kind == "best" else 14
+    more = f"engine.pool={pool}"
+    with _held(consilium, tmp_path, kind, "Exchange._read", second_of_round_2, 2, more) as running:
         os.kill(running.pid, signal.SIGKILL)
     assert running.wait().code == -signal.SIGKILL
-    assert [event["round"] for event in events(tmp_path / "out")] == [1]
-    _ends_like(consilium, tmp_path, "best", finished("best"))
+    assert [event["round"] for event in events(tmp_path / "out")][:1] == [1]
+    _ends_like(consilium, tmp_path, kind, finished(kind))
 
 
 def test_a_killed_worker_is_named_by_its_sites_and_can_be_resumed(
     consilium: Parent, finished: Finished, tmp_path: Path
 ) -> None:
-    with _held(consilium, tmp_path, "best", "Coordinator._save", 1, workers=2) as running:
+    with _held(consilium, tmp_path, "best", "Coordinator._save", 1, 2, "engine.pool=processes") as running:
         os.kill(running.descendants("spawn_main")[0], signal.SIGKILL)
         (tmp_path / "go").write_text("")
     _failed(running.wait(), "too few sites replied", "round 2", "lost, its worker process died", "summit", "--resume")
@@ -191,17 +196,57 @@ def _is_deaf(pid: int) -> bool:
     return bool(int(mask, 16) & 1 << signal.SIGINT - 1)
 
 
-def test_an_interrupt_ends_the_workers_at_once(consilium: Parent, tmp_path: Path) -> None:
-    settings = (*KINDS["fedavg"], "engine.workers=2", "train.rounds=300")
+@pytest.mark.parametrize("pool", ["threads", "processes"])
+def test_an_interrupt_ends_the_workers_at_once(consilium: Parent, tmp_path: Path, pool: str) -> None:
+    settings = (*KINDS["drawless"], "engine.workers=2", f"engine.pool={pool}", "train.rounds=300")
     running = consilium.start(*words(tmp_path, *settings), "--out", tmp_path / "out", "--json", piped=True)
     with running.stream() as stream:
         next(event for event in stream if event["event"] == "round")
-        assert all(_is_deaf(worker) for worker in running.descendants("spawn_main"))
+        workers = running.descendants("spawn_main")
+        assert bool(workers) == (pool == "processes")
+        assert all(_is_deaf(worker) for worker in workers)
         os.killpg(running.pid, signal.SIGINT)  # as a terminal does: all processes of the group
         closed = [event["round"] for event in stream if event["event"] == "round"]
     done = running.wait()
     assert (done.code, max(closed, default=1) < 300) == (130, True)
     assert "Traceback" not in done.stderr
+
+
+FOREVER = """
+import time
+from consilium.engines.site import Site
+from consilium.local.train import Setting, Trainer
+original = Trainer.fit
+def fit(self, *arguments, **named):
+    while (self.site, self.round) == ("alpine", 2):
+        self.setting.go_on()
+        time.sleep(0.01)
+    if (self.site, self.round) == ("{site}", 2):
+        {action}
+    return original(self, *arguments, **named)
+Trainer.fit = fit
+"""
+
+
+def test_an_interrupt_ends_threads_between_two_steps(consilium: Parent, finished: Finished, tmp_path: Path) -> None:
+    hook = FOREVER.format(site="prairie", action='open("reached", "w").close()')
+    os.mkfifo(tmp_path / "reached")
+    settings = (*KINDS["drawless"], "engine.workers=4")
+    command = (*words(tmp_path, *settings), "--out", tmp_path / "out")
+    running = consilium.start(*command, hook=hook, cwd=tmp_path)
+    wait_for_writer(tmp_path / "reached")
+    os.kill(running.pid, signal.SIGINT)
+    done = running.wait()
+    assert (done.code, done.stderr) == (130, "")
+    assert not list((tmp_path / "out").rglob("failures.jsonl")), "nobody takes it for a failure of the site"
+    _ends_like(consilium, tmp_path, "drawless", finished("drawless"))
+
+
+def test_an_error_in_one_run_ends_the_threads_of_all(consilium: Parent, tmp_path: Path) -> None:
+    hook = FOREVER.format(site="pooled", action="raise SystemExit(7)")
+    settings = (*KINDS["drawless"], "engine.workers=4")
+    done = consilium(*words(tmp_path, *settings), "--out", tmp_path / "out", "--quiet", hook=hook)
+    assert done.code == 7, done
 
 
 class _BrokenPool:
