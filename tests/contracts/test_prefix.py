@@ -80,7 +80,8 @@ def test_no_bit_of_a_run_changes(name: str, tmp_path: Path) -> None:
 def test_nor_with_any_strategy(name: str, strategy: str, tmp_path: Path) -> None:
     def result(which: str, cache: Path | None) -> object:
         try:
-            return _results(_run(tmp_path / which, name, cache, strategy={"name": strategy}, train={"local_epochs": 2}))
+            train = {"local_epochs": 2, **variants.NEEDS.get(strategy, {}).get("train", {})}
+            return _results(_run(tmp_path / which, name, cache, strategy={"name": strategy}, train=train))
         except Exception as error:  # a pair that does not fit, with and without
             return str(error)
 
