@@ -371,3 +371,14 @@ def test_the_mean_of_shared_tensors_is_fedavgs() -> None:
     outcome = toy.federate(strategy, 1)
     mean = weighted_mean([(1, learned.update) for learned in outcome.learned[0].values()])
     assert equal(outcome.server.shared, mean)
+
+
+@pytest.mark.parametrize("penalty", ["cos", "pooled", "subspace"])
+def test_fast_paths_and_recomputing_change_no_bit(tmp_path: Path, penalty: str) -> None:
+    """What a penalty looks at is there under a cached prefix and in blocks that are computed again."""
+    outcomes = []
+    for cached, again in ((False, False), (True, False), (False, True)):
+        engine = {"prefix_cache": cached, "gradient_checkpointing": again}
+        tables = {"tuner": [{"name": "lora", "rank": 2, "blocks": [4, 5]}], "train": {"rounds": 2}, "engine": engine}
+        outcomes.append(_run(tmp_path / f"{cached} {again}", "fedopal", {"penalty": penalty}, **tables))
+    assert all(_same(outcomes[0], other) for other in outcomes[1:])
