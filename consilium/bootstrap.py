@@ -49,6 +49,16 @@ class Rows:
         return not bool(np.isfinite(self.probabilities).all())
 
 
+@dataclass(frozen=True)
+class Table:
+    """All images of a table, sorted by id; taken apart once, as a frame is slow to cut into many small ones."""
+
+    probabilities: Array  # [n, C]
+    labels: IntArray  # [n]
+    groups: npt.NDArray[np.object_]  # [n] text
+    ids: npt.NDArray[np.object_]  # [n] text
+
+
 def read(
     predictions: pd.DataFrame, classes: Sequence[str], bootstrap: int, seed: int, sites: Sequence[str] = ()
 ) -> list[Rows]:
@@ -61,20 +71,22 @@ def read(
     if len(labels) and (labels.min() < 0 or labels.max() >= len(classes)):
         found = sorted(set(labels.tolist()))
         raise DataError("a label is no class", allowed=f"0 to {len(classes) - 1}", received=found)
-    names = predictions["site"].astype(str).to_numpy()
-    return [_site_rows(predictions[names == site], site, classes, bootstrap, seed) for site in sorted({*names, *sites})]
+    table = predictions.sort_values("id", kind="stable")
+    names, groups, ids = (table[name].astype(str).to_numpy(object) for name in ("site", "group", "id"))
+    whole = Table(table[columns].to_numpy(np.float64), table["label"].to_numpy(np.int64), groups, ids)
+    places = {site: np.flatnonzero(names == site) for site in sorted({*names, *sites})}
+    return [_site_rows(whole, at, site, classes, bootstrap, seed) for site, at in places.items()]
 
 
-def _site_rows(table: pd.DataFrame, site: str, classes: Sequence[str], bootstrap: int, seed: int) -> Rows:
-    table = table.sort_values("id", kind="stable")
-    names, groups = np.unique(table["group"].astype(str).to_numpy(), return_inverse=True)
-    labels = table["label"].to_numpy(np.int64)
+def _site_rows(whole: Table, at: IntArray, site: str, classes: Sequence[str], bootstrap: int, seed: int) -> Rows:
+    names, groups = np.unique(whole.groups[at], return_inverse=True)
+    labels = whole.labels[at]
     return Rows(
         site,
         tuple(classes),
-        table[[f"p.{name}" for name in classes]].to_numpy(np.float64),
+        whole.probabilities[at],
         labels,
-        table["id"].astype(str).tolist(),
+        whole.ids[at].tolist(),
         groups.astype(np.int64),
         _weights(_strata(groups, labels, len(names), len(classes)), bootstrap, seed, site),
     )
