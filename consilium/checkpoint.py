@@ -9,24 +9,28 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 from consilium.errors import StateError
-from consilium.tensors import Tensors, digest_all, dumps, loads, read_meta
+from consilium.tensors import Tensors, digest_all, loads, pieces, read_meta
 
 LOST = "restore this file from a backup, or start again with another --out"
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` by `data` in one step; StateError where the disk is full or not writable."""
+    _write(path, [data])
+
+
+def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(data)
+            file.writelines(pieces)
             _sync(file)
         temporary.replace(path)
         _sync_folder(path.parent)
@@ -73,7 +77,7 @@ def read_json(path: Path) -> Any:
 
 def save(path: Path, tensors: Tensors, meta: Mapping[str, object]) -> None:
     """Write tensors and JSON meta as one safetensors file with a checksum over both."""
-    write_bytes(path, dumps(tensors, {"meta": dict(meta), "checksum": _checksum(tensors, meta)}))
+    _write(path, pieces(tensors, {"meta": dict(meta), "checksum": _checksum(tensors, meta)}))
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from consilium import tensors
 from consilium.errors import WireError
@@ -96,6 +98,31 @@ def test_tensors_that_share_memory_are_written_apart() -> None:
     block = torch.arange(6.0)
     held = {"kept": block, "sent": block, "part": block[:2], "turned": block.view(2, 3).T}
     assert tensors.equal(tensors.loads(tensors.dumps(held)), held)
+
+
+def test_a_file_has_the_bytes_that_the_library_would_write() -> None:
+    kinds = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8]
+    held = {f"{kind} é": torch.arange(5).to(kind) for kind in [*kinds, torch.int16, torch.uint8, torch.bool]}
+    held |= {"none": torch.empty(0, 3), "one": torch.tensor(1.5), "turned": torch.ones(2, 3).T}
+    text = json.dumps({"a": 'é\n\x01\x7f"'})
+    for each, meta, metadata in (
+        (held, {"a": 'é\n\x01\x7f"'}, {"consilium": text}),
+        (held, None, None),
+        ({}, None, None),
+    ):
+        assert tensors.dumps(each, meta) == save(tensors.detach(each), metadata=metadata)
+
+
+def test_pieces_of_a_file_are_no_copies() -> None:
+    value = torch.zeros(1000)
+    (piece,) = [piece for piece in tensors.pieces({"x": value}) if len(piece) == 4000]
+    value += 1
+    assert bytes(piece[:4]) == bytes.fromhex("0000803f")
+
+
+def test_a_type_without_a_name_is_refused() -> None:
+    with pytest.raises(WireError, match=r"(?s)no name.*x.*complex64"):
+        tensors.dumps({"x": torch.zeros(1, dtype=torch.complex64)})
 
 
 def test_meta_is_read_without_the_tensors(tmp_path: Path) -> None:
