@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -166,8 +166,11 @@ def _train(plans: Mapping[str, Plan], prepared: sites.Federation, show: Display,
             return
         with ThreadPoolExecutor(len(todo)) as threads:  # they only wait for the worker processes
             try:
-                for future in as_completed([threads.submit(one, name) for name in todo]):
-                    future.result()
+                running = {threads.submit(one, name) for name in todo}
+                while running:  # without a pause, an interrupt that another thread catches would never be heard here
+                    done, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        future.result()
             except BaseException:  # an error or an interrupt ends them all; each can be resumed
                 simulation.stop()
                 raise
