@@ -10,6 +10,7 @@ import json
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from safetensors import safe_open
@@ -49,6 +50,11 @@ def onto(device: torch.device | str, tensor: Tensor) -> Tensor:
     """A tensor of the CPU on a device. A GPU fetches it from pinned memory by itself; the program does not wait."""
     source = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
     return source.to(device, non_blocking=True)
+
+
+def fetched(tensors: Tensors) -> Callable[[torch.device], Tensors]:
+    """The same tensors on a device, copied there when first asked for."""
+    return cache(lambda device: {name: value.to(device) for name, value in tensors.items()})
 
 
 def weighted_mean(terms: Iterable[tuple[float, Tensors]]) -> dict[str, Tensor]:

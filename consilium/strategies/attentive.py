@@ -37,7 +37,7 @@ from consilium.protocols import Declaration, Learned, LocalTraining, Objective, 
 from consilium.registry import Options, register
 from consilium.strategies.ditto import own_and_shared
 from consilium.strategies.fedavg import Averaging
-from consilium.tensors import Tensors, squared_distance, under, weighted_mean, within
+from consilium.tensors import Tensors, fetched, squared_distance, under, weighted_mean, within
 
 OWN, MEANS = "own", "mean"
 Rows = Callable[[Mapping[str, Tensors], Specs, int], Mapping[str, Mapping[str, float]]]  # models, specs, round -> xi
@@ -90,10 +90,11 @@ class Attentive(Averaging):
         return Learned(update, kept, fitted.loss, fitted.num_steps, fitted.image_passes)
 
     def _objective(self, received: Tensors, training: LocalTraining) -> Objective:
-        anchor = {name: value for name, value in received.items() if training.active(training.specs[name].tag)}
+        anchor = fetched({n: value for n, value in received.items() if training.active(training.specs[n].tag)})
 
         def objective(variables: Tensors, batch: Batch, generator: torch.Generator) -> Tensor:  # noqa: ARG001
-            return training.loss(variables, batch) + self.pull / 2 * squared_distance(variables, anchor)
+            pull = self.pull / 2 * squared_distance(variables, anchor(batch.labels.device))
+            return training.loss(variables, batch) + pull
 
         return objective
 

@@ -26,7 +26,7 @@ from consilium.data import Batch
 from consilium.protocols import Declaration, Learned, LocalTraining, Personal
 from consilium.registry import register
 from consilium.strategies.fedavg import Averaging, FedAvgOptions
-from consilium.tensors import Tensors, squared_distance, under, within
+from consilium.tensors import Tensors, fetched, squared_distance, under, within
 
 OWN = "own"  # in front of a tensor of the site's own model
 
@@ -48,17 +48,18 @@ class Ditto(Averaging):
         shared = {name: value for name, value in received.items() if name in training.specs}
         base = {name: value for name, value in received.items() if name not in shared}
         rest = {name: value for name, value in personal.tensors.items() if name in training.specs}
-        anchor = {name: value for name, value in shared.items() if training.active(training.specs[name].tag)}
+        active = {name: value for name, value in shared.items() if training.active(training.specs[name].tag)}
+        anchor = fetched(active)
 
         def objective(variables: Tensors, batch: Batch, generator: torch.Generator) -> Tensor:  # noqa: ARG001
             own = within(OWN, variables)
             loss = training.loss({**{name: variables[name] for name in base}, **own}, batch)
-            return loss + self.strength / 2 * squared_distance(own, anchor)
+            return loss + self.strength / 2 * squared_distance(own, anchor(batch.labels.device))
 
         start = under(OWN, within(OWN, personal.tensors) or {**shared, **rest})
         own = training.fit(start, objective=objective, fixed=base)
         fitted = training.fit({**shared, **rest}, fixed=base)
-        update = {name: fitted.variables[name] for name in anchor}
+        update = {name: fitted.variables[name] for name in active}
         kept = Personal({**own.variables, **{name: fitted.variables[name] for name in rest}})
         steps, passes = own.num_steps + fitted.num_steps, own.image_passes + fitted.image_passes
         return Learned(update, kept, own.loss, steps, passes)

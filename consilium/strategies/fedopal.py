@@ -36,6 +36,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from consilium import orthogonality
+from consilium.config import changed
 from consilium.data import Batch
 from consilium.orthogonality import OF_SIDES, Couple
 from consilium.protocols import LocalTraining, Objective
@@ -61,7 +62,7 @@ class FedopalOptions(DualOptions):
 
     @model_validator(mode="after")
     def _act(self) -> FedopalOptions:
-        given, sided = self.model_fields_set, self.hard is not None or (self.strength > 0 and self.penalty in OF_SIDES)
+        given, sided = changed(self), self.hard is not None or (self.strength > 0 and self.penalty in OF_SIDES)
         if self.personal_rank == 0 and (self.strength > 0 or self.hard):
             raise ValueError("personal_rank = 0 leaves nothing to be orthogonal: strength = 0, and hard left out")
         if "side" in given and not sided:

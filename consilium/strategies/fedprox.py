@@ -12,8 +12,6 @@ Identity: mu = 0 is FedAvg, bit by bit; a single step from w_t is FedAvg's for e
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -22,7 +20,7 @@ from consilium.data import Batch
 from consilium.protocols import LocalTraining, Objective
 from consilium.registry import register
 from consilium.strategies.fedavg import FedAvg, FedAvgOptions, ObjectiveFor
-from consilium.tensors import Tensors, squared_distance
+from consilium.tensors import Tensors, fetched, squared_distance
 
 
 class FedProxOptions(FedAvgOptions):
@@ -36,7 +34,7 @@ def proximal(mu: float) -> ObjectiveFor:
 
     def objective_for(received: Tensors, training: LocalTraining) -> Objective:
         active = {name: value for name, value in received.items() if training.active(training.specs[name].tag)}
-        anchor = cache(lambda device: {name: value.to(device) for name, value in active.items()})  # fetched once
+        anchor = fetched(active)
 
         def objective(variables: Tensors, batch: Batch, generator: torch.Generator) -> Tensor:  # noqa: ARG001
             return training.loss(variables, batch) + mu / 2 * squared_distance(variables, anchor(batch.labels.device))

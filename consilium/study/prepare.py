@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 from consilium import check, registry, results, run
 from consilium.config import Config, config_hash
 from consilium.coordinator import predicted_passes
+from consilium.engines import stacked
 from consilium.engines.simulate import num_workers
 from consilium.errors import ConfigError, ConsiliumError, DataError
 from consilium.experiment import Experiment, assemble, load_backbone, pick_device
@@ -116,6 +117,8 @@ def _facts(config: Config, data: Federation) -> Facts | ConsiliumError:
         run.check_serving(config, data)
         device = pick_device(config.engine.device, config.train.precision)
         experiment = assemble(_on_cpu(config), data.classes)
+        there = replace(experiment, setting=replace(experiment.setting, device=device))
+        stacked_sites = stacked.resolved(there, len(data.sites)).config.engine.stacked_sites
     except ConfigError as error:
         return error
     images = {name: len(site.train) for name, site in data.sites.items()}
@@ -128,7 +131,7 @@ def _facts(config: Config, data: Federation) -> Facts | ConsiliumError:
         cores=config.engine.threads * num_workers(config.engine.workers, len(data.sites)),
         device=device,
         identity=_identity(data, device),
-        hashed=_hasher(experiment),
+        hashed=_hasher(experiment, stacked_sites),
         images=images,
         warnings=(*results.warnings(experiment, data),),
     )
@@ -141,9 +144,15 @@ def _on_cpu(config: Config) -> Config:
     return config.model_copy(update={"engine": config.engine.model_copy(update={"device": "cpu"})})
 
 
-def _hasher(experiment: Experiment) -> Callable[[Config], str]:
+def _hasher(experiment: Experiment, stacked_sites: int | str) -> Callable[[Config], str]:
+    """As a run hashes its configuration, which says how many sites it stacks."""
     digest, preprocessing = experiment.backbone.digest, experiment.backbone.preprocessing
-    return lambda config: config_hash(config, digest, preprocessing)
+
+    def hashed(config: Config) -> str:
+        engine = config.engine.model_copy(update={"stacked_sites": stacked_sites})
+        return config_hash(config.model_copy(update={"engine": engine}), digest, preprocessing)
+
+    return hashed
 
 
 def _identity(data: Federation, device: str) -> dict[str, Any]:

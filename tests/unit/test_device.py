@@ -89,7 +89,7 @@ def _waits(pieces: Any, steps: int) -> Counter[str]:
     trainer = Trainer(replace(pieces.setting, config=settings), EXAMPLES, 1, "a", [8, 8, 8], {})
     initial, strategy = pieces.initial(3), pieces.strategy
     personal = strategy.init_site(initial, pieces.model.specs, "a")
-    received = strategy.send(strategy.init_server(initial, pieces.model.specs, ["a"]), "a")
+    received = strategy.send(strategy.init_server(initial, pieces.model.specs, ["a", "b"]), "a")
     with Waits() as waits, Numbers() as numbers:
         learned = strategy.learn(received, personal, trainer)
     assert isinstance(learned.personal, Personal)

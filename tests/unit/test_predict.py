@@ -14,7 +14,7 @@ from consilium import checkpoint, config, experiment, registry
 from consilium.errors import DataError, StateError
 from consilium.predict import load_trained, predict
 from consilium.sites.store import transform_pixels
-from tests import small
+from tests import small, variants
 
 CLASSES = ["a", "b", "c"]
 
@@ -134,7 +134,7 @@ def test_a_run_of_any_strategy_opens_again(strategy: str, tmp_path: Path) -> Non
     plain = {
         "backbone": {"name": "embedded", "image_size": 32},
         "strategy": {"name": strategy},
-        "train": {"optimizer": "sgd", "learning_rate": 0.1, "local_steps": 3},
+        **variants.NEEDS.get(strategy, {}),
         "sites": {"source": "folder", "path": str(tmp_path), "split": {"column": "fold"}},
     }
     settings = config.from_dict(plain)
