@@ -30,7 +30,7 @@ from consilium.local.train import Setting, Trainer
 from consilium.messages import Reply, Request, check_learned, decode_request, encode, is_count, open_message
 from consilium.metrics import without_nan
 from consilium.protocols import Failure, Fitted, Learned, Personal
-from consilium.tensors import Tensors, equal, non_finite
+from consilium.tensors import Tensors, digest_all, equal, non_finite
 
 Numbers = dict[str, Any]
 
@@ -126,7 +126,7 @@ class Site:
         state = self._state(request)
         validated = bool(request.context.get("validate", True))
         depth = self._depth(request.round)
-        incoming = self._validate(state.received, state.personal, depth) if validated else {}
+        incoming = self._validated(state.received, state.personal, state.validated, depth) if validated else {}
         moments = dict(state.moments)
         learned = self._learn(request, state, moments)
         broken = non_finite(learned.update) or non_finite(learned.personal.tensors)
@@ -134,17 +134,17 @@ class Site:
             message = f"round {request.round}: NaN or infinity in {', '.join(broken[:3])}"
             return Reply(self.data.name, request.round, 0, failure=Failure(self.data.name, "non_finite", message))
         sent = {**state.received, **learned.update}
-        outgoing = self._validate(sent, learned.personal, depth) if validated else {}
+        outgoing = self._validated(sent, learned.personal, incoming, depth) if validated else {}
         declared = self.experiment.up(request.round)
         wire, left = self.experiment.codec.reply(learned.update, state.received, state.residual, declared)
-        after = SiteState(request.round, state.received, learned.personal, learned.update, moments, left)
+        after = SiteState(request.round, state.received, learned.personal, learned.update, moments, left, outgoing)
         self._states.save(after, keep={request.builds_on, *request.context.get("keep", ())})
         numbers = {
             "loss": learned.loss,
             "num_steps": learned.num_steps,
             "image_passes": learned.image_passes,
             "seconds": perf_counter() - started - (self.seat.idle if self.seat else 0.0),
-            "val": {"incoming": incoming, "outgoing": outgoing},
+            "val": {"incoming": incoming.get("numbers", {}), "outgoing": outgoing.get("numbers", {})},
             **({"learned": dict(learned.numbers)} if learned.numbers else {}),
         }
         check_learned(numbers, self.experiment.strategy.declares.numbers)
@@ -152,7 +152,7 @@ class Site:
 
     def _evaluate(self, request: Request) -> Reply:
         state = self._state(request)
-        numbers = {"val": {"incoming": self._validate(state.received, state.personal)}}
+        numbers = {"val": {"incoming": self._validated(state.received, state.personal, state.validated)["numbers"]}}
         return Reply(self.data.name, request.round, len(self.data.train), numbers=numbers)
 
     def _finish(self, request: Request) -> Reply:
@@ -228,8 +228,16 @@ class Site:
         counts = np.bincount(self.data.train.labels, minlength=len(self.experiment.task.classes))
         return [int(count) for count in counts]
 
-    def _validate(self, received: Tensors, personal: Personal, depth: int | None = None) -> Numbers:
-        variables, val = self.experiment.strategy.deploy(received, personal)["personal"], self.data.val
+    def _validated(
+        self, received: Tensors, personal: Personal, known: Mapping[str, Any], depth: int | None = None
+    ) -> Mapping[str, Any]:
+        """{"of": the digest of a model, "numbers": of its validation}; `known` where that is of this very model."""
+        variables = self.experiment.strategy.deploy(received, personal)["personal"]
+        of = f"{digest_all(variables)}-{depth}"  # what is computed in two parts may have other last bits on a GPU
+        return known if known.get("of") == of else {"of": of, "numbers": self._validate(variables, depth)}
+
+    def _validate(self, variables: Tensors, depth: int | None) -> Numbers:
+        val = self.data.val
         found = self.experiment.task.validation(self._probabilities(variables, val, depth), val.labels)
         return {name: without_nan(float(value)) for name, value in found.items()}
 

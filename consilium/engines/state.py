@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -20,7 +21,8 @@ from consilium.tensors import Tensors
 @dataclass(frozen=True)
 class SiteState:
     """After a round: all that was received so far, what is personal, what was trained to be sent, the optimiser's
-    moments, and what a codec left unsaid."""
+    moments, what a codec left unsaid, and the validation of the model as it was trained, which is not computed again
+    where that model comes back."""
 
     round: int
     received: Tensors
@@ -28,6 +30,7 @@ class SiteState:
     sent: Tensors = field(default_factory=dict)
     moments: Tensors = field(default_factory=dict)
     residual: Tensors = field(default_factory=dict)
+    validated: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class StateFolder:
             "residual": state.residual,
         }
         flat = {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
-        checkpoint.save(self._path(state.round), flat, {"round": state.round, "agreement": self.agreement})
+        meta = {"round": state.round, "agreement": self.agreement, "validated": dict(state.validated)}
+        checkpoint.save(self._path(state.round), flat, meta)
         for number in self.rounds():
             if number < state.round and number not in keep:
                 self._path(number).unlink()
@@ -78,6 +82,7 @@ class StateFolder:
             _part(flat, "sent"),
             _part(flat, "moments"),
             _part(flat, "residual"),
+            meta["validated"],
         )
 
     def _path(self, round: int) -> Path:
