@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -144,6 +145,7 @@ def _finish(event: Event) -> str:
 
 
 _QUIET = ("ok", "not_drawn")
+_FEWEST_ROWS = 4  # on however small a screen
 _DONE = {"round": "trained", "evaluate": "validated", "finish": "tested"}  # kind of request -> status of its reply
 
 
@@ -173,11 +175,12 @@ class _Row:
 
     status: str = "waiting"
     loss: float | None = None
-    history: list[float] = field(default_factory=list)
+    history: deque[float] = field(default_factory=lambda: deque(maxlen=24))
 
 
 class _Board:
-    """The live view: what was last heard of the run, of its references and of every site."""
+    """The live view: what was last heard of the run, of its references and of the sites. It is drawn four times a
+    second, so of many sites only as many as fit on the screen: those heard of last."""
 
     def __init__(self, console: Console) -> None:
         columns = (
@@ -188,8 +191,9 @@ class _Board:
         )
         left = (TextColumn("left"), TimeRemainingColumn())
         self._progress = Progress(*columns, *left, console=console, speed_estimate_period=3600)
+        self._console = console
         self._bars: dict[str, TaskID] = {}
-        self._rows: dict[str, _Row] = {}
+        self._rows: dict[str, _Row] = {}  # the last heard of is the last
         self.closing: list[str | None] = []
 
     def take(self, event: Event) -> None:
@@ -210,9 +214,15 @@ class _Board:
         if not self._rows:
             return self._progress
         table = Table("site", "status", "loss", "validation balanced accuracy", box=None, pad_edge=False)
-        for name, row in list(self._rows.items()):
-            last = estimate(row.history[-1]) if row.history else "-"
-            table.add_row(name, row.status, estimate(row.loss), f"{last} {sparkline(row.history[-24:])}")
+        rows = list(self._rows.items())
+        room = max(_FEWEST_ROWS, self._console.height - len(self._bars) - 2)  # beside the head and the line below
+        shown = rows if len(rows) <= room else rows[-room:]
+        for name, row in sorted(shown, key=lambda each: each[0]):
+            history = list(row.history)
+            last = estimate(history[-1]) if history else "-"
+            table.add_row(name, row.status, estimate(row.loss), f"{last} {sparkline(history)}")
+        if hidden := len(rows) - len(shown):
+            table.add_row(f"and {hidden:,} more")
         return Group(self._progress, table)
 
     def _advance(self, name: str, done: int, total: int | None = None) -> None:
@@ -227,20 +237,25 @@ class _Board:
         self._advance(event["what"], event["done"], event["total"])
 
     def _start(self, event: Event) -> None:
-        self._rows = {site: _Row() for site in event["sites"]}
+        self._rows = {site: _Row() for site in reversed(event["sites"])}
         self._advance("rounds", 0, event["rounds"])
 
     def _site(self, event: Event) -> None:
-        row = self._rows.setdefault(event["site"], _Row())
+        row = self._rows.pop(event["site"], None) or _Row()
+        self._note(row, event)
+        self._rows[event["site"]] = row
+
+    def _note(self, row: _Row, event: Event) -> None:
         done = _DONE.get(event.get("kind", ""), "ok")
         row.status = done if event["status"] == "ok" else event["status"].replace("_", " ")
         row.loss = event.get("loss", row.loss)
 
     def _round(self, event: Event) -> None:
         for name, site in event["sites"].items():
-            self._site({"site": name, **site})
+            row = self._rows.setdefault(name, _Row())
+            self._note(row, site)
             value = site.get("val", {}).get("outgoing", {}).get(_METRIC)
-            self._rows[name].history.append(math.nan if value is None else value)
+            row.history.append(math.nan if value is None else value)
         self._advance("rounds", event["round"])
 
     def _reference(self, event: Event) -> None:

@@ -77,6 +77,24 @@ def test_the_live_view_has_a_row_per_site_and_ends_with_the_outcome() -> None:
     assert shown.rstrip().endswith("report: runs/trial/report.html")
 
 
+def test_of_more_sites_than_fit_those_heard_of_last_are_shown() -> None:
+    names = [f"site-{number:03d}" for number in range(300)]
+    screen = Console(file=io.StringIO(), width=100, height=12, force_terminal=True)
+
+    def lines() -> list[str]:
+        rows = ["".join(piece.text for piece in row).split() for row in screen.render_lines(board)]
+        return [" ".join(row[:2]) for row in rows]
+
+    board = progress._Board(screen)
+    board.take({**START, "sites": names})
+    assert lines()[2:] == [*(f"{name} waiting" for name in names[:9]), "and 291"]
+    for name in names[:200]:
+        board.take({"event": "site", "round": 1, "site": name, "status": "ok", "kind": "round"})
+    assert lines()[2:] == [*(f"{name} trained" for name in names[191:200]), "and 291"]
+    board.take({**ROUND, "sites": {name: {"status": "ok", "loss": 0.5} for name in names}})
+    assert lines()[2:] == [*(f"{name} ok" for name in names[191:200]), "and 291"]
+
+
 def test_quiet_prints_the_outcome_only() -> None:
     assert _shown(progress.quiet).splitlines()[0] == "balanced accuracy: 0.700 [0.600, 0.800]"
 
