@@ -17,8 +17,9 @@ import torch
 from benchmarks import children, limit
 from benchmarks.frame import Estimate, Result, Scale, alternate
 from benchmarks.job import Job
+from consilium import payload
 from consilium.experiment import Experiment, assemble
-from consilium.protocols import Update
+from consilium.protocols import Specs, Update
 from consilium.tensors import Tensors
 
 NAME, TITLE = "combine", "The coordinator's sum"
@@ -57,10 +58,14 @@ def model() -> Experiment:
 
 
 def pool(experiment: Experiment, count: int) -> list[Tensors]:
-    """So many different updates."""
+    """So many different updates, as messages bring them."""
     torch.manual_seed(0)
     specs = experiment.up(1)
-    return [{name: torch.randn(spec.shape) for name, spec in specs.items()} for _ in range(count)]
+    return [_sent({name: torch.randn(spec.shape) for name, spec in specs.items()}, specs) for _ in range(count)]
+
+
+def _sent(update: Tensors, specs: Specs) -> Tensors:
+    return payload.loads(b"".join(payload.chunks(update, specs)), specs)
 
 
 def speed(experiment: Experiment, updates: list[Tensors], count: int) -> float:

@@ -47,13 +47,19 @@ def chunks(tensors: Tensors, declared: Specs) -> Iterator[bytes | memoryview]:
 
 
 def loads(data: bytes | memoryview, declared: Specs, where: str = "") -> dict[str, Tensor]:
-    """The tensors of a payload, in memory of their own; WireError with `where` for anything but a whole payload."""
+    """The tensors of a payload, in memory of their own and behind one another; WireError with `where` for anything but
+    a whole payload."""
     shapes, start = _read_head(data, declared, where)
+    if not shapes:
+        return {}
     values = bytearray(memoryview(data)[start:])  # tensors must be writable, and lie where their type allows
+    whole = torch.frombuffer(values, dtype=torch.uint8) if values else torch.empty(0, dtype=torch.uint8)
     found, at = {}, 0
     for name in _laid_out(declared, shapes):
         dtype, count = declared[name].dtype, math.prod(shapes[name])
-        flat = torch.frombuffer(values, dtype=dtype, count=count, offset=at) if count else torch.empty(0, dtype=dtype)
+        flat = torch.empty(0, dtype=dtype).set_(
+            whole.untyped_storage(), at // dtype.itemsize, (count,), (1,)
+        )  # no view of another
         found[name] = flat.reshape(shapes[name])
         at += count * dtype.itemsize
     return found

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save
 
-from consilium import tensors
+from consilium import payload, tensors
 from consilium.errors import WireError
+from consilium.protocols import Spec, Tag
 
 
 def test_map_goes_name_by_name_and_refuses_other_names() -> None:
@@ -46,6 +48,67 @@ def test_weighted_mean_sums_in_float64_and_keeps_the_type() -> None:
     assert mean.item() == torch.tensor((2.0**24 + 2) / 3).item()
     half = tensors.weighted_mean([(1.0, {"x": torch.ones(2, dtype=torch.bfloat16)})])["x"]
     assert half.dtype == torch.bfloat16
+
+
+def slow_mean(terms: list[tuple[float, tensors.Tensors]]) -> dict[str, torch.Tensor]:
+    """Tensor by tensor, with a new copy in every step."""
+    found = {}
+    for name in sorted({name for _, term in terms for name in term}):
+        held = [(weight, term[name]) for weight, term in terms if name in term]
+        total = torch.zeros_like(held[0][1], dtype=torch.float64)
+        for weight, tensor in held:
+            total = total + tensor.to(torch.float64) * weight
+        found[name] = (total / float(sum(weight for weight, _ in held))).to(held[0][1].dtype)
+    return found
+
+
+def laid_out(seed: int, names: str, width: torch.dtype = torch.float32, gap: int = 0) -> dict[str, torch.Tensor]:
+    """Tensors of odd shapes behind one another in one piece of memory, with a gap between."""
+    shapes = {"a": (3, 5), "b": (), "c": (7,), "d": (0, 2), "e": (2, 1, 4)}
+    whole, at, found = torch.randn(100, generator=torch.Generator().manual_seed(seed)).to(width), 3, {}
+    for name in names:
+        length = math.prod(shapes[name])
+        found[name] = whole[at : at + length].view(shapes[name])
+        at += length + gap
+    return found
+
+
+TERMS = {
+    "laid out alike": [laid_out(seed, "abcde") for seed in range(4)],
+    "with gaps": [laid_out(0, "abc"), laid_out(1, "abc", gap=1), laid_out(2, "abc")],
+    "some names first": [laid_out(0, "ac"), laid_out(1, "abcde"), laid_out(2, "ac"), laid_out(3, "abcde")],
+    "some names last": [laid_out(0, "abcde"), laid_out(1, "bc"), laid_out(2, "e"), laid_out(3, "abcde")],
+    "apart": [laid_out(0, "ab"), laid_out(1, "ce"), laid_out(2, "ab"), laid_out(3, "ce")],
+    "in another order": [laid_out(0, "ab"), laid_out(1, "ba"), laid_out(2, "ab")],
+    "of another type": [laid_out(0, "abc"), laid_out(1, "abc", torch.bfloat16), laid_out(2, "abc", torch.float64)],
+    "of mixed types": [
+        {**laid_out(seed, "ab"), **{n: t.half() for n, t in laid_out(9, "ce").items()}} for seed in (0, 1)
+    ],
+    "copies": [{name: value.clone() for name, value in laid_out(seed, "abcde").items()} for seed in range(3)],
+    "transposed": [{"a": laid_out(seed, "a")["a"].T, "c": laid_out(seed, "ac")["c"]} for seed in range(3)],
+}
+
+
+@pytest.mark.parametrize("kind", TERMS)
+def test_a_mean_has_the_bits_of_the_slow_one_wherever_its_terms_lie(kind: str) -> None:
+    terms = [(0.1 + 1.7 * at, term) for at, term in enumerate(TERMS[kind])]
+    before = [tensors.digest_all(term) for _, term in terms]
+    assert tensors.equal(tensors.weighted_mean(iter(terms)), slow_mean(terms))
+    assert [tensors.digest_all(term) for _, term in terms] == before
+
+
+def test_tensors_of_a_message_are_one() -> None:
+    declared = {n: Spec(shape, Tag("head", "head")) for n, shape in {"w": (2, 3), "b": (2,)}.items()}
+    data = b"".join(payload.chunks({"w": torch.ones(2, 3), "b": torch.zeros(2)}, declared))
+    read = payload.loads(data, declared)
+    joint = tensors._flat([*read.values()])
+    assert joint is not None
+    assert joint.tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
+    version = read["w"]._version
+    read["b"] += 1
+    assert read["w"]._version == version  # writing to one is no news of another
+    assert tensors._flat([read["w"], read["b"]]) is None
+    assert tensors._flat([read["w"].T, read["b"]]) is None
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan")])
