@@ -20,6 +20,7 @@ from consilium.coordinator import Coordinator, predicted_passes
 from consilium.data import SiteData
 from consilium.engines import stacked
 from consilium.engines.simulate import Federation, Recorder, Simulation, num_workers, secrets_of
+from consilium.engines.state import check_room
 from consilium.errors import ConfigError
 from consilium.exchange import Display
 from consilium.experiment import Experiment, assemble, load_backbone
@@ -143,8 +144,8 @@ def _identity(plan: Plan, prepared: sites.Federation) -> dict[str, object]:
 def _open(plan: Plan, prepared: sites.Federation) -> None:
     agreed = plan.experiment.handshake.agreement
     facts = {"agreement_hash": agreed, "classes": prepared.classes, "config": plan.data.config.to_dict()}
-    split = prepared.split.to_parquet(index=False)
-    run_folder.open_run(plan.data.folder, _identity(plan, prepared), facts, split)
+    check_room(plan.experiment, plan.data.folder, plan.data.sites)
+    run_folder.open_run(plan.data.folder, _identity(plan, prepared), facts, prepared.split.to_parquet(index=False))
 
 
 def _train(plans: Mapping[str, Plan], prepared: sites.Federation, show: Display, record: Recorder | None) -> None:

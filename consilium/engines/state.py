@@ -5,6 +5,8 @@ One checksummed file per round in the site's own folder. It never leaves: nothin
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +16,8 @@ from torch import Tensor
 
 from consilium import checkpoint
 from consilium.errors import StateError
-from consilium.protocols import Personal
+from consilium.experiment import Experiment
+from consilium.protocols import Personal, Specs
 from consilium.tensors import Tensors
 
 
@@ -91,3 +94,35 @@ class StateFolder:
 
 def _part(flat: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
     return {name.removeprefix(f"{part}/"): tensor for name, tensor in flat.items() if name.startswith(f"{part}/")}
+
+
+# ------------------------------------------------------------------------------------------------ room on the disk
+def check_room(experiment: Experiment, folder: Path, sites: Collection[str]) -> None:
+    """StateError where the disk under a run folder has not even room for the tensors that its sites will keep there."""
+    train = experiment.config.train
+    rounds, drawn = min(2, train.rounds), max(1, round(train.participation * len(sites)))
+    each = least_bytes(experiment, min(sites))
+    there = sum(path.stat().st_size for path in folder.glob("sites/*/state-*.safetensors"))  # of a run that goes on
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    if drawn * rounds * each - there > free:
+        raise StateError(
+            "the disk has no room for what the sites of this run keep",
+            where=str(folder),
+            allowed=f"{free / 1e9:.3g} GB free",
+            received=f"{drawn} sites x {rounds} rounds x {each / 1e6:.3g} MB = {drawn * rounds * each / 1e9:.3g} GB",
+            remedy="free disk space, choose an --out on another disk, or a tuner with fewer parameters",
+        )
+
+
+def least_bytes(experiment: Experiment, site: str) -> int:
+    """Of a site's state after a round: every variable, as it came or as it is personal; what was trained to be
+    sent; the moments of that. What a strategy keeps beside these, and what a codec left unsaid, come on top."""
+    train, specs = experiment.config.train, experiment.model.specs
+    moments = 0 if train.moments == "reset" else 2 if train.optimizer == "adamw" else 1 if train.momentum else 0
+    halves = [experiment.sent(number, site) for number in (1, 2)]  # some strategies send halves in turn
+    sent = min(_num_bytes({name: each[name] for name in each.keys() & specs.keys()}) for each in halves)
+    return _num_bytes(specs) + (1 + moments) * sent
+
+
+def _num_bytes(specs: Specs) -> int:
+    return sum(math.prod(size or 0 for size in spec.shape) * spec.dtype.itemsize for spec in specs.values())
