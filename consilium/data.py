@@ -31,6 +31,16 @@ class Examples:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def shares(self, other: Examples) -> bool:
+        """Whether both pick from the same store."""
+        mine, theirs = ((getattr(e.images, "filename", id(e.images)), e.images.shape) for e in (self, other))
+        return mine == theirs
+
+    def and_(self, other: Examples) -> Examples:
+        """The images of both, which must share a store."""
+        keys = ("rows", "labels", "ids", "groups", "origins")
+        return Examples(self.images, *(np.concatenate([getattr(self, key), getattr(other, key)]) for key in keys))
+
 
 @dataclass(frozen=True)
 class SiteData:

@@ -24,7 +24,7 @@ from consilium.engines.state import SiteState, StateFolder
 from consilium.errors import ConsiliumError, TrainingError, WireError
 from consilium.experiment import Experiment
 from consilium.local.predict import outputs
-from consilium.local.prefix import Prefixes
+from consilium.local.prefix import FEW, Prefixes
 from consilium.local.seats import Seat
 from consilium.local.train import Setting, Trainer
 from consilium.messages import Reply, Request, check_learned, decode_request, encode, is_count, open_message
@@ -254,11 +254,29 @@ class Site:
         return task.probabilities(found).numpy()
 
     def _both_splits(self, variables: Tensors) -> pd.DataFrame:
-        return stack([self._predictions("val", variables), self._predictions("test", variables)])
+        val, test, joint = self.data.val, self.data.test, self._joint
+        if joint is not None:
+            found = self._probabilities(variables, joint)
+            parts = found[: len(val)], found[len(val) :]
+        else:
+            parts = self._probabilities(variables, val), self._probabilities(variables, test)
+        return stack([self._predictions("val", val, parts[0]), self._predictions("test", test, parts[1])])
 
-    def _predictions(self, split: str, variables: Tensors) -> pd.DataFrame:
-        examples: Examples = getattr(self.data, split)
-        probabilities = self._probabilities(variables, examples)
+    @cached_property
+    def _joint(self) -> Examples | None:
+        """Validation and test images in one, where they are few and one pass gives the bits of two: on a processor, for
+        blocks with whole registers (`halves`), and never for one image, which a linear layer treats in its own way."""
+        val, test, setting = self.data.val, self.data.test, self.experiment.setting
+        small = min(len(val), len(test)) > 1 and len(val) + len(test) <= FEW and val.shares(test)
+        config = self.experiment.config
+        plain = (setting.device, setting.config.precision, config.engine.compile, config.head.kind)
+        kept = self._prefixes is not None and self._prefixes.lasting > 0  # by split, for other rounds and runs
+        if not small or plain != ("cpu", "float32", False, "linear") or kept:
+            return None
+        halves = setting.model.halves
+        return val.and_(test) if halves is not None and halves.even == halves.deepest else None
+
+    def _predictions(self, split: str, examples: Examples, probabilities: Any) -> pd.DataFrame:
         columns = {
             "split": split,
             "site": examples.origins,
