@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from consilium import seeds
 from consilium.tensors import Tensors
@@ -124,6 +125,18 @@ class _Trace:
     silent: list[bool] = field(default_factory=list)
 
 
+class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees in this thread whether anything is drawn; attention that drops nothing is marked as if it might."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        names = [each.name for each in func._schema.arguments]
+        drops = {**dict(zip(names, args, strict=False)), **(kwargs or {})}.get("dropout_p", "dropout_p" not in names)
+        self.seen |= torch.Tag.nondeterministic_seeded in func.tags and bool(drops)
+        return func(*args, **(kwargs or {}))
+
+
 def split(module: nn.Module, variables: Tensors, image_size: int) -> Halves | None:
     """The halves of a module, tried out with these variables of the backbone; None where they are not the whole."""
     like = next(module.parameters())
@@ -151,17 +164,16 @@ def _trace(module: nn.Module, variables: Tensors, images: Tensor) -> tuple[_Trac
             raise ValueError("blocks take one sequence of tokens, one after the other")
         found.tokens.append(inputs[0])
         found.named.append(named)
-        found.silent.append(_state(images.device) == start)
+        found.silent.append(not draws.seen)
 
-    with seeds.ambient(0):
-        start = _state(images.device)
+    with seeds.ambient(0), _Draws() as draws:  # type: ignore[no-untyped-call]
         handles = [block.register_forward_pre_hook(note, prepend=True, with_kwargs=True) for block in blocks]
         try:
             features: Tensor = functional_call(module, dict(variables), (images,), tie_weights=False)
         finally:
             for handle in handles:
                 handle.remove()
-        found.silent.append(_state(images.device) == start)
+        found.silent.append(not draws.seen)
     if len(found.named) != len(blocks):
         raise ValueError("each block is called once")
     return found, features
@@ -184,11 +196,6 @@ def _even(module: nn.Module, variables: Tensors, image: Tensor) -> int:
         for handle in handles:
             handle.remove()
     return min(odd)
-
-
-def _state(device: torch.device) -> bytes:
-    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-    return state.numpy().tobytes()
 
 
 def _tried_out(halves: Halves, variables: Tensors, image: Tensor, trace: _Trace, features: Tensor) -> list[int]:
