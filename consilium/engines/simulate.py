@@ -105,6 +105,7 @@ class Simulation:
     def __init__(self, federations: Mapping[str, Federation], workers: int, record: Recorder | None = None) -> None:
         self.answering, self.workers, self.record = Answering(federations), workers, record
         self.pool: Pool | None = None
+        self.stopped = False
 
     def __enter__(self) -> Simulation:
         federations = self.answering.federations
@@ -118,11 +119,12 @@ class Simulation:
     def __exit__(self, kind: object, *exception: object) -> None:
         if self.pool is not None:
             if kind is not None:
-                self.pool.stop()
+                self.stop()
             self.pool.close()
 
     def stop(self) -> None:
         """End the workers at once, whatever they do; the files they wrote are whole."""
+        self.stopped = True
         if self.pool is not None:
             self.pool.stop()
 
@@ -161,8 +163,9 @@ class Transport:
 
     def round(self, requests: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
         """Replies in the order of sites. Few sites start at once, the largest first; of many, some are asked ahead."""
-        window = AHEAD * self.simulation.workers if self.simulation.pool is not None else 1
-        groups = stacked.groups(requests, self.simulation.answering.federations[self.key].config)
+        config = self.simulation.answering.federations[self.key].config
+        window = AHEAD * self.simulation.workers * stacked.size(config) if self.simulation.pool is not None else 1
+        groups = stacked.groups(requests, config)
         waiting = deque(sorted(groups, key=self._size) if len(requests) <= window else groups)
         started: dict[str, Future[Replies]] = {}
         for site in sorted(requests):
@@ -184,7 +187,9 @@ class Transport:
     def _answer(self, site: str, future: Future[Replies]) -> bytes | Failure:
         try:
             reply = future.result().pop(site)
-        except BrokenExecutor:
+        except BrokenExecutor as error:
+            if self.simulation.stopped:  # no site was lost: its round is to be repeated, not closed without it
+                raise pools.Stopped from error
             return Failure(site, "lost", "its worker process died (out of memory?)")
         self._record("up", site, reply)
         return reply

@@ -13,7 +13,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor
 BUDGET = 64 * 1024**3  # bytes
 RESERVE = 4 * 1024**3
 IDLE = 24 * 3600  # seconds
-_whole: dict[Path, tuple[int, ...]] = {}  # files whose checksum this process has verified
+_whole: dict[Path, tuple[object, ...]] = {}  # files whose checksum this process has verified
 
 
 def load(path: Path) -> Tensor | None:
@@ -33,8 +33,8 @@ def load(path: Path) -> Tensor | None:
     try:
         index = json.loads(path.with_suffix(".json").read_text())
         state = path.stat()
-        mark = (state.st_ino, state.st_size, state.st_mtime_ns)
-        if _whole.get(path) != mark and _checksum(path) != index["sha256"]:
+        mark = (state.st_ino, state.st_size, state.st_mtime_ns, index["sha256"], index["dtype"], tuple(index["shape"]))
+        if _whole.get(path) != mark and _sealed(index, _checksum(path)) != index["sha256"]:
             return None
         _whole[path] = mark
         with suppress(OSError):
@@ -76,13 +76,19 @@ def _write(path: Path, chunks: Iterable[Tensor]) -> dict[str, Any]:
             file.write(data)
             total.update(data)
             rows, shape, dtype = rows + len(chunk), list(chunk.shape[1:]), str(chunk.dtype).removeprefix("torch.")
-    return {"sha256": total.hexdigest(), "dtype": dtype, "shape": [rows, *shape]}
+    index = {"dtype": dtype, "shape": [rows, *shape]}
+    return {**index, "sha256": _sealed(index, total.hexdigest())}
+
+
+def _sealed(index: Mapping[str, Any], checksum: str) -> str:
+    """Covers type and shape beside the bytes."""
+    return hashlib.sha256(json.dumps([index["dtype"], index["shape"], checksum]).encode()).hexdigest()
 
 
 def _make_room(folder: Path, size: int) -> bool:
     """Whether so many bytes may be written now, once what is old has gone."""
     files = {path: path.stat() for path in folder.glob("*.bin")}
-    used = sum(state.st_size for state in files.values())
+    used = sum(state.st_size for state in files.values()) + _unfinished(folder)
     last = {path: _last_use(path, state.st_mtime) for path, state in files.items()}
     for path in sorted(files, key=lambda each: last[each]):
         if _fits(folder, used, size) or last[path] > time.time() - IDLE:
@@ -91,6 +97,19 @@ def _make_room(folder: Path, size: int) -> bool:
             each.unlink(missing_ok=True)
         used -= files[path].st_size
     return _fits(folder, used, size)
+
+
+def _unfinished(folder: Path) -> int:
+    """Bytes that others are writing; what nobody has written to for a day is of a process that died, and goes."""
+    used = 0
+    for path in folder.glob(".*.partial"):
+        with suppress(OSError):  # it may have been finished meanwhile
+            state = path.stat()
+            if state.st_mtime < time.time() - IDLE:
+                path.unlink()
+            else:
+                used += state.st_size
+    return used
 
 
 def _last_use(path: Path, otherwise: float) -> float:

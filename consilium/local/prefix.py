@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,7 +32,7 @@ from consilium.tensors import Tensors
 
 FORMAT = 1
 FEW = 16  # images at once: they fit into the cache of a processor, which is up to a fifth quicker
-MEMORY = 2 * 1024**3  # bytes of tokens in memory while a site answers one request
+MEMORY = 512 * 1024**2  # bytes of tokens in memory while a site answers one request; every worker has one
 _pixels: dict[int, tuple[ref[Examples], str]] = {}  # identity of a split -> itself, while in use, and its digest
 
 
@@ -84,6 +84,7 @@ class Prefixes:
     preprocessing: Preprocessing
     device: str
     kept: Kept
+    go_on: Callable[[], None] = lambda: None  # called before every chunk; raises where a run has ended meanwhile
     made: list[_Made] = field(default_factory=list)
     fit: Fit | None = None
     used: int = 0  # bytes of memory
@@ -173,6 +174,7 @@ class Prefixes:
         below = self.split(lower, examples, self.lasting, precision) if self.lasting < depth else None
         size = FEW if self.device == "cpu" else BATCH_SIZE
         for start in range(0, len(examples), size):
+            self.go_on()
             rows = np.arange(start, min(start + size, len(examples)))
             pixels = Pixels(examples, rows, self.preprocessing, self.device)
             inputs = Prefix(pixels(), 0) if below is None else below.rows(rows, self.device)

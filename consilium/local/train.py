@@ -45,11 +45,13 @@ class Setting:
     trains: Trains = lambda tag, round: True  # what the strategy leaves trained  # noqa: ARG005
     anew: Set[str] = frozenset()  # what the strategy sends back in another basis: old moments say nothing of it
     kept: Kept | None = None  # where prefixes are kept; None: everything is computed from the images
-    go_on: Callable[[], None] = lambda: None  # called before every step; raises where a run has ended meanwhile
+    go_on: Callable[[], None] = lambda: None  # called before every batch; raises where a run has ended meanwhile
 
     def prefixes(self) -> Prefixes | None:
         """A place for the prefixes of one site while it answers one request."""
-        return None if self.kept is None else Prefixes(self.model, self.preprocessing, self.device, self.kept)
+        if self.kept is None:
+            return None
+        return Prefixes(self.model, self.preprocessing, self.device, self.kept, self.go_on)
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,6 @@ class Trainer:
         augmenting, drawing = self._generator(purpose, "augment"), self._generator(purpose, "objective")
         losses = []
         for number, step in enumerate(steps):
-            self.setting.go_on()
             progress = federation_progress(config.schedule, self.round, config.rounds, number, len(steps))
             batches = self._batches(step, augmenting)
             minimised = objective or self._task_objective
@@ -210,6 +211,7 @@ class Trainer:
 
     def _batches(self, step: Sequence[IntArray], augmenting: torch.Generator) -> Iterator[Batch]:
         for rows in step:
+            self.setting.go_on()
             yield make_batch(self.examples, rows, self.setting, augmenting)
 
     def _task_objective(self, variables: Tensors, batch: Batch, generator: torch.Generator) -> Tensor:  # noqa: ARG002

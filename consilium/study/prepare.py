@@ -44,6 +44,7 @@ class Facts:
     device: str
     identity: Mapping[str, Any]  # what two runs must share to give the same bits, beside the configuration's hash
     hashed: Callable[[Config], str]
+    stacked_sites: int  # what "auto" comes to, as the run will say; references, which only need telling apart, keep it
     images: Mapping[str, int]  # site -> number of training images
     warnings: tuple[str, ...]
 
@@ -118,7 +119,7 @@ def _facts(config: Config, data: Federation) -> Facts | ConsiliumError:
         device = pick_device(config.engine.device, config.train.precision)
         experiment = assemble(_on_cpu(config), data.classes)
         there = replace(experiment, setting=replace(experiment.setting, device=device))
-        stacked_sites = stacked.resolved(there, len(data.sites)).config.engine.stacked_sites
+        stacked_sites = stacked.size(stacked.resolved(there, len(data.sites)).config)
     except ConfigError as error:
         return error
     images = {name: len(site.train) for name, site in data.sites.items()}
@@ -131,7 +132,8 @@ def _facts(config: Config, data: Federation) -> Facts | ConsiliumError:
         cores=config.engine.threads * num_workers(config.engine.workers, len(data.sites)),
         device=device,
         identity=_identity(data, device),
-        hashed=_hasher(experiment, stacked_sites),
+        hashed=_hasher(experiment),
+        stacked_sites=stacked_sites,
         images=images,
         warnings=(*results.warnings(experiment, data),),
     )
@@ -144,15 +146,9 @@ def _on_cpu(config: Config) -> Config:
     return config.model_copy(update={"engine": config.engine.model_copy(update={"device": "cpu"})})
 
 
-def _hasher(experiment: Experiment, stacked_sites: int | str) -> Callable[[Config], str]:
-    """As a run hashes its configuration, which says how many sites it stacks."""
+def _hasher(experiment: Experiment) -> Callable[[Config], str]:
     digest, preprocessing = experiment.backbone.digest, experiment.backbone.preprocessing
-
-    def hashed(config: Config) -> str:
-        engine = config.engine.model_copy(update={"stacked_sites": stacked_sites})
-        return config_hash(config.model_copy(update={"engine": engine}), digest, preprocessing)
-
-    return hashed
+    return lambda config: config_hash(config, digest, preprocessing)
 
 
 def _identity(data: Federation, device: str) -> dict[str, Any]:
@@ -171,7 +167,8 @@ def _job(cell: Cell, seed: int, found: Facts | ConsiliumError | None) -> Job:
     if config is None or not isinstance(found, Facts):
         name = essence(config) if config is not None else json.dumps([dict(cell.settings), seed])
         return Job(_short(name), cell.settings, seed, config, cell.refused or str(found))
-    identity = {"config_hash": found.hashed(config), **found.identity}
+    engine = config.engine.model_copy(update={"stacked_sites": found.stacked_sites})
+    identity = {"config_hash": found.hashed(config.model_copy(update={"engine": engine})), **found.identity}
     alone = [run.reference_config(config, name, found.images) for name in config.evaluation.references]
     return Job(
         run=_short(json.dumps(identity, sort_keys=True)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -210,7 +211,13 @@ def _shorten(cache: Path) -> None:
         path.write_text(path.read_text()[:20])
 
 
-@pytest.mark.parametrize("harm", [_damage, _shorten, shutil.rmtree])
+def _reshape(cache: Path) -> None:
+    for path in cache.rglob("*.json"):
+        index = json.loads(path.read_text())
+        path.write_text(json.dumps({**index, "shape": index["shape"][::-1]}))
+
+
+@pytest.mark.parametrize("harm", [_damage, _shorten, _reshape, shutil.rmtree])
 def test_a_run_that_dies_goes_on_with_a_harmed_cache(harm: Any, tmp_path: Path) -> None:
     expected = _run(tmp_path / "whole", LINEAR, tmp_path / "other")
     settings = federation.configure(tuner=LINEAR, engine={"cache": str(tmp_path / "cache")})
@@ -249,6 +256,19 @@ def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
     assert read is not None
     assert torch.equal(read, rows)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.json"]
+
+
+def test_what_a_dead_process_left_goes_and_what_is_being_written_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "BUDGET", 100)
+    rows, left = torch.zeros(10, dtype=torch.float32), tmp_path / ".x.bin.1.2.partial"
+    left.write_bytes(bytes(80))
+    assert kept.write(tmp_path / "x.bin", [rows], rows.nbytes) is None
+    long_ago = time.time() - 2 * kept.IDLE
+    os.utime(left, (long_ago, long_ago))
+    assert kept.write(tmp_path / "x.bin", [rows], rows.nbytes) is not None
+    assert not left.exists()
 
 
 def test_what_was_read_long_ago_makes_room_and_what_is_in_use_does_not(
