@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from consilium import payload, results, run
+from consilium import keeping, payload, results, run
 from consilium.config import Config
 from consilium.coordinator import drawn_sites, predicted_passes
 from consilium.engines import stacked
@@ -54,7 +54,6 @@ def check(config: Config) -> Check:
     prepared = run.prepare(config, lambda _: None)
     run.check_serving(config, prepared)
     experiment = stacked.resolved(assemble(config, prepared.classes), len(prepared.sites))
-    specs = experiment.model.specs
     names = sorted(prepared.sites)
     first = _Book(experiment, names)
     for site in names:
@@ -72,7 +71,7 @@ def check(config: Config) -> Check:
         stacked_sites=stacked.size(experiment.config),
         memory_bytes=memory(experiment),
         wire={"up": results.wire(sent, experiment.codec), "down": results.wire(received, experiment.codec)},
-        kept_at_site=results.wire({n: spec for n, spec in specs.items() if n not in sent and n not in received}),
+        kept_at_site=results.wire(keeping.kept(experiment, names)),
         numbers=results.numbers(experiment),
         individual_updates=experiment.strategy.declares.needs_individual_updates,
         sites={name: results.site_table(data, prepared.classes) for name, data in prepared.sites.items()},

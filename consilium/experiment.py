@@ -122,10 +122,13 @@ def join(config: Config, classes: Sequence[str], tuners: Sequence[Tuner], strate
     setting = Setting(
         model, task, config.train, backbone.preprocessing, config.seed, device, frozen, trains, anew, kept
     )
-    return Experiment(config, backbone, model, task, strategy, handshake, setting, _never_stacked(tuners, strategy))
+    alone = _never_stacked(config, device, tuners, strategy)
+    return Experiment(config, backbone, model, task, strategy, handshake, setting, alone)
 
 
-def _never_stacked(tuners: Sequence[Tuner], strategy: Strategy) -> str:
+def _never_stacked(config: Config, device: str, tuners: Sequence[Tuner], strategy: Strategy) -> str:
+    if config.engine.compile and not device.startswith("cuda"):
+        return "on a processor, compiled blocks act on one site at a time (engine.compile)"
     alone = [type(tuner).__name__ for tuner in tuners if not getattr(tuner, "stackable", False)]
     if alone:
         return f"{', '.join(alone)}, with these options, cannot act on several sites in one batch"

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from consilium import __version__, checkpoint, metrics
+from consilium import __version__, checkpoint, keeping, metrics
 from consilium.data import Examples, SiteData
 from consilium.engines.site import stack
 from consilium.experiment import Experiment
@@ -75,7 +75,7 @@ def write(out: Path, experiment: Experiment, federation: Federation, plans: Sequ
     """Compute every number of result.json from the files of the run folder and write it."""
     table = pd.read_parquet(out / "predictions.parquet")
     summary = checkpoint.read_json(out / "summary.json")
-    config, specs, names = experiment.config, experiment.model.specs, sorted(federation.sites)
+    config, names = experiment.config, sorted(federation.sites)
     up, down = both_ways(experiment)
     result: dict[str, Any] = {
         "schema_version": 1,
@@ -97,7 +97,7 @@ def write(out: Path, experiment: Experiment, federation: Federation, plans: Sequ
         "parameters": parameters(experiment),
         **summary,
         "wire": {"up": wire(up, experiment.codec), "down": wire(down, experiment.codec)},
-        "kept_at_site": wire({n: spec for n, spec in specs.items() if n not in up and n not in down}),
+        "kept_at_site": wire(keeping.kept(experiment, names)),
         "numbers": numbers(experiment),
         "peak_memory_bytes": peak_memory(),
         "rounds": config.train.rounds,

@@ -23,8 +23,6 @@ _FORMS = 64  # of one block: trained or not, gradient for its input or not, eval
 def by_block(module: nn.Module, device: str) -> None:
     """Compile every block of `module.blocks` when it is first called; ConfigError where there is no compiler."""
     _require_compiler(BACKEND, device)
-    limits = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, _FORMS)
     for block in module.get_submodule("blocks").children():
         block.forward = _any_batch(torch.compile(block.forward, fullgraph=True, dynamic=False, backend=BACKEND))
 
@@ -34,6 +32,9 @@ def _any_batch(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     size it meets, so that bits would depend on what a process has seen: on workers, and on where a run was resumed."""
 
     def call(x: Tensor, *inputs: Any, **named: Any) -> Tensor:
+        limits = torch._dynamo.config
+        if limits.recompile_limit < _FORMS:  # it counts in each thread, and stacked sites have threads
+            limits.recompile_limit = _FORMS
         torch._dynamo.maybe_mark_dynamic(x, 0)
         return run(x, *inputs, **named)
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from consilium.config import Config
+from consilium.coordinator import drawn_sites
 from consilium.engines.site import Site
 from consilium.errors import ConfigError, WireError
 from consilium.experiment import Experiment
@@ -26,7 +27,8 @@ GROUPS = 4  # that are left at least, so that as many workers have something to 
 
 
 def resolved(experiment: Experiment, num_sites: int) -> Experiment:
-    """The same experiment with a number in `engine.stacked_sites`, which the configuration's hash covers.
+    """The same experiment with a number in `engine.stacked_sites`, which the configuration's hash covers; never more
+    than a round draws.
 
     ConfigError for a number that a tuner or the strategy does not allow.
     """
@@ -35,7 +37,8 @@ def resolved(experiment: Experiment, num_sites: int) -> Experiment:
     if wanted not in ("auto", 1) and reason:
         remedy = "leave engine.stacked_sites out"
         raise ConfigError(reason, where="engine.stacked_sites", allowed=1, received=wanted, remedy=remedy)
-    number = _worthwhile(experiment, num_sites) if wanted == "auto" else wanted
+    drawn = len(drawn_sites(config.train.participation, [str(number) for number in range(num_sites)], 0, 1))
+    number = _worthwhile(experiment, num_sites) if wanted == "auto" else min(wanted, max(drawn, 1))
     engine = config.engine.model_copy(update={"stacked_sites": number})
     return replace(experiment, config=config.model_copy(update={"engine": engine}))
 

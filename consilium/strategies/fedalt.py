@@ -130,7 +130,10 @@ def is_others(tag: Tag) -> bool:
     options=FedAltOptions,
     summary="an adapter of the site's own beside the mean of all other sites', mixed token by token by a router",
     source="FedALT: AAAI 2026",
-    facts={"leaves the site": "changes of the site's factors, the head", "stays": "the adapter as it is, the router"},
+    facts={
+        "leaves the site": "changes of the site's factors, the head",
+        "stays": "the adapter as it is, its last change, the others' mean, the router",
+    },
 )
 def fedalt(options: FedAltOptions) -> FedAlt:
     """Two routed adapters; a tuner without a router is refused."""

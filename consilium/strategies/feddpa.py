@@ -116,7 +116,7 @@ def weighted(variables: Tensors, weights: Tensors) -> dict[str, Tensor]:
     return {**variables, **news}
 
 
-_FACTS = {"leaves the site": "shared factors and the head", "stays": "personal factors"}
+_FACTS = {"leaves the site": "shared factors and the head", "stays": "personal factors and their weights"}
 _SOURCE = "FedDPA: Yang et al., NeurIPS 2024, arXiv 2403.19211"
 
 

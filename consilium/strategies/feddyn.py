@@ -148,7 +148,7 @@ def _terms(variables: Tensors, name: str, alpha: float) -> Tensor:
     options=FedDynOptions,
     summary="FedAvg with a term of each site's own that makes all sites' optima one",
     source="FedDyn: Acar et al., ICLR 2021, arXiv 2111.04263",
-    facts={"leaves the site": "all trained tensors", "stays": "nothing but the data"},
+    facts={"leaves the site": "all trained tensors", "stays": "a term of each shared tensor"},
 )
 def feddyn(options: FedDynOptions) -> FedDyn:
     """FedDyn, weighted uniformly or by examples."""

@@ -134,7 +134,7 @@ def contrast(z: Tensor, shared: Tensor, last: Tensor, temperature: float) -> Ten
     options=MoonOptions,
     summary="FedAvg whose features stay near the shared model's and away from the site's last ones",
     source="MOON: Li et al., CVPR 2021, arXiv 2103.16257",
-    facts={"leaves the site": "all trained tensors", "stays": "nothing but the data"},
+    facts={"leaves the site": "all trained tensors", "stays": "the model that it sent last"},
 )
 def moon(options: MoonOptions) -> Moon:
     """MOON, weighted by examples or uniformly."""

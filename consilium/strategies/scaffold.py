@@ -181,7 +181,7 @@ def _corrected(training: LocalTraining, names: Sequence[str]) -> Objective:
     source="SCAFFOLD: Karimireddy et al., ICML 2020, arXiv 1910.06378",
     facts={
         "leaves the site": "all trained tensors, and the change of the control of each",
-        "stays": "nothing but the data",
+        "stays": "a control of each shared tensor",
         "exact": "mean of each tensor; controls are weighted alike",
     },
 )

@@ -138,5 +138,5 @@ def _from_result(folder: Path) -> tuple[float, float, bool]:
     except (OSError, ValueError):
         return np.nan, np.nan, False
     trained = [*(result.get("wire") or {}).get("up", []), *result.get("kept_at_site", [])]
-    roles = {tensor.get("role") for tensor in trained}
+    roles = {tensor.get("role") for tensor in trained if "/" not in str(tensor.get("name"))}  # of the model alone
     return len(result.get("sites") or {}) or np.nan, result.get("rounds") or np.nan, roles == {"head"}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from consilium import config, experiment, registry, run
+from consilium.backbones import compiled
 from consilium.check import check
 from consilium.config import HeadConfig
 from consilium.engines import stacked
@@ -316,3 +317,20 @@ def test_a_site_alone_in_its_group_has_no_seat() -> None:
 
     stacked.answers(federation.assemble(_settings(1)), {"a": b""}, site)
     assert seats == [None]
+
+
+def test_no_more_sites_go_together_than_a_round_draws() -> None:
+    def number(sites: int, **train: float) -> object:
+        pieces = federation.assemble(_settings(50, train=train))
+        return stacked.resolved(pieces, sites).config.engine.stacked_sites
+
+    assert (number(3), number(80), number(20, participation=0.25), number(2, participation=0.1)) == (3, 50, 5, 1)
+
+
+def test_blocks_compiled_for_a_processor_are_not_stacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "by_block", lambda *_: None)
+    table = {"device": "cpu", "compile": True}
+    with pytest.raises(ConfigError, match=r"compiled blocks[\s\S]*engine\.stacked_sites"):
+        stacked.resolved(federation.assemble(federation.configure(engine={**table, "stacked_sites": 3})), 3)
+    alone = stacked.resolved(federation.assemble(federation.configure(engine=table)), 16)
+    assert alone.config.engine.stacked_sites == 1

@@ -1,0 +1,56 @@
+"""Composition: what stays at a site. In: an experiment. Out: names, shapes and tags of the tensors that a site keeps.
+
+A strategy is not asked, it is tried: a site without images, at which nothing can be trained, goes through its rounds,
+and what it is left with is what every site is left with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor
+
+from consilium.data import Examples
+from consilium.experiment import Experiment
+from consilium.local.train import Trainer, original
+from consilium.protocols import Spec, Specs, Tag
+from consilium.tensors import Tensors
+
+SERVED = "served/"  # in front of tensors of the model that a last local phase leaves, and that never travels
+_ROUNDS = 2  # the first and any other
+
+
+def kept(experiment: Experiment, sites: Sequence[str]) -> dict[str, Spec]:
+    """All that a site keeps beside its images and what also travels; nothing is trained.
+
+    "x/variable" is as large as that variable: a model of the site's own, a control, a mixing weight of each number.
+    """
+    specs, declares = experiment.model.specs, experiment.strategy.declares
+    found = {name: _spec(specs, name, value) for name, value in _personal(experiment, sites).items()}
+    last = [name for name, spec in specs.items() if declares.finish_epochs > 0 and declares.finishes(spec.tag)]
+    return {**found, **{f"{SERVED}{name}": specs[name] for name in last if name not in found}}
+
+
+def _personal(experiment: Experiment, sites: Sequence[str]) -> Tensors:
+    strategy, specs, names = experiment.strategy, experiment.model.specs, sorted(sites)[:2]  # two are as good as many
+    initial, counts = experiment.initial(0), [0] * len(experiment.task.classes)
+    received = dict(strategy.send(strategy.init_server(initial, specs, names), names[0]))
+    personal, found = strategy.init_site(initial, specs, names[0]), dict[str, Tensor]()
+    for number in range(1, min(experiment.config.train.rounds, _ROUNDS) + 1):
+        training = Trainer(experiment.setting, _no_images(), number, names[0], counts)
+        personal = strategy.learn(received, personal, training).personal
+        found |= personal.tensors
+    return found
+
+
+def _no_images() -> Examples:
+    none, text = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.str_)
+    return Examples(np.zeros((0, 1, 1, 3), dtype=np.uint8), none, none, text, text, text)
+
+
+def _spec(specs: Specs, name: str, value: Tensor) -> Spec:
+    like = specs.get(original(name)) or Spec((), Tag("", name.strip("/")))
+    alike = len(like.shape) == value.ndim  # a free dimension stays free
+    return replace(like, shape=like.shape if alike else tuple(value.shape), dtype=value.dtype, factor=None)
