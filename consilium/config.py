@@ -60,12 +60,12 @@ class Partition(Options):
 class Split(Options):
     """Shares of train, val and test by group; or a column of the table; or a file written by `consilium data split`."""
 
-    train: float = Field(default=0.7, ge=0, le=1)
+    train: float = Field(default=0.7, ge=0, le=1)  # share of the groups of a site
     val: float = Field(default=0.1, ge=0, le=1)
     test: float = Field(default=0.2, ge=0, le=1)
-    seed: int = 0
-    column: str | None = None
-    file: Path | None = None
+    seed: int = 0  # of the draw
+    column: str | None = None  # of the table, that says train, val or test
+    file: Path | None = None  # written by `consilium data split`
 
     @model_validator(mode="after")
     def _whole(self) -> Split:
@@ -198,7 +198,9 @@ class WireConfig(Options):
     """How trained parameters travel, in both directions."""
 
     codec: Literal["float32", "bfloat16", "int8"] = "float32"  # as they are; or differences in 1/2 or 1/4 of the bytes
-    error_feedback: bool = True  # what a codec loses is added to the next message; of bfloat16 and int8
+    error_feedback: bool = Field(
+        default=True, strict=True
+    )  # what a codec loses is added to the next message; of bfloat16 and int8
 
     @model_validator(mode="after")
     def _loses(self) -> WireConfig:
@@ -224,18 +226,28 @@ class EvaluationConfig(Options):
 
 
 class EngineConfig(Options):
-    """How the simulation is carried out; changes no result except through `threads`, `device`, `compile` and
-    `stacked_sites`."""
+    """How a simulation is carried out. Bits depend on threads, device, compile, stacked_sites, prefix_cache alone."""
 
     name: Literal["simulate"] = "simulate"
-    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = (
+        1  # sites at the same time; auto: one per core, at most one per site
+    )
     pool: Literal["auto", "threads", "processes"] = "auto"  # what workers are; auto: threads, unless dropout is drawn
-    threads: int = Field(default=1, ge=1)
-    device: str = "auto"
-    prefix_cache: bool = True  # keep what the blocks below the trained ones make of images; not of augmented ones
-    gradient_checkpointing: bool = False  # compute blocks again for their gradients: less memory, same bits, more time
-    compile: bool = False  # blocks through torch.compile: faster on a GPU, changes last bits, needs a compiler
-    stacked_sites: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"  # sites of a round that train as one batch
+    threads: int = Field(default=1, ge=1)  # of torch in each worker; another number may change last bits
+    device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: the GPU where there is one
+    prefix_cache: bool = Field(
+        default=True,
+        strict=True,
+        description="keep what the blocks below the trained ones make of images, in the cache and in memory; not of "
+        "augmented ones. In float32 on a processor with no effect on bits, else on the last ones",
+    )
+    gradient_checkpointing: bool = Field(default=False, strict=True)  # blocks computed twice: less memory, same bits
+    compile: bool = Field(default=False, strict=True)  # blocks by torch.compile: for a GPU; other last bits
+    stacked_sites: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default="auto",
+        description="sites of a round that train as one batch, at most those drawn; changes last bits. auto: 4 to 8 on "
+        "a processor where a batch has at most 4 images and 160 tokens and four groups are left, else 1",
+    )
     cache: Path | None = None  # folder of the decoded-image store; None: the user's cache folder
 
 

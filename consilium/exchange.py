@@ -71,9 +71,11 @@ class Exchange:
         was not reached."""
         self.asked, self.news = sorted(self.sites), _News(self)
         waiting, early = list(reversed(self.asked)), dict[str, Reply | Failure]()
-        for site, data in self.partners.transport.round(_Requests(self.asked, self.news.request)):
+        answers = self.partners.transport.round(_Requests(self.asked, self.news.request))
+        for done, (site, data) in enumerate(answers, start=1):
             early[site] = data if isinstance(data, Failure) else self._read(site, data)
-            self.partners.display(_site_event(self.kind, self.number, site, early[site]))
+            event = _site_event(self.kind, self.number, site, early[site])
+            self.partners.display({**event, "done": done, "total": len(self.asked)})
             while waiting and waiting[-1] in early:
                 yield from self._noted(early.pop(waiting.pop()))
         for site in filter(early.__contains__, reversed(waiting)):

@@ -1,8 +1,9 @@
 """Common: the displays of a run. In: the events a run emits, plain mappings. Out: a live view, lines, or JSON lines.
 
-Events: prepare (what, done, total), warning (text), start (name, sites, rounds, out), site (round, site, status,
-numbers), round (a line of events.jsonl), reference (name, kind: start, round or reused), finish (result, report,
-headline). A display is a function of one event and keeps nothing of a run that the run itself would need.
+Events: prepare (what, done, total), warning (text), start (name, sites, rounds, out), site (kind, round, site, status,
+numbers, done and total of those asked), round (a line of events.jsonl), reference (name, kind: start, round or reused),
+finish (result, report, headline). A display is a function of one event and keeps nothing of a run that the run itself
+would need.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ def line(event: Event) -> str | None:
         "prepare": _prepare,
         "warning": _warning,
         "start": _start,
+        "site": _tested,
         "round": _round,
         "reference": _reference,
         "finish": _finish,
@@ -132,6 +134,13 @@ def _round(event: Event) -> str:
     parts = [f"round {event['round']}", f"{event['seconds']:.1f} s", f"loss {estimate(_mean_loss(event))}"]
     value = (event.get("val_mean") or {}).get(_METRIC)
     return ", ".join([*parts, f"validation balanced accuracy {estimate(value)}", *failed])
+
+
+def _tested(event: Event) -> str | None:
+    """The end of a run, which may take as long as a round, in quarters."""
+    done, total = event.get("done", 0), event.get("total", 0)
+    quarter = event.get("kind") == "finish" and total and done * 4 // total > (done - 1) * 4 // total
+    return f"finish: {done} of {total} sites" if quarter else None
 
 
 def _reference(event: Event) -> str | None:
@@ -244,6 +253,8 @@ class _Board:
         row = self._rows.pop(event["site"], None) or _Row()
         self._note(row, event)
         self._rows[event["site"]] = row
+        if event.get("kind") == "finish" and "total" in event:
+            self._advance("finish", event["done"], event["total"])
 
     def _note(self, row: _Row, event: Event) -> None:
         done = _DONE.get(event.get("kind", ""), "ok")

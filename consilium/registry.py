@@ -11,9 +11,11 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import Any, Literal, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from consilium.errors import ConfigError
 
@@ -99,20 +101,33 @@ def parse_options(member: Member, options: Mapping[str, object]) -> Options:
 
 def options_error(where: str, error: ValidationError, model: type[BaseModel]) -> ConfigError:
     """Turn pydantic's first finding into our five-part error."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    (first, *others), place = _alternatives(error, model)
+    key = ".".join(map(str, place))
     if first["type"] == "extra_forbidden":
         what, allowed = f"unknown key: {key}", ", ".join(model.model_fields)
     else:
         what = f"this value cannot be used: {key}" if key else "these values do not go together"
-        allowed = first["msg"].removeprefix("Value error, ")
+        told = [first["msg"].removeprefix("Value error, "), *(each["msg"].removeprefix(_OPENING) for each in others)]
+        allowed = " or ".join(told)
     return ConfigError(what, where=where, allowed=allowed, received=_shortened(repr(first["input"])))
+
+
+def _alternatives(error: ValidationError, model: type[BaseModel]) -> tuple[list[ErrorDetails], tuple[int | str, ...]]:
+    """The first finding, with those of the same value's other types where several are allowed, and its key."""
+    found = error.errors()
+    place = found[0]["loc"]
+    field = model.model_fields.get(str(place[-2])) if len(place) > 1 else None
+    types = [each for each in get_args(field.annotation) if each is not type(None)] if field else []
+    if field is None or get_origin(field.annotation) not in (Union, UnionType) or len(types) < 2:
+        return found[:1], place
+    return [each for each in found if each["loc"][:-1] == place[:-1]], place[:-1]
 
 
 def _shortened(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
 
 
+_OPENING = "Input should be "
 _LONGEST = 200  # characters of a value in a message: it may be a whole configuration
 
 

@@ -82,7 +82,16 @@ def results(run: Run, metric: str) -> Table:
     trees = {name: tree[metric] for name, tree in models(run).items() if metric in tree}
     rows = [_site_row(run, site, metric, list(trees.values())) for site in run.result.sites]
     summary = [_summary_row(part, list(trees.values())) for part in ("mean", "worst", "pooled")]
-    return Table(f"{NAMES.get(metric, metric)} on the test split", ["site", "images", *trees], [*rows, *summary], 3)
+    title, tested = f"{NAMES.get(metric, metric)} on the test split", run.result.metrics.test
+    same = "personal" in tested and tested.get("before_aggregation") == tested["personal"]
+    note = _SAME if same else ""
+    return Table(title, ["site", "images", *trees], [*rows, *summary], 3, note=note)
+
+
+_SAME = (
+    "The model before the last aggregation has the numbers of the served one: where sites serve what they trained "
+    "themselves, it is the same model."
+)
 
 
 def _site_row(run: Run, site: str, metric: str, entries: Sequence[Entry]) -> list[Cell]:

@@ -8,6 +8,7 @@ a crash leaves nothing that could be mistaken for a store. The system frees the 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -137,12 +138,22 @@ def open_store(
     try:
         corrupt = _ready(path, lambda: _build(path, read, [id_of[one] for one in order], preprocessing, progress))
     except (OSError, NotImplementedError) as error:
-        what, remedy = "the store of decoded images cannot be written", "free some space, or change engine.cache"
-        raise DataError(what, where=str(path.parent), received=str(error), remedy=remedy) from error
+        what = "the store of decoded images cannot be written"
+        raise DataError(what, where=str(path.parent), received=str(error), remedy=_remedy(error)) from error
     bad = {order[row] for row in corrupt}
     row_of = {content_hash: row for row, content_hash in enumerate(order) if content_hash not in bad}
     rows = {id: row_of[hashes[id]] for id in ids if hashes.get(id) in row_of}
     return Store(np.load(path, mmap_mode="r"), rows, hashes, tuple(sorted(set(ids) - rows.keys())))
+
+
+def _remedy(error: Exception) -> str:
+    number = error.errno if isinstance(error, OSError) else 0
+    if number in (errno.EEXIST, errno.ENOTDIR):
+        return "a file stands where a folder is needed: name another folder in engine.cache"
+    if number in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return "make this folder writable, or name another in engine.cache"
+    full = number in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return "free some space, or name another folder in engine.cache" if full else "name another folder in engine.cache"
 
 
 def _ready(path: Path, build: Callable[[], list[int]]) -> list[int]:

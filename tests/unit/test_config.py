@@ -243,3 +243,25 @@ def test_tuners_may_be_named_in_a_list() -> None:
     )
     assert short == tables
     assert config.from_dict({"tuner": "bitfit"}).tuner[0].name == "bitfit"
+
+
+@pytest.mark.parametrize("key", ["prefix_cache", "compile", "gradient_checkpointing"])
+def test_a_switch_is_true_or_false_and_no_text(key: str) -> None:
+    error = _refused(f'[engine]\n{key} = "no"')
+    assert (error.what, error.allowed) == (
+        f"this value cannot be used: engine.{key}",
+        "Input should be a valid boolean",
+    )
+
+
+@pytest.mark.parametrize(("value", "limit"), [('"yes"', "valid integer"), ("0", "greater than or equal to 1")])
+def test_all_types_of_a_key_are_named(value: str, limit: str) -> None:
+    error = _refused(f"[engine]\nstacked_sites = {value}")
+    assert error.what == "this value cannot be used: engine.stacked_sites"
+    assert limit in str(error.allowed)
+    assert str(error.allowed).endswith(" or 'auto'")
+
+
+def test_a_table_of_numbers_still_names_the_number() -> None:
+    error = _refused("[train]\nlearning_rates = { head = 0, lora_a = 0 }")
+    assert error.what == "this value cannot be used: train.learning_rates.head"

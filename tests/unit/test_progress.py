@@ -143,3 +143,25 @@ def test_a_sparkline_rises_with_its_values() -> None:
 )
 def test_an_estimate_shows_its_interval_where_there_is_one(value: object, text: str) -> None:
     assert progress.estimate(value) == text
+
+
+def test_the_end_of_a_run_is_told_in_quarters() -> None:
+    def told(total: int, kind: str = "finish") -> list[str]:
+        event = {"event": "site", "kind": kind, "round": 2, "site": "a", "status": "ok", "total": total}
+        return [text for done in range(1, total + 1) if (text := progress.line({**event, "done": done}))]
+
+    assert told(3) == [f"finish: {done} of 3 sites" for done in (1, 2, 3)]
+    assert told(200) == [f"finish: {done} of 200 sites" for done in (50, 100, 150, 200)]
+    assert told(3, "round") == []
+
+
+def test_the_end_of_a_run_has_a_bar() -> None:
+    stream = io.StringIO()
+    with progress.live(Console(file=stream, width=100, force_terminal=True, markup=False)) as display:
+        for event in (
+            START,
+            {"event": "site", "kind": "finish", "site": "north", "status": "ok", "done": 1, "total": 2},
+        ):
+            display(event)
+    assert "finish" in stream.getvalue()
+    assert "1/2" in stream.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -300,3 +301,21 @@ def test_a_cache_that_cannot_be_written_keeps_no_hashes_and_says_nothing_of_them
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
         opened(given, tmp_path / "file" / "cache")
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.EEXIST, "a file"), (errno.ENOTDIR, "a file"), (errno.EROFS, "writable"), (errno.EACCES, "writable"),
+     (errno.ENOSPC, "free some space"), (errno.EIO, "another folder"), (None, "free some space")],
+)  # fmt: skip
+def test_what_to_do_fits_what_is_wrong_with_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int | None, words: str
+) -> None:
+    def failing(*_: object) -> None:
+        raise OSError("too few bytes") if number is None else OSError(number, "no")
+
+    monkeypatch.setattr("consilium.sites.store._build", failing)
+    with pytest.raises(DataError) as caught:
+        opened(source(), tmp_path)
+    assert words in str(caught.value.remedy)
+    assert ("space" in str(caught.value.remedy)) == (number in (errno.ENOSPC, None))
