@@ -117,6 +117,10 @@ def _grow(tree: Tree, values: Mapping[str, Any]) -> None:
             _grow_mapping(tree.add(Text(str(key))), value)
         elif isinstance(value, (list, tuple)) and value and all(isinstance(item, Mapping) for item in value):
             tree.add(Text(str(key))).add(_grid(dict(enumerate(value))))
+        elif isinstance(value, (list, tuple)) and any(" " in item for item in value if isinstance(item, str)):
+            branch = tree.add(Text(str(key)))
+            for sentence in value:
+                branch.add(Text(_short(sentence)))
         else:
             tree.add(Text(f"{key}: {_short(value)}"))
 
@@ -139,9 +143,14 @@ def _grid(rows: Mapping[Any, Mapping[str, Any]]) -> Table:
     return table
 
 
+def _few(shown: Sequence[str], total: int) -> str:
+    more = [f"{total - len(shown)} more: --json shows all"] if total > len(shown) else []
+    return ", ".join([*shown, *more])
+
+
 def _short(value: object) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_short(inner)}" for key, inner in value.items())
+        return _few([f"{key} {_short(inner)}" for key, inner in islice(value.items(), _ROWS)], len(value))
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(_short, value)) or "none"
+        return _few([_short(inner) for inner in value[:_ROWS]], len(value)) or "none"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else estimate(value)

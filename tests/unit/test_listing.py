@@ -75,3 +75,14 @@ def test_a_long_list_is_cut_and_says_so() -> None:
     assert "patient-19" in shown
     assert "patient-20" not in shown
     assert "5 more rows" in shown
+
+
+def test_an_outline_has_a_line_for_each_sentence_and_an_end() -> None:
+    values = {"warnings": ("one site, alone", "two sites"), "classes": ["a", "b"]}
+    shown = _text(listing.outline({**values, "bytes": {"per": {"a": {f"s{n}": n for n in range(50)}}}}, title="trial"))
+    lines = [line.strip(" │├└─") for line in shown.splitlines()]
+    assert {"one site, alone", "two sites", "classes: a, b", "warnings"} <= set(lines)
+    assert (
+        _text(listing.outline({"row": {"a": {"sites": list(range(50))}, "b": {"sites": [1]}}}, "t")).count("30 more")
+        == 1
+    )

@@ -466,3 +466,11 @@ def test_an_axis_maps_its_ends() -> None:
     for axis in (marks.Axis(2, 4, 10, 90), marks.Axis(0.01, 100, 10, 90, log=True)):
         assert (axis(axis.low), axis(axis.high)) == pytest.approx((10, 90))
     assert marks.Axis(0.01, 100, 10, 90, log=True)(1.0) == pytest.approx(50)
+
+
+def test_a_model_before_the_last_aggregation_that_is_the_served_one_is_said_to_be(folder: Path, tmp_path: Path) -> None:
+    tested = json.loads((folder / "result.json").read_text())["metrics"]
+    alike = {split: {**models, "before_aggregation": models["personal"]} for split, models in tested.items()}
+    said = "where sites serve what they trained themselves"
+    assert said in show(changed(folder, tmp_path, metrics=alike))[0]
+    assert said not in show(folder)[0]
