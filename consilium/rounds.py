@@ -93,7 +93,8 @@ def load(path: Path, agreement: str) -> Progress:
 
 def newest(folder: Path, agreement: str, damaged: Callable[[Path], None]) -> Progress | None:
     """The newest checkpoint that can be read: sites keep what the round after it builds on, so it is repeated bit by
-    bit. `damaged` is told what was passed over; StateError where none can be read, None where there is none."""
+    bit, unless some had begun the round after the damaged one: they say that they lack the state. `damaged` is told
+    what was passed over; StateError where none can be read, None where there is none."""
     errors = []
     for path in sorted((folder / "checkpoints").glob("round-*.safetensors"), key=_number, reverse=True):
         try:
