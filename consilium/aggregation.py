@@ -1,9 +1,11 @@
 """Common: how the tensors of several sites become one. In: weighted tensors by site, products of factors. Out: tensors.
 
 The mean of factors is no mean of products: sum w_k L_k R_k = L R + sum w_k (L_k - L) (R_k - R), with L and R the means.
-Only the product acts in the model, so four sums are on offer; which is exact for what stands in docs/aggregation.md.
+Only the product acts in the model, so five sums are on offer; which is exact for what stands in docs/aggregation.md.
 
     mean         every tensor by itself, factors too: FedAvg's
+    refactor     the same, then every product of the means in another basis: U S on the left, V on the right (FedSVD,
+                 arXiv 2505.12805)
     product_svd  the mean of products, cut back to the rank: U S on the left, V on the right (FlexLoRA, 2402.11505)
     stack        the mean of products goes into the frozen base, factors start anew (FLoRA, arXiv 2409.05976)
     residual     factors get their means, what these miss goes into the frozen base (FedEx-LoRA, arXiv 2410.09432)
@@ -33,7 +35,7 @@ from consilium.registry import Options
 from consilium.tensors import Tensors, select, weighted_mean
 
 Weighting = Literal["examples", "uniform"]
-Kind = Literal["mean", "product_svd", "stack", "residual", "median", "trimmed_mean"]
+Kind = Literal["mean", "refactor", "product_svd", "stack", "residual", "median", "trimmed_mean"]
 Terms = Sequence[tuple[float, Tensors]]  # weight, tensors of one site
 Pair = tuple[float, Tensor, Tensor]  # share of the site (all add up to 1), left [rows, r_k], right [r_k, columns]
 
@@ -82,14 +84,25 @@ def product_svd(products: Sequence[Product], terms: Terms, start: Tensors) -> di
         if len(_sent(product, terms)) <= len(product.left):
             found |= _means(product, terms, start)
         else:
-            left, right = truncated(_pairs(product, terms, start), start[product.right].double())
-            found |= _rows(product.left, left, start)
-            found[product.right] = right.to(start[product.right].dtype)
+            old = start[product.right].double()
+            found |= _put(product, truncated(_pairs(product, terms, start), old, len(old)), start)
     return found
 
 
-def truncated(pairs: Sequence[Pair], old: Tensor) -> tuple[Tensor, Tensor]:
-    """U S [rows, r] and V [r, columns] of sum share_k left_k @ right_k, cut to the r rows of `old`; float64.
+def refactored(products: Sequence[Product], found: Tensors, start: Tensors) -> dict[str, Tensor]:
+    """The products that `found` changed in `start`, the same to rounding, as U S and V: rows of V are orthonormal and
+    span what they did. Where a left factor is zero, the right one keeps its span in an orthonormal basis of it."""
+    news: dict[str, Tensor] = {}
+    for product in products:
+        if {*product.left, product.right} & found.keys():
+            now = {**start, **found}
+            left, right = _left(product, now), now[product.right].double()
+            news |= _put(product, truncated([(1.0, left, right)], right[:0], len(right)), start)
+    return news
+
+
+def truncated(pairs: Sequence[Pair], old: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """U S [rows, rank] and V [rank, columns] of sum share_k left_k @ right_k; float64.
 
     Two thin QR and the SVD of a core as small as all ranks together. The largest entry of every row of V is positive.
     Where the sum has a lower rank, U S is zero and V goes on orthonormally, within the bases of old and of the sites:
@@ -98,8 +111,8 @@ def truncated(pairs: Sequence[Pair], old: Tensor) -> tuple[Tensor, Tensor]:
     q_left, r_left = torch.linalg.qr(torch.cat([share * left for share, left, _ in pairs], dim=1))
     q_right, r_right = torch.linalg.qr(torch.cat([old, *(right for _, _, right in pairs)]).T)
     u, s, v = torch.linalg.svd(r_left @ r_right[:, len(old) :].T)
-    left = _padded(q_left @ (u[:, : len(s)] * s), columns=len(old))
-    right = _padded(q_right @ v.T, columns=len(old)).T
+    left = _padded(q_left @ (u[:, : len(s)] * s), columns=rank)
+    right = _padded(q_right @ v.T, columns=rank).T
     signs = right.gather(1, right.abs().argmax(dim=1, keepdim=True)).sign()
     return left * signs.T, right * signs
 
@@ -170,6 +183,11 @@ def _left(product: Product, tensors: Tensors) -> Tensor:
     return torch.cat([tensors[name].double() for name in product.left])
 
 
+def _put(product: Product, factors: tuple[Tensor, Tensor], like: Tensors) -> dict[str, Tensor]:
+    """Both factors of a product by their names."""
+    return {**_rows(product.left, factors[0], like), product.right: factors[1].to(like[product.right].dtype)}
+
+
 def _rows(names: Sequence[str], stacked: Tensor, like: Tensors) -> dict[str, Tensor]:
     """Matrices that lie below one another, apart again."""
     pieces = torch.split(stacked, [len(like[name]) for name in names])
@@ -194,8 +212,10 @@ _BY_PRODUCT: Mapping[str, Callable[[Sequence[Product], Terms, Tensors], dict[str
     "stack": stack,
     "residual": residual,
 }
+_MEANS = ("mean", "refactor")
+_OF_PRODUCTS = ("refactor", *_BY_PRODUCT)
 _CHANGES_BASE = ("stack", "residual")
-_RESTARTS = ("stack", "product_svd")  # factors come back as they began, or in another basis
+_RESTARTS = ("stack", "product_svd", "refactor")  # factors come back as they began, or in another basis
 _ROBUST = ("median", "trimmed_mean")
 
 
@@ -208,16 +228,18 @@ class Aggregation:
     of_factors: bool = False
     clip: float | None = None  # the longest that a site's update may be, over all of its tensors; a longer one is cut
     largest: float | None = None  # and the longest that is not refused
+    period: int = 1  # of refactor: rounds from one change of basis to the next
 
     def __call__(
-        self, stream: Iterable[tuple[float, Tensors]], products: Sequence[Product], start: Tensors
+        self, stream: Iterable[tuple[float, Tensors]], products: Sequence[Product], start: Tensors, round: int = 0
     ) -> dict[str, Tensor]:
         """What replaces tensors of `start`: products by the rule, all other tensors by the mean or the robust sum.
-        The mean reads its terms as they come and keeps none."""
+        Means read their terms as they come and keep none."""
         if (clip := self.clip) is not None:
             stream = ((weight, clipped(tensors, start, clip)) for weight, tensors in stream)
-        if self.kind == "mean":
-            return weighted_mean(stream)
+        if self.kind in _MEANS:
+            means = weighted_mean(stream)
+            return {**means, **refactored(products, means, start)} if self._refactors(round) else means
         terms = list(stream)
         if self.kind not in _BY_PRODUCT:
             return self._plain(terms)
@@ -225,30 +247,33 @@ class Aggregation:
         rest = self._plain([(w, {n: t for n, t in tensors.items() if n not in factors}) for w, tensors in terms])
         return {**rest, **_BY_PRODUCT[self.kind](products, terms, {**start, **rest})}
 
+    def _refactors(self, round: int) -> bool:
+        return self.kind == "refactor" and round % self.period == 0
+
     def _plain(self, terms: Terms) -> dict[str, Tensor]:
         if self.kind == "median":
             return median(terms)
         return trimmed_mean(terms, self.trim) if self.kind == "trimmed_mean" else weighted_mean(terms)
 
     def declare(self, declaration: Declaration) -> Declaration:
-        """The declaration of a strategy that sums so: all but the plain mean look at every site's own update.
+        """The declaration of a strategy that sums so: all but plain means look at every site's own update.
         ConfigError for a router, whose weights depend on the image: a base cannot take the place of what it weighs."""
         if self.kind in _CHANGES_BASE and declaration.combination != "sum":
             received = f"{self.kind}, parts combined by a {declaration.combination}"
             raise ConfigError("this aggregation needs adapters that are summed", received=received)
-        plain = self.kind == "mean" and self.clip is None and self.largest is None
+        plain = self.kind in _MEANS and self.clip is None and self.largest is None
         alone = declaration.needs_individual_updates or not plain
         changes = declaration.changes_base or self.kind in _CHANGES_BASE
         anew = declaration.restarts_factors or self.kind in _RESTARTS
         largest = declaration.largest_update if self.largest is None else self.largest
         bounded = replace(declaration, needs_individual_updates=alone, largest_update=largest)
-        return replace(bounded, changes_base=changes, restarts_factors=anew)
+        return replace(bounded, changes_base=changes, restarts_factors=anew, refactors=self._refactors)
 
     def products(self, specs: Specs, shared: Specs) -> tuple[Product, ...]:
         """The products all of whose factors travel; ConfigError where there is none and the sum is one of products."""
         found = products(specs)
         whole = tuple(product for product in found if {*product.left, product.right} <= shared.keys())
-        if (self.of_factors and not found) or (self.kind in _BY_PRODUCT and not whole):
+        if (self.of_factors and not found) or (self.kind in _OF_PRODUCTS and not whole):
             raise ConfigError(
                 "nothing that this strategy sums is a product of two factors",
                 where="strategy" if self.of_factors else "strategy.aggregate",

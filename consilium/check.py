@@ -106,6 +106,7 @@ class _Book:
         self.experiment, specs, down = experiment, experiment.model.specs, experiment.down(1)
         self.bases = {name for name, spec in down.items() if spec.tag.slot == "base"}
         self.outside = self.bases - specs.keys()  # the sites' own, until they change
+        self.factors = {name for name, spec in down.items() if spec.factor is not None}
         self.steps = _sent_alike(experiment, names)
         self.version, self.before = dict.fromkeys(down, 0), dict.fromkeys(down, -1)
         own = {*experiment.common, *self.outside}
@@ -125,6 +126,8 @@ class _Book:
         coded = self.experiment.codec.coded(sent).keys() & self.have[site].keys()
         self.count("up", site, number, sent.keys(), coded)
         changed = self.outside | (sent.keys() & self.version.keys()) - self.bases if sent else set()
+        if sent and self.experiment.strategy.declares.refactors(number):
+            changed |= self.factors
         self.before |= {name: self.version[name] for name in changed if self.version[name] != number}
         self.version |= dict.fromkeys(changed, number)
 

@@ -341,6 +341,7 @@ class Declaration:
     last_block: int | None = None  # the highest block it speaks of, which the backbone must have
     trains: Trains = lambda tag, round: True  # what is trained at all: freezing or alternating a factor  # noqa: ARG005
     restarts_factors: bool = False  # factors of products come back in another basis, so moments of them are dropped
+    refactors: Callable[[int], bool] = lambda round: False  # after it all of them are new, sent or not  # noqa: ARG005
     plain_sgd: bool = False  # it reads gradients off the way that was gone: no other optimiser, no momentum
     numbers: Mapping[str, str] = field(default_factory=dict)  # of each round, beside the tensors: name -> what it says
     passes: Callable[[int], Sequence[float | None]] = lambda round: (None,)  # epochs; None: as configured  # noqa: ARG005

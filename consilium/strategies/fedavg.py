@@ -104,7 +104,7 @@ class Averaging:
         """w <- sum n_k w_k / sum n_k, tensor by tensor over the sites that trained it, or another aggregation."""
         terms = ((update.num_examples if self.weights == "examples" else 1, update.tensors) for update in updates)
         products = self.aggregate.products(specs, self.shared(specs))
-        news = self.aggregate(terms, products, {**server.memory, **server.shared})
+        news = self.aggregate(terms, products, {**server.memory, **server.shared}, server.round + 1)
         memory = {name: value for name, value in server.memory.items() if name not in news}
         after = replace(server, shared={**server.shared, **news}, memory=memory)
         return self.server(server, after) if self.server else after
@@ -121,8 +121,7 @@ class FedAvg(Averaging):
         """Train shared and personal tensors together on the base as it is; send the shared ones that were trained."""
         shared = {name: value for name, value in received.items() if name in training.specs}
         base = {name: value for name, value in received.items() if name not in shared}
-        minimised = self.objective_for(shared, training)
-        fitted = self.fit(training, {**shared, **personal.tensors}, minimised, base)
+        fitted = self.fit(training, {**shared, **personal.tensors}, self.objective_for(shared, training), base)
         update = {name: fitted.variables[name] for name in shared if training.active(training.specs[name].tag)}
         kept = Personal({name: fitted.variables[name] for name in personal.tensors})
         return Learned(update, kept, fitted.loss, fitted.num_steps, fitted.image_passes)

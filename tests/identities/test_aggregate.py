@@ -218,7 +218,7 @@ def test_flora_of_one_site_merges_and_starts_anew(tmp_path: Path) -> None:
     assert not equal(trainer.fit({**start, **head}).variables, second)
 
 
-@pytest.mark.parametrize("kind", ["mean", "product_svd", *CHANGES_BASE, "median", "trimmed_mean"])
+@pytest.mark.parametrize("kind", ["mean", "refactor", "product_svd", *CHANGES_BASE, "median", "trimmed_mean"])
 def test_equal_sites_are_one_site(tmp_path: Path, kind: str) -> None:
     """Whole batches, no augmentation, no dropout: rows come in another order at every site."""
     options = {"aggregate": kind, **({"trim": 0.3} if kind == "trimmed_mean" else {})}

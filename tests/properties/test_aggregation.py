@@ -118,7 +118,7 @@ def _unit(case: Case) -> float:
 
 
 @given(cases(equal_ranks=True), st.integers(1, 5))
-@pytest.mark.parametrize("kind", ["mean", "product_svd", "stack", "residual", "median", "trimmed_mean"])
+@pytest.mark.parametrize("kind", ["mean", "refactor", "product_svd", "stack", "residual", "median", "trimmed_mean"])
 def test_equal_sites_are_one_site_in_what_acts(kind: aggregation.Kind, case: Case, count: int) -> None:
     alike = [(weight, case.terms[0][1]) for weight in range(1, count + 1)]
     found = Aggregation(kind, 0.3)(alike, [case.product], case.start)
