@@ -13,17 +13,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from consilium import algebra
 from consilium.algebra import LowRank
+from consilium.errors import ConfigError
 from consilium.products import Product, products
-from consilium.protocols import Specs
-from consilium.tensors import Tensors
+from consilium.protocols import LocalTraining, Specs
+from consilium.tensors import Tensors, under, within
 
+_NOISE = 1e-7  # singular values below this share of the norm are rounding of float32 sums
 Couple = tuple[Product, Product]  # of the shared part, of the personal part, on the same base
+Sides = Literal["right", "left", "both"]
+Prepare = Callable[[LocalTraining, tuple[Couple, ...], Tensors], Tensors]  # ..., all that is known -> what is replaced
+DESIGN = "design"  # design/x: what the personal x is made of in every round; no part of the model
 
 
 def couples(specs: Specs, personal: Collection[str]) -> tuple[Couple, ...]:
@@ -112,6 +118,74 @@ def cosines(first: Tensor, second: Tensor, floor: float, squared: bool) -> Tenso
     sizes = u.square().sum(-1).clamp_min(floor**2) * v.square().sum(-1).clamp_min(floor**2)
     product = (u * v).sum(-1)
     return (product.square() / sizes if squared else product.abs() / sizes.sqrt()).mean()
+
+
+# ------------------------------------------------------------------------------------------------ made orthogonal
+def projected(pairs: Collection[Couple], values: Tensors, sides: Sides) -> dict[str, Tensor]:
+    """A_p (I - Q Q^T) with Q a basis of A_g's rows (right), B_p likewise (left): exact until the next step."""
+    news: dict[str, Tensor] = {}
+    for shared, own in pairs:
+        g, p = factors(shared, values), factors(own, values)
+        if sides != "left":
+            news[own.right] = algebra.orthogonalised(p.right, g.right).to(values[own.right].dtype)
+        if sides != "right":
+            left = algebra.orthogonalised(p.left.mT, g.left.mT).mT / own.scale
+            pieces = torch.split(left, [len(values[name]) for name in own.left])
+            news |= {n: piece.to(values[n].dtype).contiguous() for n, piece in zip(own.left, pieces, strict=True)}
+    return news
+
+
+def designed(moment: Tensor, against: Tensor, start: Tensor) -> Tensor:
+    """U_r^T / sqrt 3 of the SVD of (I - Q Q^T) H, Q a basis of the rows of `against`: what the inputs most point to of
+    all that is orthogonal to these rows; float64 [r, d], the largest entry of every row positive.
+
+    `moment`: H [d, d], the mean of x x^T over inputs x; `start` [r, d]: its rows go on where inputs span fewer than r
+    directions. InfLoRA's design (code liangyanshuo/InfLoRA, methods/inflora.py); 1 / sqrt 3 is the length of a row that
+    is drawn by Kaiming's rule. ConfigError where the layer has no room for both.
+    """
+    h, q, rank = moment.double(), algebra.basis(against.double()), len(start)
+    u, s, _ = torch.linalg.svd(h - q.mT @ (q @ h))
+    found: Tensor = u.mT[:rank][s[:rank] > _NOISE * torch.linalg.matrix_norm(h)]
+    if len(found) < rank:
+        more = algebra.basis(algebra.orthogonalised(start.double(), torch.cat([q, found])))
+        found = torch.cat([found, more[: rank - len(found)]])
+    if len(found) < rank:
+        what, allowed = "no room for two orthogonal adapters on this layer", f"ranks that add up to {h.shape[0]}"
+        raise ConfigError(what, where="strategy.hard", allowed=allowed, received=f"{len(against)} + {rank}")
+    signs = found.gather(1, found.abs().argmax(dim=1, keepdim=True)).sign()
+    return signs * found / math.sqrt(3)
+
+
+def project(sides: Sides) -> Prepare:
+    """The personal part without what the shared one spans."""
+
+    def prepare(training: LocalTraining, pairs: tuple[Couple, ...], known: Tensors) -> Tensors:  # noqa: ARG001
+        return projected(pairs, known, sides)
+
+    return prepare
+
+
+def design(sides: Sides) -> Prepare:  # noqa: ARG001
+    """A_p of the site's own inputs, made once, and without what the shared A reads now."""
+
+    def prepare(training: LocalTraining, pairs: tuple[Couple, ...], known: Tensors) -> Tensors:
+        made = within(DESIGN, known) or _designs(training, pairs, known)
+        return {**under(DESIGN, made), **projected(pairs, {**known, **made}, "right")}
+
+    return prepare
+
+
+def _designs(training: LocalTraining, pairs: tuple[Couple, ...], known: Tensors) -> dict[str, Tensor]:
+    layers = {own.right: own.base[0].removesuffix(".weight") for _, own in pairs}
+    moments, made = training.second_moments(known, set(layers.values())), dict[str, Tensor]()
+    for shared, own in pairs:
+        g, start = known[shared.right], known[own.right]
+        none = torch.zeros(g.shape[1], g.shape[1])  # of a site without images
+        made[own.right] = designed(moments.get(layers[own.right], none), g, start).to(start.dtype)
+    return made
+
+
+PREPARE: Mapping[str, Callable[[Sides], Prepare]] = {"projected": project, "designed": design}
 
 
 # ------------------------------------------------------------------------------------------------ what is logged

@@ -274,6 +274,10 @@ class LocalTraining(Protocol):
     def features(self, variables: Tensors) -> tuple[Tensor, Tensor]:
         """Features [n, num_features] and labels [n] of the training split, without augmentation."""
 
+    def second_moments(self, variables: Tensors, modules: Collection[str]) -> Tensors:
+        """Mean of x x^T over all tokens x of the training split that enter these modules of the backbone, [in, in] by
+        module, float64, without augmentation; nothing at no images."""
+
     def gradient(self, variables: Tensors) -> Tensors:
         """Mean gradient of the loss over the training split, by name, of what is `active`; one pass over the images."""
 

@@ -204,7 +204,6 @@ def _is_there(plan: Plan, name: str, prepared: sites.Federation, show: Display) 
     """Whether a reference is finished already, here or in a neighbouring run folder, from where it is copied."""
     if run_folder.is_done(plan.data.folder):
         return True
-    origin = run_folder.take_over(plan.data.folder, _identity(plan, prepared))
-    if origin is not None:
+    if (origin := run_folder.take_over(plan.data.folder, _identity(plan, prepared))) is not None:
         show({"event": "reference", "name": name, "kind": "reused", "from": str(origin)})
     return origin is not None

@@ -103,6 +103,9 @@ class Quadratic:
     def features(self, variables: Tensors) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
+    def second_moments(self, variables: Tensors, modules: object) -> Tensors:
+        raise NotImplementedError
+
     def gradient(self, variables: Tensors) -> Tensors:
         live = {name: value.clone().requires_grad_() for name, value in variables.items()}
         names = [name for name in live if self.active(SPECS[name].tag)]

@@ -126,6 +126,10 @@ class Toy:
     def features(self, variables: Tensors) -> tuple[Tensor, Tensor]:
         return _features(variables, data(self.site)[0]), data(self.site)[1]
 
+    def second_moments(self, variables: Tensors, modules: Collection[str]) -> Tensors:  # noqa: ARG002
+        x = data(self.site)[0]
+        return {name: x.T @ x / len(x) for name in modules}
+
     def fit(
         self,
         variables: Tensors,

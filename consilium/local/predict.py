@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +75,30 @@ def pooled_features(
         return model.features(here, inputs.tokens, inputs.depth)
 
     return _rows(function, examples, preprocessing, device, prefix)
+
+
+@torch.inference_mode()
+def moments_of_inputs(
+    model: Model,
+    variables: Tensors,
+    modules: Collection[str],
+    examples: Examples,
+    preprocessing: Preprocessing,
+    device: str,
+) -> dict[str, Tensor]:
+    """Mean of x x^T over all tokens x of all images that enter these modules, by module: float64 [in, in] on the CPU,
+    without augmentation, products of a batch in float32; nothing for an empty split."""
+    here = {name: value.to(device) for name, value in variables.items()}
+    totals: dict[str, tuple[Tensor, int]] = {}
+    for start in range(0, len(examples), BATCH_SIZE):
+        rows = np.arange(start, min(start + BATCH_SIZE, len(examples)))
+        with model.watch(modules) as seen:
+            model.features(here, load_images(examples, rows, preprocessing, device))
+        for name in sorted(modules):
+            x = seen[name].flatten(0, -2).float()
+            total, count = totals.get(name, (torch.zeros((), dtype=torch.float64), 0))
+            totals[name] = total + (x.mT @ x).cpu().double(), count + len(x)
+    return {name: total / count for name, (total, count) in totals.items()}
 
 
 @torch.inference_mode()

@@ -19,7 +19,7 @@ from consilium.config import TrainConfig
 from consilium.data import Batch, Examples, IntArray, Preprocessing
 from consilium.errors import TrainingError
 from consilium.local.augment import PRESETS, normalise, to_float
-from consilium.local.predict import Prefix, autocast, pooled_features, read
+from consilium.local.predict import Prefix, autocast, moments_of_inputs, pooled_features, read
 from consilium.local.prefix import Fit, Kept, Pixels, Prefixes
 from consilium.local.schedule import factor, federation_progress
 from consilium.local.seats import Seat
@@ -105,6 +105,11 @@ class Trainer:
         model, device = setting.model, setting.device
         found = pooled_features(model, variables, self.examples, setting.preprocessing, device, kept)
         return found, torch.from_numpy(self.examples.labels)
+
+    def second_moments(self, variables: Tensors, modules: Collection[str]) -> Tensors:
+        """Mean of x x^T over the tokens that enter these modules; nothing at no images."""
+        setting, device = self.setting, self.setting.device
+        return moments_of_inputs(setting.model, variables, modules, self.examples, setting.preprocessing, device)
 
     def gradient(self, variables: Tensors) -> Tensors:
         """Mean gradient over the training split of what is active, augmented, in full precision; nothing at no images.

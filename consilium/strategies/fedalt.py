@@ -17,20 +17,19 @@ Identity: others = the mean of the other sites' newest adapters; with one site t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from consilium.aggregation import Weighting
-from consilium.errors import ConfigError
-from consilium.protocols import Declaration, Learned, LocalTraining, Part, Personal, ServerState, Specs, Tag, Update
+from consilium.protocols import Declaration, Learned, LocalTraining, Part, Personal, Specs, Tag
 from consilium.registry import Options, register
-from consilium.strategies.fedavg import Averaging
-from consilium.tensors import Tensors, map_tensors, select, under, weighted_mean, within
+from consilium.strategies.others import OWN, SENT, Others, before_aggregation, others_of, own_of
+from consilium.tensors import Tensors, map_tensors, under, within
 
-START, OWN, SENT, BESIDE, SITES = "start", "own", "sent", "beside", "sites/number"
+BESIDE = "beside"
 FACTORS = frozenset({"lora_a", "lora_b"})
 
 
@@ -41,24 +40,8 @@ class FedAltOptions(Options):
 
 
 @dataclass(frozen=True)
-class FedAlt(Averaging):
-    """What travels under a factor's name: up the site's change, down the mean of all sites' own."""
-
-    def down(self, specs: Specs, round: int) -> Specs:
-        """The means, the common start of factors, and how many sites there are."""
-        found = {name: spec for name, spec in super().down(specs, round).items() if spec.tag.role in FACTORS}
-        fixed = {f"{START}/{n}": replace(s, tag=replace(s.tag, slot="control"), factor=None) for n, s in found.items()}
-        some = next(iter(fixed.values()))
-        return {**super().down(specs, round), **fixed, SITES: replace(some, shape=(1,), dtype=torch.float64)}
-
-    def init_server(self, initial: Tensors, specs: Specs, sites: Sequence[str]) -> ServerState:
-        """All adapters at the common start; ConfigError for a site without others."""
-        if len(sites) < 2:
-            raise ConfigError("the mean of the other sites needs other sites", where="strategy.fedalt", received=sites)
-        start = {name: initial[name] for name in self.shared(specs)}
-        factors = {name: initial[name] for name in start if specs[name].tag.role in FACTORS}
-        number = torch.tensor([float(len(sites))], dtype=torch.float64)
-        return ServerState(0, tuple(sites), {**start, **under(START, factors), SITES: number})
+class FedAlt(Others):
+    """What a site does with the mean of the others: it stays beside the adapter that is trained."""
 
     def init_site(self, initial: Tensors, specs: Specs, site: str) -> Personal:
         """The router and a personal head; the others' adapter is formed when it is needed."""
@@ -70,7 +53,7 @@ class FedAlt(Averaging):
         own, others = standing(received, personal)
         rest = {n: v for n, v in received.items() if n in training.specs and n not in own}
         held = {n: v for n, v in personal.tensors.items() if n in training.specs}
-        start = {**own, **rest, **held, **{of_others(n): value for n, value in others.items()}}
+        start = {**own, **rest, **held, **{beside(n): value for n, value in others.items()}}
         fitted = training.fit(start, only=lambda tag: training.active(tag) and not is_others(tag))
         found = {n: fitted.variables[n] for n in own}
         change = map_tensors(torch.sub, found, own)
@@ -79,42 +62,23 @@ class FedAlt(Averaging):
         kept |= under(BESIDE, others)
         return Learned(sent, Personal(kept), fitted.loss, fitted.num_steps, fitted.image_passes)
 
-    def combine(self, server: ServerState, updates: Iterable[Update], specs: Specs) -> ServerState:
-        """mean <- mean + sum of changes / K; the rest is averaged over the sites that trained it."""
-        total: dict[str, Tensor] = {}
-        terms: list[tuple[float, Tensors]] = []
-        for update in updates:
-            changes = {n: value for n, value in update.tensors.items() if specs[n].tag.role in FACTORS}
-            total |= {n: total.get(n, torch.zeros(())) + value.double() for n, value in changes.items()}
-            rest = {n: value for n, value in update.tensors.items() if n not in changes}
-            terms.append((update.num_examples if self.weights == "examples" else 1, rest))
-        moved = {n: (server.shared[n].double() + value / len(server.sites)) for n, value in total.items()}
-        means = {n: value.to(server.shared[n].dtype) for n, value in moved.items()}
-        return replace(server, shared={**server.shared, **weighted_mean(terms), **means})
-
     def deploy(self, received: Tensors, personal: Personal) -> Mapping[str, Tensors]:
         """Own adapter, router, mean of the others; a site that has not answered yet has the common start as its own."""
         own, others = standing(received, personal)
         plain = {n: v for n, v in {**received, **personal.tensors}.items() if "/" not in n}
-        return {"personal": {**plain, **own, **{of_others(n): value for n, value in others.items()}}}
+        return {"personal": {**plain, **own, **{beside(n): value for n, value in others.items()}}}
 
 
 def standing(received: Tensors, personal: Personal) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A site's own adapter and the mean of the others', both under the names that travel. Where the site's own update
     lies in the place of the mean (the model before aggregation), the others are those it was trained beside."""
-    start, sent, beside = within(START, received), within(SENT, personal.tensors), within(BESIDE, personal.tensors)
-    own = within(OWN, personal.tensors) or start
-    if sent and all(torch.equal(received[n], value) for n, value in sent.items()):
-        return own, beside
-    number = float(received[SITES])
-
-    def without(mean: Tensor, mine: Tensor) -> Tensor:
-        return ((number * mean.double() - mine.double()) / (number - 1)).to(mean.dtype)
-
-    return own, map_tensors(without, select(received, start), own)
+    own = own_of(received, personal)
+    if before_aggregation(received, personal):
+        return own, within(BESIDE, personal.tensors)
+    return own, others_of(received, own)
 
 
-def of_others(name: str) -> str:
+def beside(name: str) -> str:
     """The name of the others' factor beside a site's own."""
     return name.replace(".shared.", ".personal.")
 

@@ -16,10 +16,14 @@ the paper do not apply to it.
     on representations, per token: cos_squared, cos of u_g, u_p; pooled: cos^2 of f(g) and f(g, p) - f(g), pooled
     features
 
-Leaves the site, stays, kept: as dual_lora. gradient = "personal" takes g, and what enters a layer, as constants of
-Omega. A-side orthogonality makes what the adapters read disjoint, B-side what they write (outputs orthogonal for every
-input). The server's mean undoes in part what each site reached; hard = "projected" makes A_p (or B_p, by `side`)
-orthogonal to the shared part that arrived, before training goes on, beside the penalty or (strength = 0) in its place.
+Leaves the site, stays, kept: as dual_lora; a design stays and is kept. gradient = "personal" takes g, and what enters
+a layer, as constants of Omega. A-side orthogonality makes what the adapters read disjoint, B-side what they write
+(outputs orthogonal for every input). The server's mean undoes in part what each site reached; hard = "projected" makes
+A_p (or B_p, by `side`) orthogonal to the shared part that arrived, before training goes on, beside the penalty or
+(strength = 0) in its place.
+hard = "designed": in a site's first round A_p is set to the leading directions of what enters the layer there, without
+those that A_g reads, U_r^T / sqrt 3 of the SVD of (I - Q_g Q_g^T) H with H the mean of x x^T over the training images
+(InfLoRA); it is not trained, B_p is. As A_g moves, every round uses the design's projection as above.
 Departures: cannot be listed, see above. Dropout of the adapters is left out of u_g and u_p. pooled costs one more
 forward pass, with gradient = "personal" two.
 Identity: strength = 0 is dual_lora, bit by bit; with personal_rank = 0 FedIT (tests/identities/test_dual.py).
@@ -38,10 +42,11 @@ from torch import Tensor
 from consilium import orthogonality
 from consilium.config import changed
 from consilium.data import Batch
-from consilium.orthogonality import OF_SIDES, Couple
+from consilium.orthogonality import OF_SIDES, PREPARE, Couple, Sides
 from consilium.protocols import LocalTraining, Objective
 from consilium.registry import register
-from consilium.strategies.dual_lora import Dual, DualOptions, Sides, declared, shares, whole
+from consilium.strategies.dual_lora import Dual, DualOptions, declared, rule, shares, whole
+from consilium.strategies.federated_lora import RIGHT
 from consilium.tensors import Tensors
 
 OfWeights = Literal["subspace", "rows", "frobenius", "entrywise", "product"]
@@ -55,17 +60,24 @@ class FedopalOptions(DualOptions):
     penalty: OfWeights | OfRepresentations = "subspace"
     strength: float = Field(default=1.0, ge=0)  # lambda, of the mean over layers; 0: no penalty
     warmup_rounds: int = Field(default=0, ge=0)  # lambda grows to its full size in so many rounds
-    side: Sides = "right"  # of weights: right, what the adapters read (A); left, what they write (B)
+    side: Sides = "right"  # of weights, and of projected: right, what the adapters read (A); left, what they write (B)
     gradient: Literal["both", "personal"] = "both"  # which part the penalty moves
     floor: float = Field(default=1e-3, gt=0)  # smaller norms count as this one: B starts at zero
-    hard: Literal["projected"] | None = None  # projected: the personal part made orthogonal at the start of every round
+    hard: Literal["projected", "designed"] | None = Field(
+        default=None,
+        description="projected: the personal part made orthogonal at the start of every round; designed: its A made of "
+        "the directions that a site's own inputs have beside the shared A, not trained, and projected in every round",
+    )
 
     @model_validator(mode="after")
     def _act(self) -> FedopalOptions:
-        given, sided = changed(self), self.hard is not None or (self.strength > 0 and self.penalty in OF_SIDES)
+        given, weighs = changed(self), self.strength > 0 and self.penalty in OF_SIDES
+        fixed = self.gradient == "personal" or self.server == "ffa"  # the shared A; a designed one is not trained
         if self.personal_rank == 0 and (self.strength > 0 or self.hard):
             raise ValueError("personal_rank = 0 leaves nothing to be orthogonal: strength = 0, and hard left out")
-        if "side" in given and not sided:
+        if weighs and self.hard == "designed" and self.side == "right" and fixed:
+            raise ValueError("the penalty moves nothing: its side is A's, of which one is designed and one fixed")
+        if "side" in given and not weighs and self.hard != "projected":
             raise ValueError(f"side is of weights, and has no effect with penalty = {self.penalty!r}")
         if self.strength == 0 and (idle := sorted(given & {"penalty", "warmup_rounds", "gradient", "floor"})):
             raise ValueError(f"{', '.join(idle)} without effect: strength = 0 is no penalty")
@@ -141,14 +153,15 @@ class Penalty:
 
 def fedopal(options: FedopalOptions) -> Dual:
     """Two adapters with this penalty."""
-    layers = frozenset({"lora_a"} if options.penalty in ("cos_squared", "cos") and options.strength > 0 else ())
-    return Dual(
+    looks = options.hard == "designed" or (options.penalty in ("cos_squared", "cos") and options.strength > 0)
+    still = RIGHT if options.hard == "designed" else ()
+    return rule(options)(
         options.weights,
         shares(options),
-        declared(options, layers),
+        declared(options, frozenset({"lora_a"} if looks else ()), still),
         options.aggregation(of_factors=True),
         objective_for=Penalty(options) if options.strength > 0 else None,
-        project=options.side if options.hard else None,
+        prepare=PREPARE[options.hard](options.side) if options.hard else None,
         head=options.head,
     )
 

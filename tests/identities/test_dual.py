@@ -179,7 +179,7 @@ def test_exchanging_sites_exchanges_their_personal_parts_alone() -> None:
 def test_personal_tensors_never_travel_and_bytes_are_those_of_one_adapter(tmp_path: Path, head: str) -> None:
     outcome = _run(tmp_path, "fedopal", {"head": head, "personal_rank": 2})
     names = {name for _, _, tensors in outcome.sent("up", "down", "finish") for name in tensors}
-    assert not [name for name in names if ".personal." in name or name.startswith("own/")]
+    assert not [name for name in names if ".personal." in name or name.startswith("added/")]
     assert ("head.weight" in names) == (head != "personal")
     for site in SITES:
         kept = {n: v for n, v in outcome.served(site).items() if ".personal." in n}
@@ -195,10 +195,10 @@ def test_a_personal_head_is_added_to_the_shared_one(tmp_path: Path) -> None:
     outcome = _run(tmp_path, "dual_lora", {"head": "both"})
     for site in SITES:
         served = outcome.served(site)
-        assert not [name for name in served if name.startswith("own/")]
+        assert not [name for name in served if name.startswith("added/")]
         assert not torch.equal(served["head.weight"], outcome.shared["head.weight"])
     strategy = registry.build("strategies", "dual_lora", {"head": "both"})
-    own = toy.federate(strategy, 1, steps=0).personal["a"].tensors["own/head.weight"]
+    own = toy.federate(strategy, 1, steps=0).personal["a"].tensors["added/head.weight"]
     assert not own.any(), "it starts at zero, so that first predictions are the shared head's"
     with pytest.raises(ConfigError, match="needs a role that nothing has"):
         federation.assemble(
@@ -207,10 +207,10 @@ def test_a_personal_head_is_added_to_the_shared_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trains", "odd", "even"), [("left", {"b"}, {"b"}), ("alternating", {"b"}, {"a"}), ("both", {"a", "b"}, {"a", "b"})]
+    ("server", "odd", "even"), [("ffa", {"b"}, {"b"}), ("rolora", {"b"}, {"a"}), ("mean", {"a", "b"}, {"a", "b"})]
 )
-def test_the_server_rule_is_of_the_shared_factors_alone(trains: str, odd: set[str], even: set[str]) -> None:
-    pieces = federation.assemble(federation.configure(strategy={"name": "fedopal", "trains": trains}))
+def test_the_server_rule_is_of_the_shared_factors_alone(server: str, odd: set[str], even: set[str]) -> None:
+    pieces = federation.assemble(federation.configure(strategy={"name": "fedopal", "server": server}))
     for number, letters in ((1, odd), (2, even)):
         assert {name[-1] for name in pieces.up(number) if ".lora." in name} == letters
         active = pieces.active(number, "a")

@@ -436,6 +436,22 @@ def test_what_enters_a_module_can_be_watched_with_its_gradient() -> None:
         pass
 
 
+def test_moments_of_what_enters_a_module_are_over_all_tokens_of_the_split() -> None:
+    trainer, start = _trainer(), _start()
+    modules = ["blocks.0.attn.qkv", "blocks.5.mlp.fc1"]
+    images, _ = _batch(np.arange(len(trainer.examples)))
+    with torch.no_grad(), trainer.setting.model.watch(modules) as seen:
+        trainer.setting.model.features(start, images)
+    found = trainer.second_moments(start, modules)
+    assert found.keys() == set(modules)
+    for name in modules:
+        tokens = seen[name].flatten(0, 1).double()
+        assert found[name].dtype == torch.float64
+        torch.testing.assert_close(found[name], tokens.T @ tokens / len(tokens), rtol=1e-5, atol=1e-6)
+    assert equal(found, trainer.second_moments(start, modules)), "no draw, no augmentation"
+    assert replace(trainer, examples=federation.examples("a", 0, 0)).second_moments(start, modules) == {}
+
+
 def test_an_objective_that_needs_no_gradient_moves_nothing() -> None:
     fitted = _trainer(**federation.SGD).fit(_start(), objective=lambda *_: torch.tensor(1.0))
     assert equal(fitted.variables, _start())
