@@ -23,7 +23,7 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/mypy
 
 docs: $(VENV)/.installed-dev
-	$(PYTHON_IN_VENV) scripts/generate_docs.py
+	$(PYTHON_IN_VENV) -m scripts.generate_docs
 
 # Its own environment: a peer's narrow pins are not to decide which versions anything else here uses.
 bench: $(BENCH_VENV)/.installed-bench

@@ -22,6 +22,7 @@ from consilium.experiment import Experiment, assemble
 from consilium.sites import audit
 
 Table = dict[str, Any]
+Way = Literal["up", "down"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,19 @@ def predicted_bytes(experiment: Experiment, sites: Iterable[str]) -> dict[str, T
     return book.table()
 
 
+def exchanged(experiment: Experiment, sites: Iterable[str], number: int) -> dict[Way, set[str]]:
+    """Names of the tensors in the two messages of a site in this round, where every site is in every round and nothing
+    is coded."""
+    names = sorted(sites)
+    book = _Book(experiment, names)
+    for each in range(1, number + 1):
+        for site in names:
+            book.request(site, each)
+        for site in names:
+            book.reply(site, each)
+    return book.latest
+
+
 class _Book:
     """Versions in place of tensors: `version` and the one `before` it at the coordinator, and what each site has."""
 
@@ -112,6 +126,7 @@ class _Book:
         own = {*experiment.common, *self.outside}
         self.have: dict[str, dict[str, int]] = {site: dict.fromkeys(own, 0) for site in names}
         self.totals = {"up": dict.fromkeys(names, 0), "down": dict.fromkeys(names, 0)}
+        self.latest: dict[Way, set[str]] = {"up": set(), "down": set()}
 
     def request(self, site: str, number: int) -> None:
         """The site gets what it lacks, as a step where it has what that starts from."""
@@ -131,8 +146,9 @@ class _Book:
         self.before |= {name: self.version[name] for name in changed if self.version[name] != number}
         self.version |= dict.fromkeys(changed, number)
 
-    def count(self, way: Literal["up", "down"], site: str, number: int, names: Set[str], coded: Set[str]) -> None:
+    def count(self, way: Way, site: str, number: int, names: Set[str], coded: Set[str]) -> None:
         """The payload of a message that holds these tensors, some of them coded."""
+        self.latest[way] = set(names)
         held = [*(names - coded), *self.experiment.codec.names(coded)]
         self.totals[way][site] += payload.num_bytes(self.experiment.wire(way, number), held)
 

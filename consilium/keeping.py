@@ -15,7 +15,7 @@ from torch import Tensor
 from consilium.data import Examples
 from consilium.experiment import Experiment
 from consilium.local.train import Trainer, original
-from consilium.protocols import Spec, Specs, Tag
+from consilium.protocols import Spec, Specs, Tag, Update
 from consilium.tensors import Tensors
 
 SERVED = "served/"  # in front of tensors of the model that a last local phase leaves, and that never travels
@@ -43,6 +43,25 @@ def _personal(experiment: Experiment, sites: Sequence[str]) -> Tensors:
         personal = strategy.learn(received, personal, training).personal
         found |= personal.tensors
     return found
+
+
+def at_server(experiment: Experiment, sites: Sequence[str]) -> Tensors:
+    """All that the coordinator keeps beside what it sends, after two rounds of sites without images."""
+    strategy, specs, names = experiment.strategy, experiment.model.specs, sorted(sites)
+    initial, counts = experiment.initial(0), [0] * len(experiment.task.classes)
+    server = strategy.init_server(initial, specs, names)
+    received: dict[str, dict[str, Tensor]] = {site: {} for site in names}
+    personal = {site: strategy.init_site(initial, specs, site) for site in names}
+    for number in range(1, _ROUNDS + 1):
+        updates = []
+        for site in names:
+            received[site] |= strategy.send(server, site)
+            training = Trainer(experiment.setting, _no_images(), number, site, counts)
+            learned = strategy.learn(received[site], personal[site], training)
+            personal[site] = learned.personal
+            updates.append(Update(site, learned.update, 1))
+        server = replace(strategy.combine(server, updates, specs), round=number)
+    return server.memory
 
 
 def _no_images() -> Examples:

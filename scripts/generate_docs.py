@@ -1,4 +1,5 @@
-"""Write docs/configuration.md from the configuration's own models and the registry: python scripts/generate_docs.py
+"""Write docs/configuration.md from the configuration's own models and the registry, and docs/strategies.md
+(strategy_table.py): python -m scripts.generate_docs
 
 A key's description is the comment behind it in consilium/config.py, or its field's description.
 """
@@ -18,6 +19,7 @@ from pydantic_core import PydanticUndefined
 
 from consilium import registry
 from consilium.config import Config
+from scripts import strategy_table
 
 TARGET = Path(__file__).parent.parent / "docs" / "configuration.md"
 OPENING = """# Configuration
@@ -136,5 +138,6 @@ def _first_line(model: type[BaseModel]) -> str:
 
 
 if __name__ == "__main__":
-    TARGET.write_text(render(), encoding="utf-8")
-    print(TARGET.relative_to(Path.cwd()) if TARGET.is_relative_to(Path.cwd()) else TARGET)
+    for target, page in ((TARGET, render), (strategy_table.TARGET, strategy_table.render)):
+        target.write_text(page(), encoding="utf-8")
+        print(target.relative_to(Path.cwd()) if target.is_relative_to(Path.cwd()) else target)

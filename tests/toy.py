@@ -181,11 +181,18 @@ class Outcome:
 
 
 def federate(
-    strategy: Strategy, rounds: int, steps: int = 3, drawn: Mapping[int, Sequence[str]] | None = None, rank: int = RANK
+    strategy: Strategy,
+    rounds: int,
+    steps: int = 3,
+    drawn: Mapping[int, Sequence[str]] | None = None,
+    rank: int = RANK,
+    b_at_zero: bool = False,
 ) -> Outcome:
-    """Rounds of all sites, or of those `drawn`; personal tensors of a site start from its own seed."""
+    """Rounds of all sites, or of those `drawn`; personal tensors of a site start from its own seed. `b_at_zero`: the
+    shared B starts at zero, as in LoRA."""
     known = specs(strategy, rank)
-    start = initial(known, 1)
+    start = {n: v * (0 if b_at_zero and n.endswith(".b") else 1) for n, v in initial(known, 1).items()}
+    start |= {f"{LAYER}.weight": frozen()} if strategy.declares.changes_base else {}
     server = strategy.init_server(start, known, SITES)
     personal = {site: strategy.init_site(initial(known, 2 + at), known, site) for at, site in enumerate(SITES)}
     received: dict[str, Tensors] = {site: {} for site in SITES}

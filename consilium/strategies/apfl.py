@@ -12,6 +12,9 @@ in every step; v starts as the first w that a site receives. Not this: stepping 
 round, as a widely used library does. Two forward passes per image.
 Identity: alpha = 0, not learnt, is the shared model; alpha = 1 is local training from the common start; without
 clipping the shared tensors are FedAvg's (tests/unit/test_strategy_own_models.py).
+Family: personal models
+Identity test: test_apfl_at_its_ends_is_fedavg_and_local_training
+Slow reference: test_apfls_rounds_are_the_papers
 """
 
 from __future__ import annotations

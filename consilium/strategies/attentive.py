@@ -16,6 +16,11 @@ fedacs: delta grows by a fixed step, a site that no other is like keeps its own 
 is like none.
 Identity: pull = 0 is local training from the common start; fedacs with threshold = -1 and a great T is the uniform
 mean; exchanging sites exchanges their models (tests/unit/test_strategy_attentive.py).
+Family: personal models
+Identity test of fedamp: test_strategy_attentive::test_without_a_pull_it_is_local_training
+Identity test of fedacs: test_fedacs_with_no_threshold_and_a_great_temperature_is_the_uniform_mean
+Slow reference of fedamp: test_fedamps_rounds_are_the_papers_with_the_distance_squared
+Slow reference of fedacs: test_fedacss_rounds_are_the_formulas
 """
 
 from __future__ import annotations

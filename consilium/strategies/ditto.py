@@ -11,6 +11,9 @@ goes through the images twice. A personal head is there twice too, one trained w
 the same draws.
 Identity: for every strength the shared tensors are FedAvg's, bit by bit; strength = 0 is local training from the common
 start; a great one holds v_k at w.
+Family: personal models
+Identity test: test_dittos_shared_model_is_fedavgs_for_every_pull
+Slow reference: test_dittos_rounds_are_the_papers
 """
 
 from __future__ import annotations

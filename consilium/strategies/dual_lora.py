@@ -14,6 +14,9 @@ Departures: not known which there are. Joint training has no gauge: nothing deci
 alpha / r of the tuner's own rank for both parts. head = "both" adds a personal head to the shared one, weight by
 weight.
 Identity: personal_rank = 0 is FedIT, bit by bit; personal tensors never travel; shared + personal merged = both summed.
+Family: dual LoRA
+Identity test: test_without_a_personal_part_and_a_penalty_it_is_fedit
+Slow reference: test_dual::test_rounds_are_those_of_the_formulas
 """
 
 from __future__ import annotations

@@ -13,6 +13,9 @@ Departures: omega is trained for `mixing_epochs` in every round, where the paper
 first used and for one pass later; its optimiser is the run's, at a rate of its own. In a site's first round w_own is
 w_shared, and omega stays at one.
 Identity: while omega is one it is FedAvg, bit by bit; omega never leaves [0, 1] nor the site.
+Family: personal models
+Identity test: test_fedala_with_omega_at_one_is_fedavg
+Slow reference: test_fedalas_rounds_are_the_papers
 """
 
 from __future__ import annotations

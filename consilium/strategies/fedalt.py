@@ -13,6 +13,9 @@ Departures: the server sends the plain mean over all K sites, and each takes its
 start, from which all adapters begin (sent once). Router and A_0, B_0 are not uploaded, as the authors' code does. The
 head, and what other tuners train, is trained too and averaged.
 Identity: others = the mean of the other sites' newest adapters; with one site this is undefined, and refused.
+Family: dual LoRA
+Identity test: test_in_a_federation_others_are_the_mean_of_the_others
+Slow reference: test_rounds_are_the_papers_with_the_mean_of_the_others_formed_by_hand
 """
 
 from __future__ import annotations

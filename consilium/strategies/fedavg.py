@@ -10,6 +10,9 @@ personal tensors at the site, nothing at the server.
 Departures: any optimiser (the paper: SGD); a tensor is averaged over the sites that trained it; `aggregate` puts
 another sum in the place of the mean, and two of these change frozen weights, which then travel down as if shared.
 Identity: one site = local training; equal updates = that update; order of replies is irrelevant (tests/identities).
+Family: references
+Identity test: test_one_full_batch_step_of_fedavg_is_the_centralised_step
+Slow reference: test_fedavgs_rounds_are_the_papers
 """
 
 from __future__ import annotations

@@ -17,6 +17,10 @@ head is trained in the global phase. feddpa_f sums both adapters. Not copied fro
 inference, which grows for the shared adapter with likeness to local images, and a stop of gradients that also cuts off
 lower layers.
 Identity: the shared tensors of both are FedIT's, bit by bit (feddpa_t: with uniform weights, as here by default).
+Family: dual LoRA
+Identity test: test_the_shared_adapter_is_fedits
+Slow reference of feddpa_t: test_feddpa_ts_rounds_are_the_formulas
+Slow reference of feddpa_f: test_feddpa_f_trains_the_personal_adapter_alone_and_last
 """
 
 from __future__ import annotations

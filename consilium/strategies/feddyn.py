@@ -15,6 +15,9 @@ of models and of h, of which sites that never sent anything count like the mean 
 trained in a round is left alone.
 Identity: with exact local solves it ends where the sum of all losses is least, whatever the sites (I15); FedAvg and an
 unsquared norm do not (tests/unit/test_strategy_feddyn.py).
+Family: optimisation
+Identity test: test_with_exact_solves_it_ends_at_the_optimum_of_all
+Slow reference: test_strategy_feddyn::test_it_is_the_papers_algorithm
 """
 
 from __future__ import annotations

@@ -17,6 +17,12 @@ flexlora: U S | V. flora: factors start anew from the run's first draw, alike at
 W_0 comes down as one matrix, not as factors of all sites or of the residual (docs/aggregation.md says what that costs).
 Identity: one site = local training, for flora merged and restarted in every round; equal sites = one site; ffa, rolora:
 mean of factors = mean of products (tests/identities/test_aggregate.py).
+Family: federated LoRA
+Identity test of fedit: test_one_step_on_pooled_data_is_the_mean_of_factors_and_not_of_products
+Identity test of ffa, rolora: test_with_one_factor_common_the_mean_of_factors_is_the_mean_of_products
+Identity test of flexlora, fedex: test_aggregate::test_one_site_is_local_training
+Identity test of flora: test_flora_of_one_site_merges_and_starts_anew
+Slow reference: test_round_by_round_the_factors_are_the_formulas
 """
 
 from __future__ import annotations

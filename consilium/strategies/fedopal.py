@@ -27,6 +27,9 @@ those that A_g reads, U_r^T / sqrt 3 of the SVD of (I - Q_g Q_g^T) H with H the 
 Departures: cannot be listed, see above. Dropout of the adapters is left out of u_g and u_p. pooled costs one more
 forward pass, with gradient = "personal" two.
 Identity: strength = 0 is dual_lora, bit by bit; with personal_rank = 0 FedIT (tests/identities/test_dual.py).
+Family: dual LoRA
+Identity test: test_without_a_penalty_it_is_dual_lora_and_a_penalty_shows
+Slow reference: test_dual::test_rounds_are_those_of_the_formulas
 """
 
 from __future__ import annotations

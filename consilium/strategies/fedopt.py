@@ -13,6 +13,9 @@ Departures: the mean is FedAvg's, by images unless weights = "uniform"; a tensor
 alone with its m and v; no bias correction, as in the paper.
 Identity: avgm with b1 = 0, eta = 1 is FedAvg; from v = 0 the first step of adam is Adam's of rate 1 and eps, with
 eta = sqrt(1 - b2) / (1 - b1) and tau = eps sqrt(1 - b2) (tests/unit/test_strategy_fedopt.py).
+Family: optimisation
+Identity test: test_the_first_step_of_adam_is_torchs
+Slow reference: test_strategy_fedopt::test_it_is_the_papers_algorithm
 """
 
 from __future__ import annotations

@@ -8,6 +8,9 @@ w_t -> received    w -> variables    mu -> mu
 Leaves the site, stays, kept: as FedAvg. Departures: the proximal term covers the shared tensors only; sites do a fixed
 amount of work (the paper also allows a variable one).
 Identity: mu = 0 is FedAvg, bit by bit; a single step from w_t is FedAvg's for every mu.
+Family: optimisation
+Identity test: test_fedprox_without_a_pull_is_fedavg
+Slow reference: test_fedproxs_rounds_are_the_papers
 """
 
 from __future__ import annotations

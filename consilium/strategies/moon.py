@@ -13,6 +13,9 @@ never in a round has no last model and trains as FedAvg, as the term then has no
 forward passes without a gradient.
 Identity: mu = 0 is FedAvg, and so is a first round, bit by bit; the term is its own formula in NumPy
 (tests/unit/test_strategy_moon.py).
+Family: optimisation
+Identity test: test_without_the_term_and_in_a_first_round_it_is_fedavg
+Slow reference: test_it_trains_on_the_papers_objective
 """
 
 from __future__ import annotations

@@ -16,6 +16,16 @@ Leaves the site: what the rule shares, number of training images. Stays: the res
 Departures: none in the rules; any optimiser. fedbn: the paper's BatchNorm has statistics, norms of a transformer none.
 Identity: nothing personal = FedAvg, all personal = local (tests/identities); lg and fedper divide the same tensors;
   under fedbn norms of two sites differ after training (tests/unit/test_strategy_partial.py).
+Family: partial sharing
+Family of local: references
+Family of fedsa: federated LoRA
+Identity test of local: test_all_personal_is_local_training
+Identity test of fedper: test_fedper_with_nothing_personal_is_fedavg
+Identity test of fedsa: test_aggregate::test_one_site_is_local_training
+Identity test of fedbn: test_norms_of_two_sites_differ_under_fedbn_and_never_travel
+Identity test of lg: test_lg_and_fedper_divide_the_same_tensors
+Slow reference of local, fedper, lg, fedbn: test_rules_on_tags_are_the_papers
+Slow reference of fedsa: test_round_by_round_the_factors_are_the_formulas
 """
 
 from __future__ import annotations

@@ -13,6 +13,9 @@ Departures: any optimiser for theta; each of the K steps takes the next batch wh
 w also moves after a last, shorter loop of a round; w's mean is weighted as FedAvg's (the paper: uniform).
 Identity: outer_rate = 0 leaves the shared tensors; with theta at its minimum w takes a gradient step on the envelope,
 which for a great strength is FedAvg's (tests/unit/test_strategy_own_models.py).
+Family: personal models
+Identity test: test_pfedme_with_a_great_pull_is_fedavg_like
+Slow reference: test_pfedmes_rounds_are_the_papers
 """
 
 from __future__ import annotations

@@ -16,6 +16,14 @@ Departures: lengths are in epochs; the last blocks, if kept (`personal_from_bloc
   Guests (sites.held_out) are not fine-tuned: they get the global model.
 Identity: fedrep with nothing personal = FedAvg; the global model of fedavg_finetune = FedAvg's; FedBABU's head keeps
   its bits until the end (tests/unit/test_strategy_phases.py).
+Family: partial sharing
+Family of fedavg_finetune: references
+Identity test of fedavg_finetune: test_fedavg_is_fine_tuned_at_every_site_after_the_last_round
+Identity test of fedrep: test_fedrep_with_nothing_personal_is_fedavg
+Identity test of fedbabu: test_the_head_of_fedbabu_keeps_its_common_start_until_the_end
+Slow reference of fedavg_finetune: test_fedavgs_rounds_are_the_papers
+Slow reference of fedrep: test_fedrep_is_the_papers_algorithm
+Slow reference of fedbabu: test_fedbabu_is_fedavg_of_the_body
 """
 
 from __future__ import annotations

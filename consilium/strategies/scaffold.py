@@ -17,6 +17,9 @@ all step lengths, so that x - y gives the mean gradient, weighted by them, under
 optimiser than plain SGD x - y is no gradient: refused, or control = "gradient" (option I), one more pass at x.
 Identity: round 1 is FedAvg's, bit by bit; one full step of everybody is FedAvg's in every round; where all c_i are the
 gradients at an optimum it is not left (tests/unit/test_strategy_scaffold.py).
+Family: optimisation
+Identity test: test_the_optimum_is_a_fixed_point_and_fedavg_leaves_it
+Slow reference: test_strategy_scaffold::test_it_is_the_papers_algorithm
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from consilium import registry
-from consilium.check import predicted_bytes, predicted_passes
+from consilium.check import exchanged, predicted_bytes, predicted_passes
 from consilium.engines.simulate import secrets_of
 from consilium.engines.state import SiteState, StateFolder
 from consilium.errors import TrainingError
@@ -208,6 +208,10 @@ def test_predicted_bytes_and_passes_are_the_measured_ones(
     assert {way: predicted[way] for way in ("up", "down")} == {way: measured[way] for way in ("up", "down")}
     passes = predicted_passes(settings, {site: len(data.train) for site, data in SITES.items()})
     assert {site: count for site, count in passes.items() if count} == outcome.progress.passes
+    if train["participation"] == 1 and evaluation["serve"] == "last":  # what docs/strategies.md counts
+        for way, told in exchanged(outcome.experiment, SITES, 3).items():
+            sent = [set(tensors) for number, _, tensors in outcome.sent(way) if number == 3]
+            assert sent == ([told] * len(SITES) if told else [])
 
 
 # ------------------------------------------------------------------------------------------------ personal state

@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from consilium import cli, config, metrics, registry, run_folder
-from scripts import generate_docs
+from scripts import generate_docs, strategy_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,6 +24,30 @@ def test_the_page_names_every_member_and_its_keys() -> None:
         for name, member in registry.members(kind).items():
             assert f"### `{name}`" in page
             assert all(f"| `{key}` |" in page for key in member.options.model_fields)
+
+
+STRATEGIES = [m for m in registry.members("strategies").values() if m.build.__module__.startswith("consilium.")]
+
+
+@pytest.mark.parametrize("member", STRATEGIES, ids=lambda member: member.name)
+def test_the_header_of_a_strategy_names_its_family_and_the_tests_that_pin_it(member: registry.Member) -> None:
+    assert strategy_table.missing(member) == []
+
+
+def test_the_table_of_strategies_is_what_the_code_says() -> None:
+    page = strategy_table.render()
+    assert strategy_table.TARGET.read_text(encoding="utf-8") == page, "run `make docs`"
+    assert all(page.count(f"\n| `{member.name}`") == 3 for member in STRATEGIES)
+
+
+def test_formulas_and_bytes_of_the_table_are_each_other() -> None:
+    """4 for each scalar, 9 for the head and a bit for each tensor that may travel."""
+    for name, times, symbols in (("fedavg", 1, "ABH"), ("fedper", 1, "AB"), ("fedsa", 1, "A"), ("scaffold", 2, "ABH")):
+        pieces, _ = strategy_table.example(name)
+        sizes, bits = strategy_table.sizes(pieces), len(pieces.wire("up", 3))
+        num_bytes = 4 * times * sum(sizes[symbol] for symbol in symbols) + 9 + -(-bits // 8)
+        formula = " + ".join(symbols) if times == 1 else f"{times} ({' + '.join(symbols)})"
+        assert set(strategy_table.messages(pieces, "up")) == {(formula, num_bytes)}
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
