@@ -18,6 +18,9 @@ tuner's own (its start = "orthonormal" makes the rows orthonormal from round 1 o
 travel as steps, so that rows are orthonormal up to what the codec loses.
 Identity: B A, and so the model, is what the mean made it; A A^T = I after a change of basis; with a period beyond the
 run this is ffa, bit by bit; one site: its own product (tests/unit/test_strategy_fedsvd.py).
+Family: federated LoRA
+Identity test: test_a_period_beyond_the_run_is_ffa_bit_by_bit
+Slow reference: test_strategy_fedsvd::test_rounds_are_the_papers
 """
 
 from __future__ import annotations
