@@ -17,6 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from consilium import config_file, paths, registry
+from consilium.config_unseen import UnseenConfig
 from consilium.data import Preprocessing
 from consilium.errors import ConfigError
 from consilium.registry import Options, options_error
@@ -96,7 +97,7 @@ class SitesConfig(_Member):
     source: str = "phantom"
     partition: Partition = Partition()
     split: Split = Split()
-    held_out: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = ()  # sites that take no part and are measured afterwards; see [unseen]
     tolerate_corrupt: float = Field(default=0.0, ge=0, lt=1)  # largest share of unreadable images that is dropped
 
 
@@ -273,6 +274,7 @@ class Config(BaseModel):
     train: TrainConfig = TrainConfig()
     wire: WireConfig = WireConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    unseen: UnseenConfig | None = None  # a table, be it empty: measure sites.held_out with a few images of their own
     engine: EngineConfig = EngineConfig()
 
     @field_validator("name")
@@ -293,6 +295,12 @@ class Config(BaseModel):
         rounds, every = self.train.rounds, self.evaluation.every
         if self.evaluation.serve == "best" and every > rounds:  # only the last round would be validated
             raise ValueError(f"serve = 'best' has nothing to choose from with every = {every} of {rounds} rounds")
+        return self
+
+    @model_validator(mode="after")
+    def _somebody_is_unseen(self) -> Config:
+        if self.unseen is not None and not self.sites.held_out:
+            raise ValueError("[unseen] has an effect with sites.held_out only")
         return self
 
     def members(self) -> list[tuple[registry.Kind, str, _Member]]:

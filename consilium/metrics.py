@@ -50,8 +50,8 @@ def metric_tree(
     label that is no class.
     """
     rows = read(predictions, classes, bootstrap, seed, sites)
-    per_site = [_centred(replicates([site])) for site in rows]
-    pooled = _centred(replicates(rows)) if rows else {}
+    per_site = [centred(replicates([site])) for site in rows]
+    pooled = centred(replicates(rows)) if rows else {}
     return {name: _entry(name, rows, [values[name] for values in per_site], pooled[name]) for name in pooled}
 
 
@@ -168,15 +168,15 @@ def without_nan(value: Any) -> Any:
 
 def _entry(metric: str, sites: Sequence[Rows], per_site: Sequence[Array], pooled: Array) -> dict[str, Any]:
     support = [_support(metric, site) for site in sites]
-    values = {site.site: _value(draws, *of) for site, draws, of in zip(sites, per_site, support, strict=True)}
-    total = _value(pooled, sum(n for n, _ in support), sum(groups for _, groups in support))
+    values = {site.site: interval(draws, *of) for site, draws, of in zip(sites, per_site, support, strict=True)}
+    total = interval(pooled, sum(n for n, _ in support), sum(groups for _, groups in support))
     defined = [index for index, draws in enumerate(per_site) if not np.isnan(draws[0])]
     if any(site.broken for site in sites):
         defined = []  # a mean without the site where the model broke would hide that it broke
     return {"pooled": total, **_over_sites(metric, sites, per_site, support, defined), "per_site": values}
 
 
-def _centred(drawn: dict[str, Array]) -> dict[str, Array]:
+def centred(drawn: dict[str, Array]) -> dict[str, Array]:
     """Resampling adds to the gaps of a calibration error; its replicates are shifted back, to have it as median."""
     error = drawn["expected_calibration_error"]
     known = error[1:][np.isfinite(error[1:])]
@@ -193,15 +193,15 @@ def _over_sites(
 ) -> dict[str, Value]:
     """Unweighted mean and worst over the sites where the metric is defined; no interval unless each of them has one."""
     if not defined:
-        nothing = _value(np.full(1, np.nan), 0, 0)
+        nothing = interval(np.full(1, np.nan), 0, 0)
         return {"mean": {**nothing, "sites": 0}, "worst": {**nothing, "site": None}}
     joint = np.stack([per_site[index] for index in defined])
     n, groups = sum(support[i][0] for i in defined), min(support[i][1] for i in defined)
     sign = -1 if metric in LOWER_IS_BETTER else 1
     worst = defined[int(np.argmin(sign * joint[:, 0]))]
     return {
-        "mean": {**_value(joint.mean(axis=0), n, groups), "sites": len(defined)},
-        "worst": {**_value(sign * (sign * joint).min(axis=0), support[worst][0], groups), "site": sites[worst].site},
+        "mean": {**interval(joint.mean(axis=0), n, groups), "sites": len(defined)},
+        "worst": {**interval(sign * (sign * joint).min(axis=0), support[worst][0], groups), "site": sites[worst].site},
     }
 
 
@@ -214,7 +214,7 @@ def _support(metric: str, site: Rows) -> tuple[int, int]:
     return int(used.sum()), len(np.unique(site.groups[used]))
 
 
-def _value(draws: Array, n: int, num_groups: int) -> Value:
+def interval(draws: Array, n: int, num_groups: int) -> Value:
     """Observed value with its interval: none from fewer than two groups, nor where most replicates lack the value."""
     finite = draws[1:][np.isfinite(draws[1:])]
     known = np.isfinite(draws[0]) and num_groups > 1 and len(finite) and 2 * len(finite) >= len(draws) - 1

@@ -26,6 +26,7 @@ from consilium.exchange import Display
 from consilium.experiment import Experiment, assemble, load_backbone
 from consilium.progress import one_at_a_time
 from consilium.sites import federation as sites
+from consilium.unseen import measure as unseen
 
 MAIN = "run"
 
@@ -56,6 +57,7 @@ def run(
             _open(plan, prepared)
         if not (out / "result.json").is_file():
             _train(plans, prepared, show, record)
+            unseen.measure(out, plans[MAIN].experiment, reference_config(config, "local", {}), prepared, show)
             results.write(out, plans[MAIN].experiment, prepared, list(plans))
         results.report(out)
         show({"event": "finish", **results.outcome(out)})
@@ -97,13 +99,13 @@ def reference_config(config: Config, name: str, images: Mapping[str, int]) -> Co
         changed |= {"participation": 1.0, "local_steps": None, "local_epochs": epochs}
     train = config.train.model_copy(update=changed)
     evaluation = EvaluationConfig.model_validate({**config.evaluation.model_dump(), "references": ()})
-    changes: dict[str, object] = {"name": f"{name} reference", "strategy": StrategyConfig(name="local"), "train": train}
+    changes: dict[str, object] = {"name": f"{name} reference", "strategy": StrategyConfig(name="local"), "unseen": None}
     if config.head.share == "shared":  # "local" shares nothing; a head named so trains and starts alike
         changes["head"] = config.head.model_copy(update={"share": None})
     if config.task.options().get("class_counts") == "federation":  # a reference has none whose counts it could use
         plain = {**config.task.model_dump(), "class_counts": "site"}
         changes["task"] = type(config.task).model_validate(plain)
-    return config.model_copy(update={**changes, "evaluation": evaluation, "wire": WireConfig()})
+    return config.model_copy(update={**changes, "train": train, "evaluation": evaluation, "wire": WireConfig()})
 
 
 def _epochs(wanted: int, images: int) -> float:
@@ -152,10 +154,7 @@ def _train(plans: Mapping[str, Plan], prepared: sites.Federation, show: Display,
     engine = plans[MAIN].data.config.engine
     todo = {name: plan for name, plan in plans.items() if name == MAIN or not _is_there(plan, name, prepared, show)}
     federations = {name: plan.data for name, plan in todo.items()}
-    if prepared.held_out:
-        secrets = secrets_of(plans[MAIN].data.config.seed, prepared.held_out)
-        folder = plans[MAIN].data.folder / "held_out"
-        federations["held_out"] = replace(plans[MAIN].data, sites=prepared.held_out, secrets=secrets, folder=folder)
+    federations |= unseen.visited(plans[MAIN].data, prepared)
     with Simulation(federations, num_workers(engine.workers, len(prepared.sites)), record) as simulation:
 
         def one(name: str) -> None:
@@ -185,7 +184,7 @@ def _federate(simulation: Simulation, plan: Plan, name: str, visit: bool, show: 
     coordinator = Coordinator(plan.experiment, transport, folder, here, simulation.explain(name))
     progress = coordinator.run()
     if visit and name == MAIN:
-        guests, explain = simulation.transport("held_out"), simulation.explain("held_out")
+        guests, explain = simulation.transport(unseen.GUESTS), simulation.explain(unseen.GUESTS)
         replace(coordinator, transport=guests, explain=explain).visit(progress)
     results.collect(folder, plan.experiment, progress)
 

@@ -69,7 +69,7 @@ class Answering:
         self.experiments: dict[str, Experiment] = {}
 
     def __call__(self, key: str, asked: Requests) -> Replies:
-        with _threads(self.federations[key].config.engine.threads):
+        with threads(self.federations[key].config.engine.threads):
             return stacked.answers(self._experiment(key), asked, partial(self._site, key))
 
     def _site(self, key: str, site: str, seat: Seat | None) -> Site:
@@ -89,7 +89,7 @@ _assembling = Lock()  # loads a backbone once, and its modules draw from the pro
 
 
 @contextmanager
-def _threads(number: int) -> Iterator[None]:
+def threads(number: int) -> Iterator[None]:
     """Gradient bits depend on the number of threads, so it is fixed by the configuration."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)

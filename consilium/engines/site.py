@@ -171,7 +171,7 @@ class Site:
         tables: dict[str, pd.DataFrame] = {}
         for name, variables in models.items():
             same = next((known for known in tables if equal(models[known], variables)), None)
-            tables[name] = self._both_splits(variables) if same is None else tables[same]
+            tables[name] = self.predicted(variables) if same is None else tables[same]
         self.folder.mkdir(parents=True, exist_ok=True)
         table = stack([rows.assign(model=name) for name, rows in tables.items()])
         checkpoint.write_bytes(self.folder / "predictions.parquet", table.to_parquet(index=False))
@@ -253,7 +253,8 @@ class Site:
         found = outputs(setting.model, variables, examples, setting.preprocessing, setting.device, precision, prefix)
         return task.probabilities(found).numpy()
 
-    def _both_splits(self, variables: Tensors) -> pd.DataFrame:
+    def predicted(self, variables: Tensors) -> pd.DataFrame:
+        """What a model says of the validation and test images: split, site, id, group, label, p.<class>."""
         val, test, joint = self.data.val, self.data.test, self._joint
         if joint is not None:
             found = self._probabilities(variables, joint)

@@ -22,7 +22,7 @@ from consilium.study.plan import Plan
 from consilium.study.prepare import Job
 from consilium.study.runner import Status
 
-STUDY = "study.json"
+STUDY, UNSEEN = "study.json", "unseen.json"
 LEVELS = ("pooled", "mean", "worst")
 COUNTS = ("image_passes", "peak_memory_bytes")
 SPENT = ("parameters.backbone", "parameters.trainable", "parameters.exchanged", "bytes.up", "bytes.down", "bytes.total")
@@ -65,7 +65,8 @@ class Collection:
         if status == "done":
             result = checkpoint.read_json(self.folders[run] / "result.json")
             self._numbers[run] = _numbers(result, self._majority(result))
-            self._tidy[run] = list(_tidy(result, ("val",) if self.selects else results.SPLITS))
+            splits = ("val",) if self.selects else results.SPLITS
+            self._tidy[run] = [*_tidy(result, splits), *_of_unseen(self.folders[run] / UNSEEN, splits)]
 
     def stopped(self) -> None:
         """Note that what ran was ended, and can be resumed."""
@@ -195,6 +196,16 @@ def _tidy(result: Mapping[str, Any], splits: Sequence[str]) -> Iterator[Row]:
                 yield from _of_tree(split, f"{name} reference" if model == "personal" else f"{name} {model}", tree)
     for model, tree in ((result.get("held_out") or {}).get("metrics") or {}).items() if "test" in splits else ():
         yield from _of_tree("held_out", model, tree)
+
+
+def _of_unseen(path: Path, splits: Sequence[str]) -> Iterator[Row]:
+    """Rows of sites that took no part, by k: models "zero-shot", "4-shot", "local 4-shot", "4-shot - zero-shot"."""
+    for row in checkpoint.read_json(path)["rows"] if path.is_file() else ():
+        if row["split"] in splits:
+            split = "unseen" if row["split"] == "test" else "unseen val"
+            model = row["model"].replace("k-shot", f"{row['shots']}-shot")
+            head = {"split": split, "model": model, "metric": row["metric"], "level": "site", "site": row["site"]}
+            yield {**head, **_value(row)}
 
 
 def _of_tree(split: str, model: str, tree: Mapping[str, Any]) -> Iterator[Row]:

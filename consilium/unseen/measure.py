@@ -1,0 +1,215 @@
+"""Composition: sites that took no part, with k images of their own. In: a federated run folder. Out: unseen.json.
+
+Every pair of k and draw is a job, whose predictions are a file: what a killed process had done is kept. Nothing that
+the run left is changed. The test split of a site is read once for every k, draw and model, after the last step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from consilium import checkpoint, metrics, results, rounds
+from consilium.config import Config
+from consilium.config_unseen import UnseenConfig
+from consilium.data import SiteData
+from consilium.engines.simulate import Federation as Answered
+from consilium.engines.simulate import secrets_of, threads
+from consilium.engines.site import Site, stack
+from consilium.errors import DataError, TrainingError
+from consilium.exchange import Display
+from consilium.experiment import Experiment, assemble
+from consilium.protocols import ServerState
+from consilium.sites.federation import Federation
+from consilium.tensors import Tensors, non_finite, num_elements, select
+from consilium.unseen import curves
+from consilium.unseen.curves import K_SHOT, LOCAL, ZERO
+from consilium.unseen.newcomer import SAID, Newcomer, class_counts, trained
+from consilium.unseen.shots import few
+
+RESULT, TABLE, GUESTS = "unseen.json", "unseen.parquet", "held_out"
+NOTHING = "the strategy leaves nothing for a site that took no part"
+
+
+@dataclass(frozen=True)
+class Guest:
+    """One unseen site, with what it has of the federation (if anything) and without."""
+
+    data: SiteData
+    folder: Path  # what the visit at the end of the run left
+    joined: Newcomer
+    alone: Newcomer
+    way: str  # "": it cannot join
+    way_alone: str
+
+    def predicted(self, name: str, shots: int, draw: int, options: UnseenConfig) -> pd.DataFrame:
+        """What it says of its validation and test images after training on k images."""
+        newcomer = self.joined if name == K_SHOT else self.alone
+        table = Site(newcomer.experiment, self.data, self.folder, 0).predicted(self.model(name, shots, draw, options))
+        return table.assign(model=name, shots=shots, draw=draw)
+
+    def model(self, name: str, shots: int, draw: int, options: UnseenConfig) -> Tensors:
+        """What it has after training on k images; TrainingError where that is not finite."""
+        newcomer, way = (self.joined, self.way) if name == K_SHOT else (self.alone, self.way_alone)
+        seed = newcomer.experiment.config.seed
+        found = newcomer.adapted(few(self.data.train, shots, seed, self.data.name, draw), way, options)
+        if broken := non_finite(found):
+            what = f"{name} at {self.data.name!r} with {shots} images per class is not finite"
+            raise TrainingError(what, received=", ".join(broken[:3]), remedy="lower train.learning_rate")
+        return found
+
+
+def visited(data: Answered, prepared: Federation) -> dict[str, Answered]:
+    """The federation of those that took no part, which is asked for nothing but predictions; none without them."""
+    if not prepared.held_out:
+        return {}
+    secrets = secrets_of(data.config.seed, prepared.held_out)
+    return {GUESTS: Answered(data.config, data.classes, prepared.held_out, data.folder / GUESTS, secrets)}
+
+
+def measure(out: Path, experiment: Experiment, alone: Config, prepared: Federation, show: Display) -> None:
+    """Write unseen.json and unseen.parquet of a run whose rounds are done, unless the configuration wants none.
+
+    `alone`: the configuration of local training, the baseline. Raises ConfigError where the strategy has nothing of
+    what `unseen.trains` names, DataError for a site without training images, TrainingError for numbers that are not
+    finite.
+    """
+    options = experiment.config.unseen
+    if options is None:
+        return
+    with threads(experiment.config.engine.threads):
+        server = _served(out, experiment)
+        local = assemble(alone, prepared.classes)
+        guests = [_guest(out, experiment, local, server, data, options) for data in prepared.held_out.values()]
+        parts = out / GUESTS / f"shots-{_key(experiment, options)}"
+        tables = [*map(_zero_shot, guests), *_work(guests, options, parts, show)]
+    table = stack(tables)
+    checkpoint.write_bytes(out / TABLE, table.to_parquet(index=False))
+    evaluation, seed = experiment.config.evaluation, experiment.config.seed
+    found = curves.rows(table, prepared.classes, evaluation.bootstrap, seed)
+    about = _about(out, experiment, guests, options)
+    checkpoint.write_json(out / RESULT, metrics.without_nan({**about, "rows": found}))
+    shutil.rmtree(parts, ignore_errors=True)
+
+
+def _served(out: Path, experiment: Experiment) -> ServerState:
+    """What the coordinator would send to a site that joins now."""
+    number = checkpoint.read_json(out / "summary.json")["served_round"]
+    return rounds.load(rounds.path_of(out, number), experiment.handshake.agreement).server
+
+
+def _guest(
+    out: Path, experiment: Experiment, local: Experiment, server: ServerState, data: SiteData, options: UnseenConfig
+) -> Guest:
+    if not len(data.train):
+        remedy = "give the site training rows, or leave [unseen] out"
+        raise DataError("an unseen site has no training images to draw from", received=data.name, remedy=remedy)
+    secret = secrets_of(experiment.config.seed, {data.name: data})[data.name]
+    joined = Newcomer(experiment, data.name, received(experiment, server, data.name), secret)
+    alone = Newcomer(local, data.name, {}, secret)
+    one = few(data.train, 1, experiment.config.seed, data.name, 0)
+    way = joined.way(options.trains, one) if joined.start else ""
+    return Guest(data, out / GUESTS / "sites" / data.name, joined, alone, way, alone.way(None, one))
+
+
+def received(experiment: Experiment, server: ServerState, site: str) -> Tensors:
+    """All that a site which took no part is sent, and what every site has before anything is sent."""
+    down = experiment.down(max(server.round, 1))
+    sent = {**experiment.common, **experiment.strategy.send(server, site)}
+    return select(sent, sent.keys() & down.keys())
+
+
+# ------------------------------------------------------------------------------------------------ jobs
+def _work(guests: Sequence[Guest], options: UnseenConfig, parts: Path, show: Display) -> list[pd.DataFrame]:
+    """Predictions of all jobs, those that are there already as they are."""
+    jobs = [
+        (guest, name, shots, draw)
+        for guest in guests
+        for name in ((K_SHOT, LOCAL) if guest.way else (LOCAL,))
+        for shots in options.shots
+        for draw in range(options.draws)
+    ]
+    tables = []
+    for number, (guest, name, shots, draw) in enumerate(jobs, start=1):
+        path = parts / guest.data.name / f"{name.replace(' ', '-')}-{shots}-{draw}.parquet"
+        if not path.is_file():
+            checkpoint.write_bytes(path, guest.predicted(name, shots, draw, options).to_parquet(index=False))
+        tables.append(pd.read_parquet(path))
+        show({"event": "prepare", "what": "trained on few images", "done": number, "total": len(jobs)})
+    return tables
+
+
+def _zero_shot(guest: Guest) -> pd.DataFrame:
+    """Of the model that a newcomer would use as it is, as the visit left them; none where its head is untrained."""
+    table = pd.read_parquet(guest.folder / "predictions.parquet")
+    rows = table[table["model"] == "personal"].assign(model=ZERO, shots=0, draw=0)
+    return rows if _not_measured(guest) == "" else rows.head(0)
+
+
+def _not_measured(guest: Guest) -> str:
+    """Why there is no zero-shot model."""
+    if not guest.way:
+        return NOTHING
+    return "the head of a newcomer is untrained" if guest.joined.untrained else ""
+
+
+def _key(experiment: Experiment, options: UnseenConfig) -> str:
+    """Of all that the files of jobs depend on beside the run."""
+    code, versions = results.code_digest(), results.versions()
+    text = json.dumps([options.model_dump(mode="json"), experiment.handshake.agreement, code, versions], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+# ------------------------------------------------------------------------------------------------ unseen.json
+def _about(out: Path, experiment: Experiment, guests: Sequence[Guest], options: UnseenConfig) -> dict[str, Any]:
+    """Everything but the numbers."""
+    stored, first = checkpoint.read_json(out / "config.json"), guests[0]
+    classes = experiment.task.classes
+    return {
+        "schema_version": 1,
+        **{key: stored[key] for key in ("config_hash", "data_digest", "split_hash")},
+        "code": results.code_digest(),
+        "options": options.model_dump(mode="json"),
+        "trains": {"way": first.way, "what": SAID.get(first.way, NOTHING), **_trained(first, options)},
+        "zero_shot": {"measured": not _not_measured(first), "reason": _not_measured(first)},
+        "sites": {guest.data.name: _taken(guest.data, classes, experiment.config.seed, options) for guest in guests},
+        "notes": [text for guest in guests for text in _fewer(guest.data, classes, options.shots)],
+    }
+
+
+def _trained(guest: Guest, options: UnseenConfig) -> dict[str, int]:
+    """How many tensors, and numbers in them, k images change."""
+    if not guest.way:
+        return {"tensors": 0, "parameters": 0}
+    model = guest.model(K_SHOT, options.shots[0], 0, UnseenConfig(steps=1))
+    names = trained(guest.joined.start, model)
+    return {"tensors": len(names), "parameters": num_elements(select(model, names))}
+
+
+def _taken(data: SiteData, classes: Sequence[str], seed: int, options: UnseenConfig) -> Mapping[str, Any]:
+    def named(counts: Sequence[int]) -> dict[str, int]:
+        return dict(zip(classes, counts, strict=True))
+
+    images = {shots: few(data.train, shots, seed, data.name, 0) for shots in options.shots}
+    return {
+        "train": named(class_counts(data.train, len(classes))),
+        "taken": {str(shots): named(class_counts(some, len(classes))) for shots, some in images.items()},
+    }
+
+
+def _fewer(data: SiteData, classes: Sequence[str], shots: Sequence[int]) -> list[str]:
+    counts = np.bincount(data.train.labels, minlength=len(classes))
+    found = []
+    for k in shots:
+        lacking = [f"{name} {counts[at]}" for at, name in enumerate(classes) if counts[at] < k]
+        if lacking:
+            found.append(f"{data.name}: fewer than {k} training images of {', '.join(lacking)}: all were taken")
+    return found

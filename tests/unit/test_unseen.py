@@ -1,0 +1,271 @@
+"""Sites that took no part: which images they train on, what they have before and after, crashes, bad input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from consilium import checkpoint, config, run
+from consilium.data import Examples
+from consilium.engines.site import Site
+from consilium.errors import ConfigError
+from consilium.experiment import assemble
+from consilium.local.train import Trainer
+from consilium.predict import load_trained
+from consilium.tensors import Tensors, equal
+from consilium.unseen.newcomer import class_counts
+from consilium.unseen.shots import few, order
+from tests.e2e.runs import read
+
+GUEST = "summit"
+TABLE: dict[str, Any] = {
+    "name": "tiny",
+    "seed": 3,
+    "sites": {"source": "phantom", "num_images": 160, "image_size": 32, "held_out": [GUEST]},
+    "backbone": {"name": "test_vit", "weights": "random", "image_size": 32},
+    "tuner": [{"name": "lora", "rank": 2}],
+    "train": {"rounds": 1, "batch_size": 8, "learning_rate": 0.01, "local_steps": 4},
+    "evaluation": {"bootstrap": 20},
+    "unseen": {"shots": [2, 1000], "draws": 2, "steps": 4},
+    "engine": {"device": "cpu"},
+}
+Runs = Callable[..., Path]
+
+
+def configure(**tables: Any) -> config.Config:
+    return config.from_dict({**TABLE, **tables})
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Finished run folders, by strategy; for reading only."""
+    made: dict[str, Path] = {}
+
+    def finished(strategy: str) -> Path:
+        if strategy not in made:
+            out = tmp_path_factory.mktemp(strategy) / "out"
+            made[strategy] = run.run(configure(strategy={"name": strategy}), out)
+        return made[strategy]
+
+    return finished
+
+
+# ------------------------------------------------------------------------------------------------ which images
+@st.composite
+def splits(draw: st.DrawFn) -> Examples:
+    labels = draw(st.lists(st.integers(0, 2), min_size=1, max_size=24))
+    groups = draw(st.lists(st.sampled_from("uvwxyz"), min_size=len(labels), max_size=len(labels)))
+    ids = np.array([f"i{number:02d}" for number in range(len(labels))])
+    return Examples(np.zeros((len(labels), 1, 1, 3), np.uint8), np.arange(len(labels)), np.array(labels), ids,
+                    np.array(groups), np.array(["site"] * len(labels)))  # fmt: skip
+
+
+def drawn(examples: Examples, shots: int, draw: int = 0) -> set[str]:
+    return set(few(examples, shots, 5, "site", draw).ids.tolist())
+
+
+@settings(max_examples=60, deadline=None)
+@given(splits(), st.integers(1, 6), st.integers(0, 3))
+def test_draws_are_nested_and_hold_k_images_of_every_class_that_has_them(ex: Examples, shots: int, draw: int) -> None:
+    found = few(ex, shots, 5, "site", draw)
+    assert (
+        np.bincount(found.labels, minlength=3).tolist()
+        == np.minimum(np.bincount(ex.labels, minlength=3), shots).tolist()
+    )
+    assert drawn(ex, shots, draw) <= drawn(ex, shots + 1, draw)
+    assert found.ids.tolist() == sorted(found.ids.tolist()), "in the order of the split"
+    for label in set(ex.labels.tolist()):  # no patient gives a second image of a class before all have given one
+        took = pd.Series(found.groups[found.labels == label]).value_counts()
+        there = pd.Series(ex.groups[ex.labels == label]).value_counts()
+        assert all(took.get(g, 0) >= min(count, took.max() - 1) for g, count in there.items())
+
+
+@given(splits(), st.randoms(use_true_random=False))
+def test_a_draw_does_not_depend_on_the_order_of_the_rows_nor_on_the_images(ex: Examples, random: Any) -> None:
+    places = list(range(len(ex)))
+    random.shuffle(places)
+    moved = Examples(
+        ex.images + 7, *(getattr(ex, key)[places] for key in ("rows", "labels", "ids", "groups", "origins"))
+    )
+    assert ex.ids[order(ex, 5, "site", 0)].tolist() == moved.ids[order(moved, 5, "site", 0)].tolist()
+
+
+def test_draws_sites_and_seeds_differ() -> None:
+    count = 40
+    ids = np.array([f"i{number:02d}" for number in range(count)])
+    ex = Examples(np.zeros((count, 1, 1, 3), np.uint8), np.arange(count), np.zeros(count, np.int64), ids, ids, ids)
+    orders = {tuple(order(ex, seed, site, draw)) for seed in (0, 1) for site in "ab" for draw in (0, 1)}
+    assert len(orders) == 8
+
+
+# ------------------------------------------------------------------------------------------------ identities
+def rows(out: Path, model: str, shots: int = 0, draw: int = 0) -> pd.DataFrame:
+    table = pd.read_parquet(out / "unseen.parquet")
+    chosen = table[(table["model"] == model) & (table["shots"] == shots) & (table["draw"] == draw)]
+    return chosen.drop(columns=["model", "shots", "draw"]).reset_index(drop=True)
+
+
+def said_by(out: Path, variables: Tensors) -> pd.DataFrame:
+    """What a model with these variables says of the guest's images."""
+    settings = config.from_dict(checkpoint.read_json(out / "config.json")["config"])
+    prepared = run.prepare(settings, lambda _: None)
+    return Site(assemble(settings, prepared.classes), prepared.held_out[GUEST], out, 0).predicted(variables)
+
+
+def test_zero_shot_is_the_global_model_that_is_exported(runs: Runs) -> None:
+    out = runs("fedavg")
+    trained = load_trained(out, None, "cpu")
+    pd.testing.assert_frame_equal(rows(out, "zero-shot"), said_by(out, trained.variables), check_exact=True)
+
+
+def test_a_personal_adapter_at_its_start_adds_nothing(runs: Runs) -> None:
+    out = runs("dual_lora")
+    table = pd.read_parquet(out / "held_out" / "sites" / GUEST / "predictions.parquet")
+    shared = table[table["model"] == "global"].drop(columns="model").reset_index(drop=True)
+    pd.testing.assert_frame_equal(rows(out, "zero-shot"), shared, check_exact=True)
+
+
+def fine_tuned(out: Path, start: Tensors, roles: set[str] | None) -> Tensors:
+    """By the plain trainer, on all training images of the guest."""
+    settings = config.from_dict(checkpoint.read_json(out / "config.json")["config"])
+    prepared = run.prepare(settings, lambda _: None)
+    images = prepared.held_out[GUEST].train
+    schedule = settings.train.schedule.model_copy(update={"restart": True})
+    pieces = assemble(settings.model_copy(update={"train": settings.train.model_copy(update={"schedule": schedule})}),
+                      prepared.classes)  # fmt: skip
+    trainer = Trainer(pieces.setting, images, 1, GUEST, class_counts(images, len(prepared.classes)))
+    only = None if roles is None else lambda tag: tag.role in roles
+    return trainer.fit(start, only=only, epochs=None).variables
+
+
+def test_all_images_are_fine_tuning_by_the_local_trainer(runs: Runs) -> None:
+    out = runs("fedavg")
+    found = fine_tuned(out, load_trained(out, None, "cpu").variables, None)
+    pd.testing.assert_frame_equal(rows(out, "k-shot", 1000), said_by(out, found), check_exact=True)
+    pd.testing.assert_frame_equal(rows(out, "k-shot", 1000, 1), said_by(out, found), check_exact=True)
+
+
+def test_all_images_of_a_personal_head_are_a_linear_probe_of_the_shared_body(runs: Runs) -> None:
+    out = runs("fedper")
+    start = checkpoint.load(out / "held_out" / "sites" / GUEST / "served.safetensors")[0]
+    found = fine_tuned(out, start, {"head"})
+    assert equal({n: found[n] for n in found if "lora" in n}, {n: start[n] for n in start if "lora" in n})
+    pd.testing.assert_frame_equal(rows(out, "k-shot", 1000), said_by(out, found), check_exact=True)
+    about = read(out / "unseen.json")
+    assert about["zero_shot"] == {"measured": False, "reason": "the head of a newcomer is untrained"}
+    assert about["trains"]["way"] == "own round"
+
+
+def test_the_baseline_is_a_site_that_trains_alone(runs: Runs, tmp_path: Path) -> None:
+    """One round of the strategy `local` in which the guest takes part."""
+    sites = {**TABLE["sites"], "held_out": ["alpine"]}
+    train = {**TABLE["train"], "schedule": {"restart": True}}
+    alone = run.run(configure(strategy={"name": "local"}, sites=sites, train=train, unseen=None), tmp_path / "alone")
+    found = checkpoint.load(alone / "adapters" / f"{GUEST}.safetensors")[0]
+    pd.testing.assert_frame_equal(
+        rows(runs("fedavg"), "local k-shot", 1000), said_by(runs("fedavg"), found), check_exact=True
+    )
+
+
+def test_the_baseline_does_not_depend_on_the_strategy(runs: Runs) -> None:
+    for other in ("dual_lora", "fedper", "fedamp"):
+        one, two = (rows(runs(name), "local k-shot", 2, 1) for name in ("fedavg", other))
+        pd.testing.assert_frame_equal(one, two, check_exact=True)
+
+
+def test_what_was_received_stays_as_it_came(runs: Runs) -> None:
+    """fedopal's own loss trains the personal adapter; the shared one, and the head, are the run's."""
+    out = runs("fedopal_weights")
+    about = read(out / "unseen.json")
+    assert about["trains"]["way"] == "own round"
+    start = checkpoint.load(out / "held_out" / "sites" / GUEST / "served.safetensors")[0]
+    assert about["trains"]["tensors"] == sum(".personal." in name for name in start)
+
+
+def test_a_strategy_that_leaves_nothing_for_a_newcomer_says_so(runs: Runs) -> None:
+    out = runs("fedamp")
+    about, table = read(out / "unseen.json"), pd.read_parquet(out / "unseen.parquet")
+    assert "nothing for a site that took no part" in about["zero_shot"]["reason"]
+    assert set(table["model"]) == {"local k-shot"}
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+def test_numbers_are_means_over_draws_with_differences_paired_by_draw(runs: Runs) -> None:
+    out = runs("fedavg")
+    found = {(r["split"], r["model"], r["shots"], r["metric"]): r for r in read(out / "unseen.json")["rows"]}
+    each = []
+    for draw in range(2):
+        table = rows(out, "k-shot", 2, draw).query("split == 'test'")
+        labels, scores = table["label"].to_numpy(), table.filter(like="p.").to_numpy()
+        each.append(float((scores.argmax(axis=1) == labels).mean()))
+    row = found["test", "k-shot", 2, "accuracy"]
+    assert row["value"] == pytest.approx(np.mean(each), abs=1e-12)
+    assert (row["least"], row["greatest"], row["draws"]) == (min(each), max(each), 2)
+    assert row["sd"] == pytest.approx(np.std(each, ddof=1))
+    for other, shots in (("local k-shot", 2), ("zero-shot", 0)):
+        difference = found["test", f"k-shot - {other}", 2, "accuracy"]["value"]
+        assert difference == pytest.approx(row["value"] - found["test", other, shots, "accuracy"]["value"])
+    everything = found["test", "k-shot", 1000, "accuracy"]
+    assert everything["sd"] == 0, "all images are one draw"
+    about = read(out / "unseen.json")
+    assert any("fewer than 1000" in note for note in about["notes"])
+    assert about["sites"][GUEST]["taken"]["1000"] == about["sites"][GUEST]["train"]
+
+
+# ------------------------------------------------------------------------------------------------ crashes
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def test_killed_while_training_on_few_images_goes_on_to_the_same_bits(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, write, left = tmp_path / "out", checkpoint.write_bytes, [3]
+
+    def dying(path: Path, data: bytes) -> None:
+        if "shots-" in str(path):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+        write(path, data)
+
+    settings = configure(strategy={"name": "fedavg"})
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_bytes", dying)
+        with pytest.raises(Killed):
+            run.run(settings, out)
+    assert not (out / "unseen.json").exists()
+    assert not (out / "result.json").exists()
+    before = {path: path.read_bytes() for path in out.rglob("checkpoints/*")}
+    done = list(out.glob("held_out/shots-*/*/*.parquet"))
+    assert len(done) == 3
+    run.run(settings, out, resume=True)
+    assert {path: path.read_bytes() for path in before} == before
+    for name in ("unseen.json", "unseen.parquet"):
+        assert (out / name).read_bytes() == (runs("fedavg") / name).read_bytes()
+    assert not list(out.glob("held_out/shots-*"))
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [
+        ({"sites": {**TABLE["sites"], "held_out": []}}, "sites.held_out only"),
+        ({"unseen": {"shots": []}}, "at least 1"),
+        ({"unseen": {"shots": [4, 4]}}, "given twice"),
+        ({"unseen": {"shots": [0]}}, "greater than or equal to 1"),
+        ({"unseen": {"steps": 0}}, "greater than or equal to 1"),
+        ({"unseen": {"trains": "body"}}, "personal"),
+        ({"unseen": {"shot": [1]}}, "unknown key"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(tables: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        configure(**tables)
