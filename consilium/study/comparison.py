@@ -12,6 +12,7 @@ from consilium.bootstrap import Array
 from consilium.metrics import LOWER_IS_BETTER
 from consilium.study import statistics
 from consilium.study.groups import COSTS, Group
+from consilium.study.harm import Harm, harms
 from consilium.study.samples import LEVELS
 from consilium.study.statistics import Draws, Estimate, Pooled, estimate, over_seeds
 
@@ -75,6 +76,8 @@ class Findings:
     slopes: list[Slope]
     front: Front
     pairs: list[Pair]
+    other_pairs: dict[str, list[Pair]]  # of the levels that are not the compared one
+    harms: list[Harm]
 
 
 def findings(group: Group, metric: str, baseline: str | None = None) -> Findings:
@@ -89,6 +92,8 @@ def findings(group: Group, metric: str, baseline: str | None = None) -> Findings
         [_slope(group, cost, *subset) for cost in COSTS for subset in subsets(group)],
         front(group, metric),
         pairs(group, baseline),
+        {level: pairs(replace(group, level=level), baseline) for level in LEVELS if level != group.level},
+        harms(group, baseline, metric),
     )
 
 
@@ -165,39 +170,16 @@ def pairs(group: Group, baseline: str | None = None) -> list[Pair]:
     """
     order = sorted(range(len(group.methods)), key=lambda index: group.methods[index] != baseline)
     tried = [(a, b) for at, b in enumerate(order) for a in order[at + 1 :]]
-    drawn = {pair: _difference(group, *pair) for pair in tried if not _refusal(group, *pair)}
+    drawn = {pair: group.difference(*pair, group.level) for pair in tried if not group.refusal(*pair)}
     pooled = _pooled(group, list(drawn.values()))
     found = {pair: estimate(*difference, pooled) for pair, difference in drawn.items()}
     tested = {pair: each.p for pair, each in found.items() if each.p is not None}
     corrected = dict(zip(tested, statistics.holm(list(tested.values())), strict=True))
     return [
         Pair(group.methods[a], group.methods[b], found.get((a, b), Estimate(None)), corrected.get((a, b)),
-             _refusal(group, a, b))
+             group.refusal(a, b))
         for a, b in tried
     ]  # fmt: skip
-
-
-def _both(group: Group, first: int, second: int) -> list[int]:
-    """Seeds for which both methods have a value."""
-    values = group.values[group.level][[first, second], :, 0]
-    return [int(at) for at in np.flatnonzero(np.isfinite(values).all(axis=0))]
-
-
-def _refusal(group: Group, first: int, second: int) -> str:
-    """Why two methods cannot be compared; nothing where they can."""
-    seen = [(group.images[first][at], group.images[second][at]) for at in _both(group, first, second)]
-    if not seen:
-        return "no seed with a value of both"
-    if any(a is None or b is None for a, b in seen):
-        return "predictions are missing"
-    return "not tested on the same images" if any(a != b for a, b in seen) else ""
-
-
-def _difference(group: Group, first: int, second: int) -> tuple[Draws, int]:
-    values, both = group.values[group.level], _both(group, first, second)
-    paired = np.full(values.shape[1:], np.nan)
-    paired[both] = values[first, both] - values[second, both]
-    return over_seeds(paired, group.weights), len(both)
 
 
 def _pooled(group: Group, drawn: Sequence[tuple[Draws, int]]) -> Pooled | None:

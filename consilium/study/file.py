@@ -40,6 +40,7 @@ class CompareConfig(Options):
     level: Literal["pooled", "mean", "worst"] = "pooled"
     model: Literal["global", "personal", "before_aggregation"] = "global"
     baseline: str | None = None
+    references: str | None = None  # a value of the method: what its runs have as references is compared too
 
 
 class SelectConfig(Options):

@@ -77,6 +77,27 @@ class Group:
         """Names of the sites that have values."""
         return [name.removeprefix("site:") for name in self.values if name.startswith("site:")]
 
+    def both(self, first: int, second: int, level: str) -> list[int]:
+        """Places of the seeds for which both methods have a value."""
+        values = self.values[level][[first, second], :, 0]
+        return [int(at) for at in np.flatnonzero(np.isfinite(values).all(axis=0))]
+
+    def refusal(self, first: int, second: int) -> str:
+        """Why two methods cannot be compared; nothing where they can."""
+        seen = [(self.images[first][at], self.images[second][at]) for at in self.both(first, second, self.level)]
+        if not seen:
+            return "no seed with a value of both"
+        if any(a is None or b is None for a, b in seen):
+            return "predictions are missing"
+        return "not tested on the same images" if any(a != b for a, b in seen) else ""
+
+    def difference(self, first: int, second: int, level: str) -> tuple[Draws, int]:
+        """`first` minus `second`, mean over the seeds that both have, and how many these are."""
+        values, both = self.values[level], self.both(first, second, level)
+        paired = np.full(values.shape[1:], np.nan)
+        paired[both] = values[first, both] - values[second, both]
+        return over_seeds(paired, self.weights), len(both)
+
 
 def groups(study: Study, samples: Mapping[str, Sample]) -> list[Group]:
     """The groups that have a finished run, in the order of the plan."""

@@ -7,8 +7,9 @@ nor the seed: nothing that was varied is averaged over in silence.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,28 @@ def load(folder: Path) -> Study:
     results = _table(folder / "results.parquet", RESULT_COLUMNS)
     varied = [name for name in axes(about) if name not in searched(about)]
     return Study(folder, about, compare, _labelled(runs, compare, varied), results)
+
+
+def with_references(study: Study) -> Study:
+    """The study in which the references of `compare.references` stand as runs of their own, "pooled reference" and so
+    on; they exchange nothing and what they cost is not known."""
+    asked = study.runs[study.runs["method"] == study.compare.references]
+    costs = ("bytes.", "parameters.exch", "seconds", "image")
+    unknown = {str(name): nan for name in study.runs if str(name).startswith(costs)}
+    rows: list[dict[str, Any]] = []
+    results: list[pd.DataFrame] = []
+    for row in asked.to_dict("records"):
+        run: dict[str, Any] = {str(name): value for name, value in row.items()}
+        own = study.results[study.results["run"] == run["run"]]
+        for model in sorted({name for name in own["model"] if str(name).endswith(" reference")}):
+            kind, name = str(model).removesuffix(" reference"), f"{run['run']}/{model}"
+            place = {"run": name, "method": model, "folder": f"{run['folder']}/references/{kind}"}
+            rows.append({**run, **unknown, **place})
+            results.append(own[own["model"] == model].assign(run=name, model="personal"))
+    if not rows:
+        return study
+    runs = pd.concat([study.runs, pd.DataFrame(rows)])
+    return replace(study, runs=runs.reset_index(drop=True), results=pd.concat([study.results, *results]))
 
 
 def axes(about: Mapping[str, Any]) -> list[str]:

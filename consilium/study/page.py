@@ -19,7 +19,7 @@ from consilium.report.text import UNDEFINED
 from consilium.study import comparison, export, figures, groups, samples, selection, tables
 from consilium.study.comparison import Findings, Ranking
 from consilium.study.groups import COSTS, Group
-from consilium.study.loading import Study, load, searched
+from consilium.study.loading import Study, load, searched, with_references
 from consilium.study.samples import Sample
 from consilium.study.statistics import smallest_sign_flip
 
@@ -47,8 +47,9 @@ def write(folder: Path) -> Path:
         numbers, parts = selection.numbers(study), [selection.section(study, unit)]
         said = selection.warnings(study)
     else:
-        compared = compare(study, samples.samples(study))
-        numbers, parts = _numbers(compared), _sections(study, compared, unit)
+        whole = with_references(study)
+        compared = compare(whole, samples.samples(whole))
+        numbers, parts = _numbers(compared), _sections(whole, compared, unit)
         said = [*compared.problems, *_left_out(compared), *_thin(compared)]
     said = [*study.notes, *_unfinished(study), *said, *map(str, study.about.get("warnings") or [])]
     head = {"name": study.name, "compare": study.compare.model_dump(mode="json"), "notes": said}
@@ -143,7 +144,8 @@ def _sections(study: Study, compared: Compared, unit: str) -> list[Section]:
     if not compared.groups:
         return []
     parts = [_results(study, compared, unit), _against(study, compared, unit), _fronts(study, compared, unit)]
-    return [*parts, _by_site(compared, unit), _tests(study, compared)]
+    harmed = _harmed(study, compared)
+    return [*parts, _by_site(compared, unit), *([harmed] if harmed.blocks else []), _tests(study, compared)]
 
 
 def _results(study: Study, compared: Compared, unit: str) -> Section:
@@ -206,6 +208,19 @@ def _by_site(compared: Compared, unit: str) -> Section:
     return Section("Every site", blocks, [("As tables", folded)], "Mean over seeds with the interval of above.")
 
 
+def _harmed(study: Study, compared: Compared) -> Section:
+    name = str(study.compare.baseline)
+    with_it = [(group, found) for group, found in _both(compared) if found.harms]
+    shown: list[Block] = [tables.harms(group, found, name) for group, found in with_it]
+    each = [tables.site_differences(group, found, name) for group, found in with_it]
+    note = (
+        f"A site is below where a method's mean over seeds is less good there than that of {name}; the interval of "
+        "their number is the middle 95\u00a0% of replicates (patients and seeds together). Holm's correction is over "
+        "all methods and sites of the group."
+    )
+    return Section(f"Sites worse off than with {name}", shown, [("At each site", each)], note)
+
+
 def _tests(study: Study, compared: Compared) -> Section:
     baseline = study.compare.baseline
     first = [
@@ -214,11 +229,17 @@ def _tests(study: Study, compared: Compared) -> Section:
         if baseline in group.methods
     ]
     every = [tables.pairs(group, found.pairs, "All pairs") for group, found in _both(compared)]
+    others = [
+        tables.pairs(group, found, f"All pairs, {tables.LEVEL_NAMES[level]}")
+        for group, findings in _both(compared)
+        for level, found in findings.other_pairs.items()
+    ]
     ranked = compared.ranking
     shown: list[Block] = []
     if ranked and ranked.ranks:
         shown = [tables.ranking(ranked), figures.rank_forest(ranked)]
-    return Section("Ranks and paired tests", [*shown, *first], [("All pairs", every)], _about_tests(compared))
+    more = [("All pairs", every), ("At the other levels", others)]
+    return Section("Ranks and paired tests", [*shown, *first], more, _about_tests(compared))
 
 
 def _about_tests(compared: Compared) -> str:

@@ -82,9 +82,10 @@ def _compare(study: StudyFile, axes: Sequence[Axis]) -> CompareConfig:
     within = rest if given.within is None else given.within
     _known("compare.method", [method], names)
     _known("compare.within", within, [name for name in names if name != method])
-    if given.baseline is not None:
-        labels = [str(label) for axis in axes if axis.name == method for label in axis.values]
-        _known("compare.baseline", [given.baseline], labels)
+    labels = [str(label) for axis in axes if axis.name == method for label in axis.values]
+    for key, label in (("baseline", given.baseline), ("references", given.references)):
+        if label is not None:
+            _known(f"compare.{key}", [label], labels)
     if select is not None:
         _check_select(given, searched, names, method)
     split = given.split or ("val" if select is not None else "test")

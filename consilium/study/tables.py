@@ -125,6 +125,29 @@ def pairs(group: Group, found: Sequence[Pair], title: str) -> Table:
     return Table(f"{title}, {group.name}", head, [row[: len(head)] for row in rows], num_text=2)
 
 
+def harms(group: Group, found: Findings, baseline: str) -> Table:
+    """How many sites each method serves worse than the baseline, and which."""
+    rows = []
+    for harm in found.harms:
+        count = harm.count
+        limits = "" if count.low is None or count.high is None else f"{count.low:.0f} to {count.high:.0f}"
+        number = _none() if count.value is None else Cell(str(count.value), limits, sort=count.value)
+        named = [Cell(", ".join(names) or "none") for names in (harm.harmed, harm.corrected)]
+        rows.append([Cell(harm.method, harm.refused), number, *(named if not harm.refused else [_none(), _none()])])
+    head = ["method", f"sites below {baseline}", "whole interval below", "after Holm"]
+    return Table(f"Sites worse off than with {baseline}, of {len(group.sites)}, {group.name}", head, rows)
+
+
+def site_differences(group: Group, found: Findings, baseline: str) -> Table:
+    """Methods minus the baseline at every site."""
+    rows = [
+        [Cell(harm.method, harm.refused), *(points(harm.differences.get(site, Estimate(None))) for site in group.sites)]
+        for harm in found.harms
+    ]
+    caption = f"Differences to {baseline} at each site, in points, {group.name}"
+    return Table(caption, ["method", *group.sites], rows)
+
+
 def ranking(found: Ranking) -> Table:
     """Methods by mean rank."""
     table = np.array(found.ranks)
