@@ -1,7 +1,8 @@
 """Common: how the tensors of several sites become one. In: weighted tensors by site, products of factors. Out: tensors.
 
 The mean of factors is no mean of products: sum w_k L_k R_k = L R + sum w_k (L_k - L) (R_k - R), with L and R the means.
-Only the product acts in the model, so five sums are on offer; which is exact for what stands in docs/aggregation.md.
+Only the product acts in the model, so several sums are on offer (`product_sums.py`); which is exact for what stands in
+docs/aggregation.md.
 
     mean         every tensor by itself, factors too: FedAvg's
     refactor     the same, then every product of the means in another basis: U S on the left, V on the right (FedSVD,
@@ -9,6 +10,8 @@ Only the product acts in the model, so five sums are on offer; which is exact fo
     product_svd  the mean of products, cut back to the rank: U S on the left, V on the right (FlexLoRA, 2402.11505)
     stack        the mean of products goes into the frozen base, factors start anew (FLoRA, arXiv 2409.05976)
     residual     factors get their means, what these miss goes into the frozen base (FedEx-LoRA, arXiv 2410.09432)
+    corrected    factors get their means, the left one also what it can make good of what they miss (LoRA-FAIR,
+                 arXiv 2411.14961)
     median, trimmed_mean   by coordinate, every site counts once: a few wild sites cannot pull it far (arXiv 1803.01498)
 
 Before any of them, updates that are longer than `clip` can be shortened to it (Sun et al., arXiv 1911.07963).
@@ -22,22 +25,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from consilium.errors import ConfigError, WireError
+from consilium.errors import ConfigError
+from consilium.product_sums import Terms, corrected, product_svd, refactored, residual, stack
 from consilium.products import Product, products
 from consilium.protocols import Declaration, Spec, Specs
 from consilium.registry import Options
-from consilium.tensors import Tensors, select, weighted_mean
+from consilium.tensors import Tensors, weighted_mean
 
 Weighting = Literal["examples", "uniform"]
-Kind = Literal["mean", "refactor", "product_svd", "stack", "residual", "median", "trimmed_mean"]
-Terms = Sequence[tuple[float, Tensors]]  # weight, tensors of one site
-Pair = tuple[float, Tensor, Tensor]  # share of the site (all add up to 1), left [rows, r_k], right [r_k, columns]
+Offered = Literal["mean", "refactor", "product_svd", "stack", "residual", "median", "trimmed_mean"]  # by any strategy
+Kind = Offered | Literal["corrected"]
 
 
 # ------------------------------------------------------------------------------------------------ tensor by tensor
@@ -74,138 +78,6 @@ def _middle(values: Sequence[Tensor], cut: int) -> Tensor:
     return ordered[cut : len(values) - cut].mean(dim=0).to(values[0].dtype)
 
 
-# ------------------------------------------------------------------------------------------------ product by product
-def product_svd(products: Sequence[Product], terms: Terms, start: Tensors) -> dict[str, Tensor]:
-    """Factors whose product is sum w_k L_k R_k at the rank of the coordinator's own in `start`: the nearest there is,
-    and exact where that rank is enough. Sites may send any ranks. The dense sum is never formed. Where nobody sent one
-    of the two factors, it is common and stays, and the mean of the other is exact."""
-    found: dict[str, Tensor] = {}
-    for product in products:
-        if len(_sent(product, terms)) <= len(product.left):
-            found |= _means(product, terms, start)
-        else:
-            old = start[product.right].double()
-            found |= _put(product, truncated(_pairs(product, terms, start), old, len(old)), start)
-    return found
-
-
-def refactored(products: Sequence[Product], found: Tensors, start: Tensors) -> dict[str, Tensor]:
-    """The products that `found` changed in `start`, the same to rounding, as U S and V: rows of V are orthonormal and
-    span what they did. Where a left factor is zero, the right one keeps its span in an orthonormal basis of it."""
-    news: dict[str, Tensor] = {}
-    for product in products:
-        if {*product.left, product.right} & found.keys():
-            now = {**start, **found}
-            left, right = _left(product, now), now[product.right].double()
-            news |= _put(product, truncated([(1.0, left, right)], right[:0], len(right)), start)
-    return news
-
-
-def truncated(pairs: Sequence[Pair], old: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """U S [rows, rank] and V [rank, columns] of sum share_k left_k @ right_k; float64.
-
-    Two thin QR and the SVD of a core as small as all ranks together. The largest entry of every row of V is positive.
-    Where the sum has a lower rank, U S is zero and V goes on orthonormally, within the bases of old and of the sites:
-    of two factors that are zero both, neither would ever be trained.
-    """
-    q_left, r_left = torch.linalg.qr(torch.cat([share * left for share, left, _ in pairs], dim=1))
-    q_right, r_right = torch.linalg.qr(torch.cat([old, *(right for _, _, right in pairs)]).T)
-    u, s, v = torch.linalg.svd(r_left @ r_right[:, len(old) :].T)
-    left = _padded(q_left @ (u[:, : len(s)] * s), columns=rank)
-    right = _padded(q_right @ v.T, columns=rank).T
-    signs = right.gather(1, right.abs().argmax(dim=1, keepdim=True)).sign()
-    return left * signs.T, right * signs
-
-
-def _padded(matrix: Tensor, columns: int) -> Tensor:
-    """Its first columns, and zeros where it has fewer."""
-    return torch.nn.functional.pad(matrix[:, :columns], (0, max(columns - matrix.shape[1], 0)))
-
-
-def stack(products: Sequence[Product], terms: Terms, start: Tensors) -> dict[str, Tensor]:
-    """base + scale * (sum w_k L_k R_k - L_0 R_0), with the factors (L_0, R_0) of `start` put back; any ranks.
-
-    As `start` holds the factors of every round before, these are the ones that training began with.
-    """
-    found = dict(start)
-    for product in products:
-        if pairs := _pairs(product, terms, start):
-            kept = _left(product, start), start[product.right].double()
-            lefts = torch.cat([*(share * left for share, left, _ in pairs), -kept[0]], dim=1)
-            rights = torch.cat([*(right for _, _, right in pairs), kept[1]])
-            found |= _added(product, lefts @ rights, found)
-    return _news(found, start)
-
-
-def residual(products: Sequence[Product], terms: Terms, start: Tensors) -> dict[str, Tensor]:
-    """Factors: their means L, R; base + scale * (sum w_k L_k R_k - L R), formed as the sum of w_k (L_k - L) (R_k - R):
-    exactly nothing for one site, or where one factor is common. Equal ranks."""
-    found = dict(start)
-    for product in products:
-        if pairs := _pairs(product, terms, start):
-            found |= _means(product, terms, start)
-            left, right = _left(product, found), found[product.right].double()
-            lefts = torch.cat([share * (own - left) for share, own, _ in pairs], dim=1)
-            found |= _added(product, lefts @ torch.cat([own - right for _, _, own in pairs]), found)
-    return _news(found, start)
-
-
-def _sent(product: Product, terms: Terms) -> set[str]:
-    """The factors that some site trained."""
-    return {*product.left, product.right} & {name for _, tensors in terms for name in tensors}
-
-
-def _held(product: Product, terms: Terms, start: Tensors) -> Terms:
-    """Both factors of every site that trained one of them."""
-    names = {*product.left, product.right}
-    held: list[tuple[float, Tensors]] = [
-        (w, {n: {**start, **tensors}[n] for n in names}) for w, tensors in terms if names & tensors.keys()
-    ]
-    total = float(sum(weight for weight, _ in held))
-    if held and not total > 0:
-        what = "the weights of a mean must add up to more than nothing"
-        raise WireError(what, where=product.right, received=total)
-    return held
-
-
-def _pairs(product: Product, terms: Terms, start: Tensors) -> list[Pair]:
-    held = _held(product, terms, start)
-    total = float(sum(weight for weight, _ in held))
-    return [(w / total, _left(product, tensors), tensors[product.right].double()) for w, tensors in held]
-
-
-def _means(product: Product, terms: Terms, start: Tensors) -> dict[str, Tensor]:
-    sent = _sent(product, terms)
-    return weighted_mean([(w, select(tensors, sent)) for w, tensors in _held(product, terms, start)])
-
-
-def _left(product: Product, tensors: Tensors) -> Tensor:
-    return torch.cat([tensors[name].double() for name in product.left])
-
-
-def _put(product: Product, factors: tuple[Tensor, Tensor], like: Tensors) -> dict[str, Tensor]:
-    """Both factors of a product by their names."""
-    return {**_rows(product.left, factors[0], like), product.right: factors[1].to(like[product.right].dtype)}
-
-
-def _rows(names: Sequence[str], stacked: Tensor, like: Tensors) -> dict[str, Tensor]:
-    """Matrices that lie below one another, apart again."""
-    pieces = torch.split(stacked, [len(like[name]) for name in names])
-    return {name: piece.to(like[name].dtype) for name, piece in zip(names, pieces, strict=True)}
-
-
-def _added(product: Product, delta: Tensor, found: Tensors) -> dict[str, Tensor]:
-    if not delta.any():
-        return {}
-    base = torch.cat([found[name].double() for name in product.base])
-    return _rows(product.base, base + product.scale * delta, found)
-
-
-def _news(found: Tensors, start: Tensors) -> dict[str, Tensor]:
-    """What was put in the place of something else."""
-    return {name: value for name, value in found.items() if value is not start[name]}
-
-
 # ------------------------------------------------------------------------------------------------ the choice
 _BY_PRODUCT: Mapping[str, Callable[[Sequence[Product], Terms, Tensors], dict[str, Tensor]]] = {
     "product_svd": product_svd,
@@ -213,7 +85,7 @@ _BY_PRODUCT: Mapping[str, Callable[[Sequence[Product], Terms, Tensors], dict[str
     "residual": residual,
 }
 _MEANS = ("mean", "refactor")
-_OF_PRODUCTS = ("refactor", *_BY_PRODUCT)
+_OF_PRODUCTS = ("refactor", "corrected", *_BY_PRODUCT)
 _CHANGES_BASE = ("stack", "residual")
 _RESTARTS = ("stack", "product_svd", "refactor")  # factors come back as they began, or in another basis
 _ROBUST = ("median", "trimmed_mean")
@@ -229,6 +101,7 @@ class Aggregation:
     clip: float | None = None  # the longest that a site's update may be, over all of its tensors; a longer one is cut
     largest: float | None = None  # and the longest that is not refused
     period: int = 1  # of refactor: rounds from one change of basis to the next
+    ridge: float = 0.0  # of corrected: what a large correction costs
 
     def __call__(
         self, stream: Iterable[tuple[float, Tensors]], products: Sequence[Product], start: Tensors, round: int = 0
@@ -241,11 +114,12 @@ class Aggregation:
             means = weighted_mean(stream)
             return {**means, **refactored(products, means, start)} if self._refactors(round) else means
         terms = list(stream)
-        if self.kind not in _BY_PRODUCT:
+        if self.kind not in _OF_PRODUCTS:
             return self._plain(terms)
         factors = {name for product in products for name in (*product.left, product.right)}
         rest = self._plain([(w, {n: t for n, t in tensors.items() if n not in factors}) for w, tensors in terms])
-        return {**rest, **_BY_PRODUCT[self.kind](products, terms, {**start, **rest})}
+        rule = partial(corrected, ridge=self.ridge) if self.kind == "corrected" else _BY_PRODUCT[self.kind]
+        return {**rest, **rule(products, terms, {**start, **rest})}
 
     def _refactors(self, round: int) -> bool:
         return self.kind == "refactor" and round % self.period == 0
@@ -311,7 +185,7 @@ class SumOptions(Options):
     """Keys of `[strategy]` for every strategy that sums by choice."""
 
     weights: Weighting = "examples"  # of the robust sums, which count every site once: uniform
-    aggregate: Kind = "mean"
+    aggregate: Offered = "mean"
     trim: float | None = Field(default=None, ge=0, lt=0.5)  # of trimmed_mean: share of sites cut off at either end
     clip_updates: float | None = Field(default=None, gt=0)  # length to which a site's longer update is cut; None: never
     refuse_updates: float | None = Field(default=None, gt=0)  # length of an update from which a site is refused by name
