@@ -8,17 +8,19 @@ Nothing is trained.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 
-from consilium import keeping, payload, results, run
+from consilium import keeping, payload, references, results, run
 from consilium.config import Config
 from consilium.coordinator import drawn_sites, predicted_passes
 from consilium.engines import stacked
 from consilium.experiment import Experiment, assemble
+from consilium.protocols import Spec
 from consilium.sites import audit
 
 Table = dict[str, Any]
@@ -54,15 +56,16 @@ def check(config: Config) -> Check:
     """Everything a run does before training, and nothing after; raises what `run` would raise."""
     prepared = run.prepare(config, lambda _: None)
     run.check_serving(config, prepared)
-    experiment = stacked.resolved(assemble(config, prepared.classes), len(prepared.sites))
-    names = sorted(prepared.sites)
+    gathered = references.gathered(config, prepared)
+    experiment = stacked.resolved(assemble(config, prepared.classes), len(gathered))
+    names = sorted(gathered)
     first = _Book(experiment, names)
     for site in names:
-        first.count("down", site, 1, experiment.down(1).keys(), set())
+        first.count("down", site, 1, experiment.down(1).keys() - first.made, set())
         first.have[site] |= dict.fromkeys(experiment.down(1), 0)
-        first.reply(site, 1)
+        first.reply(site, config.train.rounds if experiment.strategy.declares.once else 1)
     sent, received = results.both_ways(experiment)
-    passes = predicted_passes(config, {name: len(data.train) for name, data in prepared.sites.items()})
+    passes = predicted_passes(config, {name: len(data.train) for name, data in gathered.items()})
     return Check(
         name=config.name,
         parameters=results.parameters(experiment),
@@ -119,7 +122,9 @@ class _Book:
     def __init__(self, experiment: Experiment, names: Sequence[str]) -> None:
         self.experiment, specs, down = experiment, experiment.model.specs, experiment.down(1)
         self.bases = {name for name, spec in down.items() if spec.tag.slot == "base"}
-        self.outside = self.bases - specs.keys()  # the sites' own, until they change
+        self.made = {name for name, spec in down.items() if spec.tag.slot == "statistic"}  # not there before a reply
+        self.rows: set[str] = set()  # sites that have replied: a row each where the first dimension is free
+        self.outside = (self.bases - specs.keys()) | self.made  # the sites' own, or nothing, until they change
         self.factors = {name for name, spec in down.items() if spec.factor is not None}
         self.steps = _sent_alike(experiment, names)
         self.version, self.before = dict.fromkeys(down, 0), dict.fromkeys(down, -1)
@@ -138,9 +143,11 @@ class _Book:
     def reply(self, site: str, number: int) -> None:
         """The site sends what it trained, as a step from what it was sent, and that has a new version."""
         sent = self.experiment.sent(number, site)
+        self.rows |= {site} if sent else set()
         coded = self.experiment.codec.coded(sent).keys() & self.have[site].keys()
         self.count("up", site, number, sent.keys(), coded)
-        changed = self.outside | (sent.keys() & self.version.keys()) - self.bases if sent else set()
+        stays = self.bases | {name.rpartition("/")[2] for name in self.made}  # what is made of it comes down instead
+        changed = self.outside | (sent.keys() & self.version.keys()) - stays if sent else set()
         if sent and self.experiment.strategy.declares.refactors(number):
             changed |= self.factors
         self.before |= {name: self.version[name] for name in changed if self.version[name] != number}
@@ -149,12 +156,19 @@ class _Book:
     def count(self, way: Way, site: str, number: int, names: Set[str], coded: Set[str]) -> None:
         """The payload of a message that holds these tensors, some of them coded."""
         self.latest[way] = set(names)
-        held = [*(names - coded), *self.experiment.codec.names(coded)]
-        self.totals[way][site] += payload.num_bytes(self.experiment.wire(way, number), held)
+        held, declared = [*(names - coded), *self.experiment.codec.names(coded)], self.experiment.wire(way, number)
+        rows = len(self.rows) * sum(_row_bytes(declared[name]) for name in names & self.made)
+        self.totals[way][site] += payload.num_bytes(declared, held) + rows
 
     def table(self) -> dict[str, Table]:
         """{direction: {total, per_site}} of all that was counted."""
         return {way: {"total": sum(rows.values()), "per_site": rows} for way, rows in self.totals.items()}
+
+
+def _row_bytes(spec: Spec) -> int:
+    """Of a free first dimension; 0 where there is none."""
+    first, *rest = spec.shape
+    return math.prod(size or 0 for size in rest) * spec.dtype.itemsize if first is None else 0
 
 
 def _sent_alike(experiment: Experiment, names: Sequence[str]) -> Set[str]:

@@ -76,6 +76,8 @@ class Experiment:
 
     def up(self, round: int) -> Specs:
         """What may leave a site in this round; ConfigError where the strategy would send what is personal."""
+        if self.strategy.declares.once and round < self.config.train.rounds:
+            return {}
         found = _impersonal(self.strategy.up(self.model.specs, round), self.model.specs, self.strategy)
         return {name: spec for name, spec in found.items() if name not in self.model.never_trained}
 
@@ -113,7 +115,7 @@ def join(config: Config, classes: Sequence[str], tuners: Sequence[Tuner], strate
     model: Model = compose.attach(backbone, tuners, config.head, task.num_outputs, strategy.declares, config.seed)
     _check_blocks(strategy, backbone, where=f"strategy.{config.strategy.name}")
     _check_pairing(config, model.specs, strategy)
-    _check_selection(config, task)
+    _check_selection(config, task, strategy)
     _check_counts(config, task, model.specs, strategy)
     handshake = Handshake(agreement_hash(config, backbone.digest, classes, backbone.preprocessing), backbone.digest)
     trains, frozen = strategy.declares.trains, _frozen(backbone, model.specs)
@@ -241,7 +243,10 @@ def _check_blocks(strategy: Strategy, backbone: Backbone, where: str) -> None:
         raise ConfigError("the backbone has no such block", where=where, allowed=allowed, received=last)
 
 
-def _check_selection(config: Config, task: Task) -> None:
+def _check_selection(config: Config, task: Task, strategy: Strategy) -> None:
+    if config.evaluation.serve == "best" and strategy.declares.once:
+        remedy = "use serve = 'last'"
+        raise ConfigError("nothing to choose from: the sites send once", where="evaluation.serve", remedy=remedy)
     known = task.validation(np.full((1, len(task.classes)), 1 / len(task.classes)), np.zeros(1, dtype=np.int64))
     if config.evaluation.serve == "best" and config.evaluation.select not in known:
         allowed, received = ", ".join(sorted(known)), config.evaluation.select

@@ -15,7 +15,7 @@ import timm
 import torch
 from torch import Tensor
 
-from consilium import __version__, checkpoint, config, seeds, tensors
+from consilium import __version__, checkpoint, config, members, seeds, tensors
 from consilium.backbones import timm_backbone
 from consilium.errors import ConfigError, StateError
 from consilium.predict import Trained, load_trained, rebuild
@@ -40,6 +40,9 @@ def export(run: Path, format: Format, out: Path, site: str | None = None) -> Pat
     if out.exists() and any(out.iterdir()):
         raise StateError("the folder to export into is not empty", where=str(out), remedy="choose another --out")
     trained = load_trained(run, site, device="cpu")
+    if members.averaged(trained.variables) is not None:
+        remedy = "use `consilium predict`, or export one of a run with strategy 'local'"
+        raise ConfigError("an ensemble is several models, and a format holds one", where="strategy", remedy=remedy)
     if format != "safetensors" and trained.model.head.config.kind != "linear":
         raise ConfigError(
             "timm classifiers are linear; this run has another head",

@@ -10,8 +10,9 @@ from typing import cast
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
-from consilium import checkpoint, config, experiment, registry
+from consilium import checkpoint, config, experiment, members, registry
 from consilium.data import Examples, UInt8Array
 from consilium.errors import DataError, StateError
 from consilium.local import predict as inference
@@ -57,7 +58,7 @@ def rebuild(settings: config.Config, classes: Sequence[str], adapter: Path, name
         what = "the backbone's preprocessing is not the one this run was trained with"
         raise StateError(what, where=str(adapter), allowed=meta["preprocessing"], received=ours)
     model = cast(TunedModel, pieces.model)
-    if missing := sorted(model.specs.keys() - variables.keys()):
+    if missing := sorted(model.specs.keys() - members.names(variables)):
         raise StateError("the adapter lacks tensors of the model", where=str(adapter), received=missing[:3])
     return Trained(pieces, model, variables, name)
 
@@ -136,7 +137,8 @@ def _probabilities(trained: Trained, pixels: UInt8Array) -> np.ndarray:
     rows = np.arange(count)
     examples = Examples(pixels, rows, np.zeros(count, dtype=np.int64), nothing, nothing, nothing)
     setting = pieces.setting
-    outputs = inference.outputs(
-        trained.model, trained.variables, examples, setting.preprocessing, setting.device, "float32"
-    )
-    return pieces.task.probabilities(outputs).numpy()
+
+    def one(model: Tensors) -> Tensor:
+        return inference.outputs(trained.model, model, examples, setting.preprocessing, setting.device, "float32")
+
+    return members.probabilities(trained.variables, one, pieces.task.probabilities).numpy()

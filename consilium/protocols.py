@@ -340,6 +340,8 @@ class Declaration:
     parts: tuple[Part, ...] = (Part(),)
     combination: Combination = "sum"
     needs_individual_updates: bool = False  # False: only the weighted sum, so secure aggregation is possible
+    once: bool = False  # one-shot: sites send in the last round alone
+    pools_images: bool = False  # images of all sites are in one place: a simulation can do that, a hospital refuses
     required_roles: frozenset[str] = frozenset()
     changes_base: bool = False  # `initial` then also holds the frozen weights, under the backbone's own names
     last_block: int | None = None  # the highest block it speaks of, which the backbone must have
@@ -369,7 +371,8 @@ class Strategy(Protocol):
         """Everything a site may send in this round; `specs` are all variables of the model."""
 
     def down(self, specs: Specs, round: int) -> Specs:
-        """Everything the coordinator may send in this round."""
+        """Everything the coordinator may send in this round. Slot "statistic": what it makes of replies, which is not
+        there before the first; a free first dimension has a row per site that replied."""
 
     def init_server(self, initial: Tensors, specs: Specs, sites: Sequence[str]) -> ServerState:
         """State before round 1; `initial` and `specs` are all variables of the model."""
@@ -389,5 +392,6 @@ class Strategy(Protocol):
         `specs` are all variables of the model; which of them are factors of a product stands there."""
 
     def deploy(self, received: Tensors, personal: Personal) -> Mapping[str, Tensors]:
-        """Full variables of the models to use: "personal" always, "global" where the shared tensors alone are a model.
+        """Full variables of the models to use: "personal" always, "global" where the shared tensors alone are a model;
+        several models that are used as one are named as `members` says.
         Called with what was received last, and, for the model before aggregation, with what the site itself trained."""

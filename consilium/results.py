@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from consilium import __version__, checkpoint, keeping, metrics
+from consilium import __version__, checkpoint, keeping, members, metrics
 from consilium.data import Examples, SiteData
 from consilium.engines.site import stack
 from consilium.experiment import Experiment
@@ -42,7 +42,7 @@ def collect(folder: Path, experiment: Experiment, progress: Progress) -> None:
             folder / "adapters" / f"{served.parent.name}.safetensors", tensors, experiment, served.parent.name
         )
     models = experiment.strategy.deploy(progress.server.shared, Personal())
-    if "global" in models and models["global"].keys() >= experiment.model.specs.keys():
+    if "global" in models and members.names(models["global"]) >= experiment.model.specs.keys():
         _save_adapter(folder / "adapters" / "global.safetensors", models["global"], experiment, "global")
     passes = {site: progress.passes.get(site, 0) for site in sorted(progress.server.sites)}
     worked = {site: progress.site_seconds.get(site, 0.0) for site in sorted(progress.server.sites)}
@@ -188,12 +188,14 @@ def outcome(out: Path) -> dict[str, Any]:
 
 
 def parameters(experiment: Experiment) -> dict[str, int]:
-    """Scalars of the backbone, and of what a site trains and sends in a round (the first: tuners may choose anew)."""
+    """Scalars of the backbone, and of what a site trains and sends in a round (the first: tuners may choose anew; the
+    last, of a strategy that sends in no other)."""
     model, active = experiment.model, experiment.active(1, "")
+    sends = experiment.config.train.rounds if experiment.strategy.declares.once else 1
     return {
         "backbone": experiment.backbone.num_parameters,
         "trainable": _count({n: spec for n, spec in model.specs.items() if active(spec.tag)}) + model.inert,
-        "exchanged": _count(experiment.sent(1, "")),
+        "exchanged": _count(experiment.sent(sends, "")),
     }
 
 
@@ -250,8 +252,12 @@ def numbers(experiment: Experiment) -> list[dict[str, str]]:
 
 
 def warnings(experiment: Experiment, federation: Federation) -> list[str]:
-    """Sentences about the data, and about a federation in which nothing is shared."""
-    found, strategy = list(federation.warnings), experiment.config.strategy.name
+    """Sentences about the data, and about a federation in which nothing is shared, or all images are."""
+    found, strategy, declares = list(federation.warnings), experiment.config.strategy.name, experiment.strategy.declares
+    if declares.pools_images:
+        found.append(f"{strategy!r} trains on the images of all sites in one place, which only a simulation can do")
+    if not any(declares.passes(number) for number in range(1, experiment.config.train.rounds + 1)):
+        found.append(f"{strategy!r} trains nothing at the sites: of all keys of train, participation alone counts")
     if strategy != "local" and not both_ways(experiment)[0]:
         found.append(f"nothing is shared: with this tuner and head, {strategy!r} is every site training alone")
     prefixes = experiment.setting.prefixes()

@@ -8,15 +8,14 @@ of image passes; a finished reference of a neighbouring run folder that only dif
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from consilium import results, run_folder
-from consilium.config import Config, EvaluationConfig, StrategyConfig, WireConfig, config_hash
-from consilium.coordinator import Coordinator, predicted_passes
+from consilium import references, results, run_folder
+from consilium.config import Config, config_hash
+from consilium.coordinator import Coordinator
 from consilium.data import SiteData
 from consilium.engines import stacked
 from consilium.engines.simulate import Federation, Recorder, Simulation, num_workers, secrets_of
@@ -57,7 +56,8 @@ def run(
             _open(plan, prepared)
         if not (out / "result.json").is_file():
             _train(plans, prepared, show, record)
-            unseen.measure(out, plans[MAIN].experiment, reference_config(config, "local", {}), prepared, show)
+            alone = references.reference_config(config, "local", {})
+            unseen.measure(out, plans[MAIN].experiment, alone, prepared, show)
             results.write(out, plans[MAIN].experiment, prepared, list(plans))
         results.report(out)
         show({"event": "finish", **results.outcome(out)})
@@ -81,37 +81,11 @@ def prepare(config: Config, show: Display) -> sites.Federation:
 def make_plans(config: Config, prepared: sites.Federation, out: Path) -> dict[str, Plan]:
     """The run and the references it asks for, by name."""
     check_serving(config, prepared)
-    plans = {MAIN: _plan(config, prepared, dict(prepared.sites), out)}
+    plans = {MAIN: _plan(config, prepared, references.gathered(config, prepared), out)}
     for name in config.evaluation.references:
-        data = {"pooled": sites.pool(prepared)} if name == "pooled" else dict(prepared.sites)
-        alone = reference_config(config, name, {site: len(each.train) for site, each in prepared.sites.items()})
+        alone, data = references.reference(config, name, prepared)
         plans[name] = _plan(alone, prepared, data, out / "references" / name)
     return plans
-
-
-def reference_config(config: Config, name: str, images: Mapping[str, int]) -> Config:
-    """The same training without a federation, on as many images: a site alone trains in the rounds it is drawn in, the
-    pool in every round on its share of what the run's sites see in all (`images`: of each site)."""
-    changed: dict[str, object] = {"quorum": 1.0}
-    if name == "pooled":
-        in_all, per_epoch = sum(predicted_passes(config, images).values()), sum(images.values())
-        epochs = _epochs(round(in_all / config.train.rounds), per_epoch)
-        changed |= {"participation": 1.0, "local_steps": None, "local_epochs": epochs}
-    train = config.train.model_copy(update=changed)
-    evaluation = EvaluationConfig.model_validate({**config.evaluation.model_dump(), "references": ()})
-    changes: dict[str, object] = {"name": f"{name} reference", "strategy": StrategyConfig(name="local"), "unseen": None}
-    if config.head.share == "shared":  # "local" shares nothing; a head named so trains and starts alike
-        changes["head"] = config.head.model_copy(update={"share": None})
-    if config.task.options().get("class_counts") == "federation":  # a reference has none whose counts it could use
-        plain = {**config.task.model_dump(), "class_counts": "site"}
-        changes["task"] = type(config.task).model_validate(plain)
-    return config.model_copy(update={**changes, "train": train, "evaluation": evaluation, "wire": WireConfig()})
-
-
-def _epochs(wanted: int, images: int) -> float:
-    """The share of `images` that gives so many, in spite of rounding."""
-    share = wanted / images
-    return share if math.ceil(share * images) == wanted else (wanted - 0.5) / images
 
 
 def check_serving(config: Config, prepared: sites.Federation) -> None:

@@ -12,6 +12,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -135,6 +136,8 @@ def example(name: str) -> tuple[Experiment, str]:
 
 def messages(pieces: Experiment, way: check.Way) -> list[tuple[str, int]]:
     """(formula, bytes) of a site's message in each of the rounds."""
+    if pieces.strategy.declares.once:
+        return [sent_once(pieces, way)]
     found = []
     for number in ROUNDS:
         declared, names = pieces.wire(way, number), check.exchanged(pieces, SITES, number)[way]
@@ -142,6 +145,18 @@ def messages(pieces: Experiment, way: check.Way) -> list[tuple[str, int]]:
         blank = {name: torch.zeros(shape(spec), dtype=spec.dtype) for name, spec in specs.items()}
         found.append((formula(pieces, count(specs)), sum(map(len, map(bytes, payload.chunks(blank, declared))))))
     return found
+
+
+def sent_once(pieces: Experiment, way: check.Way) -> tuple[str, int]:
+    """The same of the one exchange: up in the last round, down after it; of a free first dimension K rows."""
+    number = max(ROUNDS) + (way == "down")
+    declared, names = pieces.wire(way, number), check.exchanged(pieces, SITES, number)[way]
+    one = {n: replace(declared[n], shape=tuple(1 if s is None else s for s in declared[n].shape)) for n in names}
+    rows = {n: (len(SITES), *spec.shape[1:]) if None in declared[n].shape else shape(spec) for n, spec in one.items()}
+    blank = {n: torch.zeros(rows[n], dtype=declared[n].dtype) for n in one}
+    size = sum(map(len, map(bytes, payload.chunks(blank, declared))))
+    text = formula(pieces, count(one))
+    return f"once: {_times('K', text) if rows != {n: shape(spec) for n, spec in one.items()} else text}", size
 
 
 def symbol_of(spec: Spec) -> str:

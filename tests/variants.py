@@ -50,9 +50,19 @@ NEEDS: Mapping[str, Mapping[str, Any]] = {  # tables without which a strategy is
 }
 
 
+ONE_SHOT = frozenset(
+    name for name in registry.members("strategies") if registry.build("strategies", name, {}).declares.once
+)
+FEDERATED = sorted(  # every strategy but the one that has the images of all sites in one place
+    name for name in registry.members("strategies") if not registry.build("strategies", name, {}).declares.pools_images
+)
+
+
 def settings(strategy: str, **tables: Any) -> config.Config:
     """The small configuration for a strategy, with some keys of its tables replaced, and with what it needs."""
     needs = NEEDS.get(strategy, {})
+    if strategy in ONE_SHOT and tables.get("evaluation", {}).get("serve") == "best":  # refused: sites send once
+        tables["evaluation"] = {**tables["evaluation"], "serve": "last"}
     train = {**federation.TABLE["train"], **tables.pop("train", {}), **needs.get("train", {})}
     chosen = {"tuner": needs["tuner"]} if "tuner" in needs and "tuner" not in tables else {}
     return federation.configure(strategy={"name": strategy}, train=train, **chosen, **tables)

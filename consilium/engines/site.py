@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
-from consilium import checkpoint
+from consilium import checkpoint, members
 from consilium.data import Examples, SiteData
 from consilium.engines import failures
 from consilium.engines.state import SiteState, StateFolder
@@ -55,6 +56,7 @@ class Site:
             self._agree(fields)
             request = decode_request(opened, self.experiment.wire("down", int(fields["round"])))
             self._accept(request)
+            self._stay_home()
         except WireError as error:  # the site's data are untouched: this speaks of the message alone
             return encode(self._failed(fields, "refused", str(error)), {})
         except Exception as error:
@@ -106,6 +108,12 @@ class Site:
         if not fits if wanted else "class_counts" in request.context:
             allowed = f"{len(self.experiment.task.classes)} counts" if wanted else "none: task.class_counts is 'site'"
             raise WireError(f"these class counts do not fit a '{request.kind}'", allowed=allowed, received=counts)
+
+    def _stay_home(self) -> None:
+        """WireError where the strategy wants images of all sites in one place, and these are a hospital's own."""
+        if self.experiment.strategy.declares.pools_images and self.data.name in self.data.train.origins:
+            remedy = "choose another strategy; a simulation may pool images"
+            raise WireError("images do not leave this site", where=f"site {self.data.name}", remedy=remedy)
 
     @property
     def _counts_travel(self) -> bool:
@@ -199,7 +207,9 @@ class Site:
 
     def _learn(self, request: Request, state: SiteState, moments: dict[str, Any]) -> Learned:
         trainer = self._trainer(request, self.experiment.setting, moments)
-        return self.experiment.strategy.learn(state.received, state.personal, trainer)
+        learned = self.experiment.strategy.learn(state.received, state.personal, trainer)
+        silent = self.experiment.strategy.declares.once and request.round < self.experiment.setting.config.rounds
+        return replace(learned, update={}) if silent else learned
 
     def _last_phase(self, request: Request, variables: Tensors) -> Fitted:
         """Train the model to use on, at this site alone: all that the tuners train, on a schedule of its own, as that
@@ -246,12 +256,16 @@ class Site:
         setting, task = self.experiment.setting, self.experiment.task
         if not len(examples):
             return np.zeros((0, len(task.classes)))
-        precision, prefix = setting.config.precision, None
-        if self._prefixes is not None:
-            depth = self._prefixes.lasting if depth is None else depth
-            prefix = self._prefixes.split(variables, examples, depth, precision)
-        found = outputs(setting.model, variables, examples, setting.preprocessing, setting.device, precision, prefix)
-        return task.probabilities(found).numpy()
+        precision, image = setting.config.precision, setting.preprocessing
+
+        def one(model: Tensors) -> Tensor:
+            prefix = None
+            if self._prefixes is not None:
+                common = self._prefixes.lasting if depth is None else depth
+                prefix = self._prefixes.split(model, examples, common, precision)
+            return outputs(setting.model, model, examples, image, setting.device, precision, prefix)
+
+        return members.probabilities(variables, one, task.probabilities).numpy()
 
     def predicted(self, variables: Tensors) -> pd.DataFrame:
         """What a model says of the validation and test images: split, site, id, group, label, p.<class>."""

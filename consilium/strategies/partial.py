@@ -3,6 +3,8 @@
 In: updates of sites. Out: the next shared tensors.
 
 local: nothing travels.
+pooled: no federation: one model is trained on the images of all sites in one place, and tested at each. A simulation
+  can do that; a hospital's side refuses (`Declaration.pools_images`). What travels is between that place and itself.
 fedper: Arivazhagan, Aggarwal, Singh, Choudhary, arXiv 1912.00818: base layers W_B travel, personalisation layers W_P
   stay: the head, and what is trained from block `personal_from_block` on. With the last layers personal it is FLOP
   (Yang, Zhang, Hao, Spell, Carin, KDD 2021, arXiv 2102.05218).
@@ -15,16 +17,18 @@ Leaves the site: what the rule shares, number of training images. Stays: the res
   seed (a head that the server ever knew gives labels away). Kept between rounds: personal tensors at the site.
 Departures: none in the rules; any optimiser. fedbn: the paper's BatchNorm has statistics, norms of a transformer none.
 Identity: nothing personal = FedAvg, all personal = local (tests/identities); lg and fedper divide the same tensors;
-  under fedbn norms of two sites differ after training (tests/unit/test_strategy_partial.py).
+  under fedbn norms of two sites differ after training (tests/unit/test_strategy_partial.py); pooled
+  = FedAvg of one site that has all images (tests/unit/test_strategy_pooled.py).
 Family: partial sharing
-Family of local: references
-Family of fedsa: federated LoRA
+Family of local, pooled: references
 Identity test of local: test_all_personal_is_local_training
+Identity test of pooled: test_it_is_fedavg_of_one_site_that_has_all_images
+Family of fedsa: federated LoRA
 Identity test of fedper: test_fedper_with_nothing_personal_is_fedavg
 Identity test of fedsa: test_aggregate::test_one_site_is_local_training
 Identity test of fedbn: test_norms_of_two_sites_differ_under_fedbn_and_never_travel
 Identity test of lg: test_lg_and_fedper_divide_the_same_tensors
-Slow reference of local, fedper, lg, fedbn: test_rules_on_tags_are_the_papers
+Slow reference of local, pooled, fedper, lg, fedbn: test_rules_on_tags_are_the_papers
 Slow reference of fedsa: test_round_by_round_the_factors_are_the_formulas
 """
 
@@ -78,6 +82,18 @@ def but_norms(tag: Tag) -> bool:
 def local(options: Options) -> FedAvg:  # noqa: ARG001
     """Nothing travels."""
     return FedAvg(shares=nothing)
+
+
+@register(
+    "strategies",
+    "pooled",
+    options=Options,
+    summary="one model is trained on the images of all sites in one place: a simulation's upper reference",
+    facts={"leaves the site": "all images and labels (a hospital refuses)", "stays": "nothing"},
+)
+def pooled(options: Options) -> FedAvg:  # noqa: ARG001
+    """FedAvg of one site that has all images."""
+    return FedAvg(declares=Declaration(pools_images=True))
 
 
 class FedPerOptions(FedAvgOptions):

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from consilium import check, registry, results, run
+from consilium import check, references, registry, results, run
 from consilium.config import Config, config_hash
 from consilium.coordinator import predicted_passes
 from consilium.engines import stacked
@@ -120,15 +120,16 @@ def _facts(config: Config, data: Federation) -> Facts | ConsiliumError:
         device = pick_device(config.engine.device, config.train.precision)
         experiment = assemble(_on_cpu(config), data.classes)
         there = replace(experiment, setting=replace(experiment.setting, device=device))
-        stacked_sites = stacked.size(stacked.resolved(there, len(data.sites)).config)
+        gathered = references.gathered(config, data)
+        stacked_sites = stacked.size(stacked.resolved(there, len(gathered)).config)
     except ConfigError as error:
         return error
     images = {name: len(site.train) for name, site in data.sites.items()}
-    sent = check.predicted_bytes(experiment, sorted(data.sites))
+    sent = check.predicted_bytes(experiment, sorted(gathered))
     return Facts(
         parameters=results.parameters(experiment),
         bytes={way: sent[way]["total"] for way in ("up", "down")},
-        image_passes=sum(predicted_passes(config, images).values()),
+        image_passes=sum(predicted_passes(config, {n: len(site.train) for n, site in gathered.items()}).values()),
         memory_bytes=round(SAFETY * check.memory(experiment)["total"]) + PROCESS_BYTES,
         cores=config.engine.threads * num_workers(config.engine.workers, len(data.sites)),
         device=device,
@@ -170,7 +171,7 @@ def _job(cell: Cell, seed: int, found: Facts | ConsiliumError | None) -> Job:
         return Job(_short(name), cell.settings, seed, config, cell.refused or str(found))
     engine = config.engine.model_copy(update={"stacked_sites": found.stacked_sites})
     identity = {"config_hash": found.hashed(config.model_copy(update={"engine": engine})), **found.identity}
-    alone = [run.reference_config(config, name, found.images) for name in config.evaluation.references]
+    alone = [references.reference_config(config, name, found.images) for name in config.evaluation.references]
     return Job(
         run=_short(json.dumps(identity, sort_keys=True)),
         settings=cell.settings,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from consilium import registry, results
+from consilium import results
 from consilium.check import predicted_bytes
 from consilium.coordinator import Coordinator
 from consilium.engines.simulate import Federation, Simulation, secrets_of
@@ -23,7 +23,7 @@ from consilium.tensors import Tensors, digest, digest_all, equal
 from tests import federation, variants
 from tests.contracts import odd_members as odd
 
-STRATEGIES = sorted(registry.members("strategies"))
+STRATEGIES = variants.FEDERATED
 SITES = federation.hospitals(14, 9, 20, 11)
 HALF = {**federation.TABLE["train"], "rounds": 4, "participation": 0.5, "moments": "keep"}
 ODD: Mapping[str, Strategy] = {

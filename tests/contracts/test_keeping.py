@@ -12,7 +12,7 @@ from consilium.engines.state import StateFolder
 from consilium.experiment import Experiment
 from tests import federation, variants
 
-STRATEGIES = sorted(registry.members("strategies"))
+STRATEGIES = variants.FEDERATED
 NOTHING = "nothing but the data"
 
 

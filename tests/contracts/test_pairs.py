@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from consilium import registry
+from consilium import members, registry
 from consilium.errors import ConfigError
 from tests import federation, variants
 
@@ -48,9 +48,10 @@ def test_a_pair_does_what_the_table_says(tmp_path: Path, tuner: str, strategy: s
         with pytest.raises(ConfigError, match=re.escape(REASONS[cell.removeprefix("refused (").removesuffix(")")])):
             federation.assemble(settings)
         return
-    outcome = federation.run(tmp_path, settings, SITES)
+    sites = SITES if strategy in variants.FEDERATED else {"pooled": federation.pooled(SITES)}
+    outcome = federation.run(tmp_path, settings, sites)
     assert outcome.progress.server.round == 1
-    served, pieces = outcome.served("a"), outcome.experiment
+    served, pieces = next(members.each(outcome.served(min(sites)))), outcome.experiment
     assert served.keys() >= {"head.weight", "head.bias"}
     start, active = pieces.initial(settings.seed), pieces.active(1, "a")
     trained = {name for name, spec in pieces.model.specs.items() if active(spec.tag) and spec.tag.role != "head"}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from consilium import checkpoint, registry
+from consilium import checkpoint
 from consilium.halves import Halves
 from tests import federation, variants
 
@@ -75,7 +75,7 @@ def test_no_bit_of_a_run_changes(name: str, tmp_path: Path) -> None:
     assert _results(on) == _results(off)
 
 
-@pytest.mark.parametrize("strategy", registry.members("strategies"))
+@pytest.mark.parametrize("strategy", variants.FEDERATED)
 @pytest.mark.parametrize("name", ["last lora", "linear"])
 def test_nor_with_any_strategy(name: str, strategy: str, tmp_path: Path) -> None:
     def result(which: str, cache: Path | None) -> object:

@@ -161,7 +161,7 @@ def test_a_stacked_federation_is_the_sequential_one(tmp_path: Path, variant: str
     _assert_alike(one, three)
 
 
-@pytest.mark.parametrize("strategy", sorted(registry.members("strategies")))
+@pytest.mark.parametrize("strategy", variants.FEDERATED)
 def test_every_strategy_can_be_stacked_or_says_why_not(tmp_path: Path, strategy: str) -> None:
     chosen = [
         variants.settings(strategy, train={"rounds": 2, "local_epochs": 0.5}, engine={"stacked_sites": number})

@@ -18,7 +18,7 @@ from consilium.errors import ConfigError, DataError, WireError
 from consilium.experiment import Experiment
 from consilium.messages import Reply, encode
 from consilium.protocols import Declaration
-from consilium.run import reference_config
+from consilium.references import reference_config
 from consilium.sites import audit
 from consilium.sites.manifest import Manifest
 from consilium.strategies.fedavg import FedAvg

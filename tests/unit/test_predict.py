@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from consilium import checkpoint, config, experiment, registry
+from consilium import checkpoint, config, experiment
 from consilium.errors import DataError, StateError
 from consilium.predict import load_trained, predict
 from consilium.sites.store import transform_pixels
@@ -129,7 +129,7 @@ def test_a_folder_without_a_finished_run_says_what_it_is(run: Path, images: list
             predict(begun, images, site)
 
 
-@pytest.mark.parametrize("strategy", sorted(registry.members("strategies")))
+@pytest.mark.parametrize("strategy", variants.FEDERATED)
 def test_a_run_of_any_strategy_opens_again(strategy: str, tmp_path: Path) -> None:
     plain = {
         "backbone": {"name": "embedded", "image_size": 32},

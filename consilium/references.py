@@ -1,0 +1,51 @@
+"""Composition: training without a federation. In: a configuration, the sites' data. Out: both, for all images in one
+place or for every site alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from consilium import registry
+from consilium.config import Config, EvaluationConfig, StrategyConfig, WireConfig
+from consilium.coordinator import predicted_passes
+from consilium.data import SiteData
+from consilium.sites import federation as sites
+
+
+def gathered(config: Config, prepared: sites.Federation) -> dict[str, SiteData]:
+    """The data as the strategy wants them: of each site, or all in one place."""
+    strategy = registry.build("strategies", config.strategy.name, config.strategy.options())
+    return {"pooled": sites.pool(prepared)} if strategy.declares.pools_images else dict(prepared.sites)
+
+
+def reference(config: Config, name: str, prepared: sites.Federation) -> tuple[Config, dict[str, SiteData]]:
+    """A reference's configuration and data."""
+    images = {site: len(data.train) for site, data in prepared.sites.items()}
+    data = {"pooled": sites.pool(prepared)} if name == "pooled" else dict(prepared.sites)
+    return reference_config(config, name, images), data
+
+
+def reference_config(config: Config, name: str, images: Mapping[str, int]) -> Config:
+    """The same training without a federation, on as many images: a site alone trains in the rounds it is drawn in, the
+    pool in every round on its share of what the run's sites see in all (`images`: of each site)."""
+    changed: dict[str, object] = {"quorum": 1.0}
+    if name == "pooled":
+        in_all, per_epoch = sum(predicted_passes(config, images).values()), sum(images.values())
+        epochs = _epochs(round(in_all / config.train.rounds), per_epoch)
+        changed |= {"participation": 1.0, "local_steps": None, "local_epochs": epochs}
+    train = config.train.model_copy(update=changed)
+    evaluation = EvaluationConfig.model_validate({**config.evaluation.model_dump(), "references": ()})
+    changes: dict[str, object] = {"name": f"{name} reference", "strategy": StrategyConfig(name="local"), "unseen": None}
+    if config.head.share == "shared":  # "local" shares nothing; a head named so trains and starts alike
+        changes["head"] = config.head.model_copy(update={"share": None})
+    if config.task.options().get("class_counts") == "federation":  # a reference has none whose counts it could use
+        plain = {**config.task.model_dump(), "class_counts": "site"}
+        changes["task"] = type(config.task).model_validate(plain)
+    return config.model_copy(update={**changes, "train": train, "evaluation": evaluation, "wire": WireConfig()})
+
+
+def _epochs(wanted: int, images: int) -> float:
+    """The share of `images` that gives so many, in spite of rounding."""
+    share = wanted / images
+    return share if math.ceil(share * images) == wanted else (wanted - 0.5) / images
