@@ -111,14 +111,19 @@ def audit_config(config: Config, progress: Progress | None = None) -> Audit:
     source, records = table(config.sites)
     given = splits.as_given(records, config.sites.split)
     divided = given is not None and bool(splits.divided_groups(given))
-    rows = given if given is not None and divided else splits.assign(records, config.sites.split)
+    rows = (
+        given
+        if given is not None and divided
+        else splits.assign(records, config.sites.split, held_out=config.sites.held_out)
+    )
     hashes, unreadable = _read_all(source, list(rows["id"]), progress)
     return audit(rows, hashes, unreadable)
 
 
 def write_split(config: Config, out: Path) -> str:
     """Write the configured split to a Parquet file that `sites.split.file` reads; returns the split's hash."""
-    return splits.write(splits.assign(table(config.sites)[1], config.sites.split), out)
+    rows = splits.assign(table(config.sites)[1], config.sites.split, held_out=config.sites.held_out)
+    return splits.write(rows, out)
 
 
 def inspect(config: Config) -> dict[str, Any]:

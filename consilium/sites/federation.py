@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -50,8 +50,8 @@ def prepare(
     """Read, partition, check, split, decode. ConfigError or DataError for whatever would stop a training later."""
     source, records = table(sites)
     _check_sites(records, sites.held_out)
-    known = _classes(records, classes)
-    rows = splits.assign(records, sites.split)
+    known = _classes(records, classes, sites.held_out)
+    rows = splits.assign(records, sites.split, held_out=sites.held_out)
     store = open_store(
         source, list(rows["id"]), preprocessing, decoding=_decoding(sites), folder=cache, progress=progress
     )
@@ -151,13 +151,25 @@ def _check_sites(records: pd.DataFrame, held_out: Sequence[str]) -> None:
         raise DataError(what, where="site column", received="global", remedy="rename this site")
     if set(names) <= set(held_out):
         raise ConfigError("every site is held out", where="sites.held_out", received=first_few(names))
+    left = sorted(set(names) - set(held_out))
+    if held_out and len(left) == 1:
+        what, remedy = "one site is left, which is no federation", "hold out fewer sites"
+        raise ConfigError(what, where="sites.held_out", received=f"left: {left[0]}", remedy=remedy)
 
 
-def _classes(records: pd.DataFrame, declared: tuple[str, ...] | None) -> tuple[str, ...]:
+def _classes(
+    records: pd.DataFrame, declared: tuple[str, ...] | None, held_out: Collection[str] = ()
+) -> tuple[str, ...]:
+    """Undeclared, the classes are those of the sites that take part: what others have is not known to them."""
     found = sorted(set(records["label"]))
     if declared is not None and len(set(declared)) < len(declared):
         raise ConfigError("a class is declared twice", where="task.classes", received=", ".join(declared))
     if declared is None:
+        own = set(records["label"][~records["site"].isin(list(held_out))])
+        if foreign := sorted(set(found) - own):
+            what, remedy = "held-out sites have classes that no site which takes part has", "declare task.classes"
+            allowed, received = first_few(sorted(own), 20), first_few(foreign)
+            raise DataError(what, where="sites.held_out", allowed=allowed, received=received, remedy=remedy)
         return tuple(found)
     unknown = [label for label in found if label not in declared]
     if unknown:

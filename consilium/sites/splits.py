@@ -28,21 +28,39 @@ _TIES = ("test", "val", "train")  # on a tie the evaluation splits come first: t
 _COLUMNS = ["id", "site", "group", "label", "split"]
 
 
-def assign(records: pd.DataFrame, split: Split, shared_groups: Collection[str] | None = None) -> pd.DataFrame:
+def assign(
+    records: pd.DataFrame, split: Split, shared_groups: Collection[str] | None = None, held_out: Collection[str] = ()
+) -> pd.DataFrame:
     """`records` with column split, sorted by id; by share, by the table's own column or by file, as configured.
 
     `shared_groups`: groups known to occur at several sites; None: those of `records`. A deployed site, which sees its
     own rows only, is given the list. A given split is left as it is, and DataError where it divides a group; but of a
-    column's train rows, at a site without val, an eighth becomes val (0.1 of 0.8, as by default).
+    column's train rows, at a site without val, an eighth becomes val (0.1 of 0.8, as by default). Rows of `held_out`
+    sites change nothing for the others: of a group that both have, they go where the others' rows are.
     """
     ordered = records.sort_values("id", ignore_index=True)
-    shared = groups_at_several_sites(ordered) if shared_groups is None else shared_groups
     given = as_given(ordered, split)
     if given is not None:
-        checked = _check(given, str(split.file or "the split column"))
-        return checked if split.file else _with_val(checked, shared)
+        ordered = _check(given, str(split.file or "the split column"))
+        if split.file is not None:
+            return ordered
+    apart = ordered["site"].isin(list(held_out))
+    inside, outside = ordered[~apart], ordered[apart]
+    shared = groups_at_several_sites(inside) if shared_groups is None else shared_groups
+    found = _assigned(inside, split, dict.fromkeys(shared, "train"))
+    known = dict.fromkeys(groups_at_several_sites(outside), "train") | dict(
+        zip(found["group"], found["split"], strict=True)
+    )
+    both = pd.concat([found, _assigned(outside, split, known)]) if len(outside) else found
+    return both.sort_values("id", ignore_index=True)
+
+
+def _assigned(records: pd.DataFrame, split: Split, fixed: Mapping[str, str]) -> pd.DataFrame:
+    """By share, or by their own column; `fixed` says where some groups go."""
+    if "split" in records:
+        return _with_val(records, fixed)
     shares = {"train": split.train, "val": split.val, "test": split.test}
-    return _by_site(ordered, shares, split.seed, shared)
+    return _by_site(records, shares, split.seed, fixed)
 
 
 def as_given(records: pd.DataFrame, split: Split) -> pd.DataFrame | None:
@@ -125,41 +143,44 @@ def _differing_rows(stored: pd.DataFrame, records: pd.DataFrame) -> list[str]:
     return sorted({row[0] for row in there ^ here})
 
 
-def _with_val(records: pd.DataFrame, shared: Collection[str]) -> pd.DataFrame:
+def _with_val(records: pd.DataFrame, fixed: Mapping[str, str]) -> pd.DataFrame:
     default = Split()
     share = default.val / (default.train + default.val)
     complete = set(records["site"][records["split"] == "val"])
     pool = records[~records["site"].isin(complete) & (records["split"] == "train")]
-    carved = _by_site(pool, {"train": 1 - share, "val": share}, default.seed, shared)
+    carved = _by_site(pool, {"train": 1 - share, "val": share}, default.seed, fixed)
     new = dict(zip(carved["id"], carved["split"], strict=True))
     return records.assign(split=[new.get(id, old) for id, old in zip(records["id"], records["split"], strict=True)])
 
 
-def _by_site(records: pd.DataFrame, shares: Mapping[str, float], seed: int, shared: Collection[str]) -> pd.DataFrame:
+def _by_site(records: pd.DataFrame, shares: Mapping[str, float], seed: int, fixed: Mapping[str, str]) -> pd.DataFrame:
     chosen: dict[str, str] = {}
     for site, rows in records.groupby("site"):
-        split_of = divide_site(rows, str(site), shares, seed, shared)
+        split_of = divide_site(rows, str(site), shares, seed, fixed)
         chosen.update(zip(rows["id"], rows["group"].map(split_of), strict=True))
     return records.assign(split=records["id"].map(chosen))
 
 
 def divide_site(
-    rows: pd.DataFrame, site: str, shares: Mapping[str, float], seed: int, shared: Collection[str]
+    rows: pd.DataFrame, site: str, shares: Mapping[str, float], seed: int, fixed: Mapping[str, str]
 ) -> dict[str, str]:
     """Split of each group of one site, stratified by class as well as whole groups allow.
 
     Groups are taken in random order, those with the rarest class first. Each goes where it lowers the chi-square
     distance, the sum of (given - wanted)^2 / wanted over splits and features, the most. The first goes to train.
+    Groups of `fixed` go where it says, before all others.
     """
     counts = rows.groupby(["group", "label"]).size().unstack(fill_value=0).sort_index(axis="columns")
     vectors = _features(counts.to_numpy(dtype=np.float64))
     wanted = {name: share * vectors.sum(axis=0) for name, share in shares.items() if share > 0}
     given = {name: np.zeros(vectors.shape[1]) for name in wanted}
-    vector_of, forced = dict(zip(counts.index, vectors, strict=True)), set(shared) & set(counts.index)
+    vector_of, forced = dict(zip(counts.index, vectors, strict=True)), set(fixed) & set(counts.index)
     chosen: dict[str, str] = {}
+    trains = "train" not in wanted
     for group in sorted(forced) + [g for g in _order(counts, site, seed) if g not in forced]:
-        to_train = group in forced or (not chosen and "train" in wanted)
-        chosen[group] = "train" if to_train else _best(vector_of[group], wanted, given)
+        free = _best(vector_of[group], wanted, given) if trains else "train"
+        chosen[group] = fixed[group] if group in forced else free
+        trains = trains or chosen[group] == "train"
         given.setdefault(chosen[group], np.zeros(vectors.shape[1]))
         given[chosen[group]] += vector_of[group]
     return chosen

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from consilium.config import Split
@@ -19,6 +19,13 @@ from tests import hospitals
 ROWS = st.lists(
     st.tuples(st.sampled_from(["east", "west"]), st.integers(0, 20).map(str), st.sampled_from("abc")),
     min_size=1,
+    max_size=80,
+)
+
+
+SITES = st.lists(
+    st.tuples(st.sampled_from(["east", "west", "south"]), st.integers(0, 12).map(str), st.sampled_from("abc")),
+    min_size=3,
     max_size=80,
 )
 
@@ -181,3 +188,28 @@ def test_the_digest_sees_id_site_and_split_and_not_the_order() -> None:
     assert len(digests) == 1
     for column in ("id", "site", "split"):
         assert splits.digest(found.assign(**{column: ["x", *found[column][1:]]})) not in digests
+
+
+# ------------------------------------------------------------------------------------------------ held-out sites
+@pytest.mark.parametrize("column", [False, True])
+@given(rows=SITES)
+def test_a_held_out_site_changes_no_row_of_the_others(rows: list[tuple[str, str, str]], column: bool) -> None:
+    records = hospitals.records(*rows)
+    given_split = Split(column="fold") if column else Split()
+    if column:  # one split for each group, and no val
+        records = records.assign(split=["train" if int(group) % 3 else "test" for group in records["group"]])
+    inside = records[records["site"] != "west"]
+    assume(len(inside))
+    found = splits.assign(records, given_split, held_out=["west"])
+    alone = splits.assign(inside, given_split)
+    pd.testing.assert_frame_equal(found[found["site"] != "west"].reset_index(drop=True), alone)
+    assert sorted(found["id"]) == sorted(records["id"])
+    assert not splits.divided_groups(found), "no group of the held-out site was trained on and is tested there"
+
+
+def test_a_split_that_was_written_with_a_held_out_site_is_read_with_it(tmp_path: Path) -> None:
+    records = hospitals.records(*[(site, str(n), "ab"[n % 2]) for site in ("east", "south", "west") for n in range(9)])
+    found = splits.assign(records, Split(), held_out=["west"])
+    splits.write(found, tmp_path / "split.parquet")
+    again = splits.assign(records, Split(file=tmp_path / "split.parquet"), held_out=["west"])
+    pd.testing.assert_frame_equal(again, found)

@@ -16,6 +16,14 @@ from consilium.sites.store import transform_pixels
 from tests import hospitals
 
 TWO = hospitals.two_sites()
+THREE = hospitals.records(
+    *[
+        (site, f"{site}{group}", "ab"[group % 2])
+        for site in ("east", "south", "west")
+        for group in range(10)
+        for _ in "12"
+    ]
+)
 
 
 def prepared(sites: SitesConfig, folder: Path, classes: tuple[str, ...] | None = None) -> Federation:
@@ -75,17 +83,32 @@ def test_pooling_merges_the_trained_sites_and_remembers_where_rows_came_from(tmp
     assert list(merged.test.origins) == ["east"] * len(both.sites["east"].test) + ["west"] * len(
         both.sites["west"].test
     )
-    one = prepared(hospitals.configured(tmp_path, held_out=["west"]), tmp_path)
-    assert set(pool(one).train.origins) == {"east"}
+    hospitals.write(tmp_path, THREE)
+    some = prepared(hospitals.configured(tmp_path, held_out=["west"]), tmp_path)
+    assert set(pool(some).train.origins) == {"east", "south"}
 
 
 def test_held_out_sites_stand_apart(tmp_path: Path) -> None:
-    hospitals.write(tmp_path, TWO)
+    hospitals.write(tmp_path, THREE)
     found = prepared(hospitals.configured(tmp_path, held_out=["west"]), tmp_path)
-    assert (list(found.sites), list(found.held_out)) == (["east"], ["west"])
-    for held_out, message in ((["north"], r"do not exist[\s\S]*north"), (["east", "west"], "every site is held out")):
+    assert (list(found.sites), list(found.held_out)) == (["east", "south"], ["west"])
+    refused = {
+        ("north",): r"do not exist[\s\S]*north",
+        ("east", "south", "west"): "every site is held out",
+        ("east", "west"): r"one site is left[\s\S]*south",
+    }
+    for held_out, message in refused.items():
         with pytest.raises(ConfigError, match=message):
             prepared(hospitals.configured(tmp_path, held_out=held_out), tmp_path)
+
+
+def test_classes_that_only_a_held_out_site_has_must_be_declared(tmp_path: Path) -> None:
+    table = THREE.assign(label=["c" if site == "west" else label for site, label in THREE[["site", "label"]].values])
+    hospitals.write(tmp_path, table)
+    settings = hospitals.configured(tmp_path, held_out=["west"])
+    with pytest.raises(DataError, match=r"no site which takes part has[\s\S]*allowed: a, b[\s\S]*declare task.classes"):
+        prepared(settings, tmp_path)
+    assert prepared(settings, tmp_path, ("a", "b", "c")).classes == ("a", "b", "c")
 
 
 def test_a_set_without_sites_becomes_a_federation_by_partition_only(tmp_path: Path) -> None:
@@ -137,7 +160,7 @@ def test_warnings_name_no_patient_and_no_image(tmp_path: Path) -> None:
 
 
 def test_a_site_with_no_training_rows_stops_the_run(tmp_path: Path) -> None:
-    table = TWO.assign(split=["train" if site == "east" else "test" for site in TWO["site"]])
+    table = THREE.assign(split=["test" if site == "west" else "train" for site in THREE["site"]])
     hospitals.write(tmp_path, table)
     keys = {"split": {"column": "split"}}
     with pytest.raises(DataError, match=r"without training rows[\s\S]*west"):

@@ -19,10 +19,11 @@ from consilium.errors import ConfigError
 from consilium.experiment import assemble
 from consilium.local.train import Trainer
 from consilium.predict import load_trained
-from consilium.tensors import Tensors, equal
+from consilium.tensors import Tensors, digest_all, equal
 from consilium.unseen.newcomer import class_counts
 from consilium.unseen.shots import few, order
-from tests.e2e.runs import read
+from tests import hospitals
+from tests.e2e.runs import events, read
 
 GUEST = "summit"
 TABLE: dict[str, Any] = {
@@ -194,6 +195,56 @@ def test_a_strategy_that_leaves_nothing_for_a_newcomer_says_so(runs: Runs) -> No
     about, table = read(out / "unseen.json"), pd.read_parquet(out / "unseen.parquet")
     assert "nothing for a site that took no part" in about["zero_shot"]["reason"]
     assert set(table["model"]) == {"local k-shot"}
+
+
+# ------------------------------------------------------------------------------------------------ it took no part
+PATIENTS = [
+    (site, f"{'' if number < 2 else site}{number}", "ab"[number % 2])  # patients 0 and 1 were seen everywhere
+    for site in ("east", "south", "west")
+    for number in range(9)
+    for _ in "12"
+]
+
+
+def trained_on(folder: Path, table: pd.DataFrame, files: dict[str, bytes], strategy: str, held_out: list[str]) -> Path:
+    """A run of real files, in which class counts travel and weigh."""
+    hospitals.write(folder, table, files)
+    sites = {"source": "manifest", "table": str(folder / "table.csv"), "images": str(folder / "images"),
+             "columns": hospitals.COLUMNS, "held_out": held_out}  # fmt: skip
+    task = {"class_weight": "inverse", "class_counts": "federation"}
+    train = {**TABLE["train"], "rounds": 2, "participation": 0.5}
+    unseen = {**TABLE["unseen"], "draws": 1} if held_out else None
+    settings = configure(sites=sites, task=task, train=train, unseen=unseen, strategy={"name": strategy})
+    return run.run(settings, folder / "out")
+
+
+def left(out: Path) -> dict[str, Any]:
+    """All that a run made: tensors by digest, what its log says, numbers, predictions."""
+    names = [*out.glob("checkpoints/*"), *out.glob("adapters/*"), *out.glob("sites/*/*.safetensors")]
+    found: dict[str, Any] = {str(path.relative_to(out)): digest_all(checkpoint.load(path)[0]) for path in names}
+    result = read(out / "result.json")
+    found |= {key: result[key] for key in ("sites", "metrics", "image_passes", "classes")}
+    found["bytes"] = [result["bytes"][way] for way in ("up", "down")]  # without envelopes, which hold seconds
+    found["log"] = [{k: v for k, v in line.items() if k == "val_mean"} for line in events(out)]
+    found["predictions"] = (out / "predictions.parquet").read_bytes()
+    found["counts"] = [checkpoint.load(path)[1]["class_counts"] for path in sorted(out.glob("checkpoints/*"))]
+    return found
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "dual_lora"])
+def test_a_run_without_the_site_and_one_that_holds_it_out_are_the_same(tmp_path: Path, strategy: str) -> None:
+    """Bit by bit, whatever its images are, although some patients were seen there too."""
+    table = hospitals.records(*PATIENTS)
+    files = {f"{id}.png": hospitals.png(hospitals.pixels(number, 32, 32)) for number, id in enumerate(table["id"])}
+    other = {**files, **{f"{id}.png": hospitals.png(hospitals.pixels(900 + number, 32, 32))
+                         for number, id in enumerate(table["id"]) if table["site"][number] == "west"}}  # fmt: skip
+    held = left(trained_on(tmp_path / "held", table, files, strategy, ["west"]))
+    assert left(trained_on(tmp_path / "other", table, other, strategy, ["west"])) == held
+    inside = table[table["site"] != "west"].reset_index(drop=True)
+    assert left(trained_on(tmp_path / "without", inside, files, strategy, [])) == held
+    assert sum(held["counts"][0]) == sum(each["train"]["n"] for each in held["sites"].values())
+    one, two = (pd.read_parquet(tmp_path / name / "out" / "unseen.parquet") for name in ("held", "other"))
+    assert not one.equals(two)
 
 
 # ------------------------------------------------------------------------------------------------ numbers
