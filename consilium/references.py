@@ -27,13 +27,17 @@ def reference(config: Config, name: str, prepared: sites.Federation) -> tuple[Co
 
 
 def reference_config(config: Config, name: str, images: Mapping[str, int]) -> Config:
-    """The same training without a federation, on as many images: a site alone trains in the rounds it is drawn in, the
-    pool in every round on its share of what the run's sites see in all (`images`: of each site)."""
+    """The same training without a federation, on as many images: a site alone trains in the rounds it is drawn in, as
+    much longer as the strategy's phases are, the pool in every round on its share of what the run's sites see in all
+    (`images`: of each site)."""
+    in_all = sum(predicted_passes(config, images).values())
     changed: dict[str, object] = {"quorum": 1.0}
     if name == "pooled":
-        in_all, per_epoch = sum(predicted_passes(config, images).values()), sum(images.values())
-        epochs = _epochs(round(in_all / config.train.rounds), per_epoch)
+        epochs = _epochs(round(in_all / config.train.rounds), sum(images.values()))
         changed |= {"participation": 1.0, "local_steps": None, "local_epochs": epochs}
+    else:
+        alone = config.model_copy(update={"strategy": StrategyConfig(name="local"), "unseen": None})
+        changed |= _longer(config, in_all / max(1, sum(predicted_passes(alone, images).values())))
     train = config.train.model_copy(update=changed)
     evaluation = EvaluationConfig.model_validate({**config.evaluation.model_dump(), "references": ()})
     changes: dict[str, object] = {"name": f"{name} reference", "strategy": StrategyConfig(name="local"), "unseen": None}
@@ -43,6 +47,15 @@ def reference_config(config: Config, name: str, images: Mapping[str, int]) -> Co
         plain = {**config.task.model_dump(), "class_counts": "site"}
         changes["task"] = type(config.task).model_validate(plain)
     return config.model_copy(update={**changes, "train": train, "evaluation": evaluation, "wire": WireConfig()})
+
+
+def _longer(config: Config, times: float) -> dict[str, object]:
+    """The length of a round as many times over; a strategy that does less than train says makes it no shorter."""
+    if times <= 1:
+        return {}
+    if config.train.local_steps is not None:
+        return {"local_steps": round(config.train.local_steps * times)}
+    return {"local_epochs": (config.train.local_epochs or 1.0) * times}
 
 
 def _epochs(wanted: int, images: int) -> float:

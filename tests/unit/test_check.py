@@ -90,6 +90,30 @@ def test_references_see_as_many_images(
     assert abs(in_all - sum(passes.values())) <= 2, "the nearest number that is the same in every round"
 
 
+@pytest.mark.parametrize("length", [{}, {"local_epochs": 0.25}, {"local_epochs": 1.5}, {"local_steps": 3}])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {"name": "ditto"},
+        {"name": "feddpa_t"},
+        {"name": "fedrep", "head_epochs": 0.5},
+        {"name": "fedavg_finetune", "finetune_epochs": 2.0},
+    ],
+)
+def test_a_site_alone_works_as_long_as_in_a_strategy_of_several_phases(
+    strategy: dict[str, Any], length: dict[str, Any]
+) -> None:
+    images = {"a": 90, "b": 33}
+    settings = federation.configure(strategy=strategy, train={"rounds": 8, "batch_size": 8, **length})
+    alone = reference_config(settings, "local", images)
+    plain = settings.model_copy(update={"strategy": config.StrategyConfig(name="local")})
+    asked, found, less = (sum(coordinator.predicted_passes(each, images).values()) for each in (settings, alone, plain))
+    rounding = 8 * len(images) * (8 if "local_steps" in length else 1)  # whole steps, or whole images, in every round
+    assert abs(found - asked) <= rounding
+    assert asked > less
+    assert reference_config(plain, "local", images).train == plain.train
+
+
 def test_a_reference_differs_in_nothing_else() -> None:
     settings = federation.configure(strategy={"name": "fedprox", "mu": 0.1}, evaluation={"references": ["local"]})
     alone = reference_config(settings, "local", {"a": 9, "b": 12})
