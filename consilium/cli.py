@@ -180,6 +180,19 @@ def export(
     print(write(run, format.value, out, site))
 
 
+@app.command()
+def mechanism(run: RunFolder, json: Json = False) -> None:
+    """What each adapter of a finished simulation tells of the site: mechanism.json, and figures in its report."""
+    from consilium import listing
+    from consilium.mechanism import examine
+
+    found = examine(run)
+    if json:
+        return print_json(found)
+    listing.show(listing.probes(found))
+    return print(run / "report.html")
+
+
 @app.command("list")
 def list_(
     kind: Annotated[Kind | None, typer.Argument(help="Left out: everything.")] = None, json: Json = False

@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _ROWS = 20  # of a table in an outline
+PARTS = {
+    "label": "the class label alone",
+    "backbone": "features of the backbone alone",
+    "shared": "... with the shared part",
+    "personal": "... with one site's personal part (mean of sites)",
+    "shared_adds": "what the shared part adds to them",
+    "personal_adds": "what one site's personal part adds (mean of sites)",
+    "whole": "... with the model that a site uses (mean of sites)",
+}
 
 
 def show(renderable: RenderableType) -> None:
@@ -66,6 +75,20 @@ def comparison(runs: Sequence[Path]) -> Table:
     ]
     for row in dict.fromkeys([*rows, *majority]):  # runs on the same data share their majority class
         table.add_row(*row)
+    return table
+
+
+def probes(found: Mapping[str, Any]) -> Table:
+    """How well a probe tells the site of a validation image, by part, and paired differences."""
+    images = sum(size["images"] for size in found["sites"].values())
+    caption = (
+        f"balanced accuracy over {len(found['sites'])} sites, {images} validation images; chance {found['chance']:.3f}"
+    )
+    table = Table("a probe of the site sees", "balanced accuracy [95 %]", "sites exchanged", caption=caption)
+    for part, value in found["parts"].items():
+        table.add_row(PARTS[part], estimate(value), estimate(value["control"]))
+    for name, value in found["differences"].items():
+        table.add_row(name, estimate(value), "")
     return table
 
 
