@@ -10,9 +10,9 @@ from markupsafe import Markup
 
 from consilium import checkpoint
 from consilium.errors import ConfigError
-from consilium.report import marks
+from consilium.report import marks, unseen
 from consilium.report.load import Run, load_run
-from consilium.report.sections import Figure, compared, sections, summary, tiles
+from consilium.report.sections import Figure, Section, compared, sections, summary, tiles
 from consilium.report.tables import Table
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -46,10 +46,16 @@ def environment() -> Environment:
     return made
 
 
+def _sections(run: Run) -> list[Section]:
+    """Sites that took no part come behind the results of those that did."""
+    first, *rest = sections(run)
+    return [first, *unseen.sections(run.folder), *rest]
+
+
 def page(runs: Sequence[Run]) -> str:
     """The page as text."""
     views = [
-        {"run": run, "summary": summary(run), "tiles": tiles(run), "sections": sections(run), "index": number}
+        {"run": run, "summary": summary(run), "tiles": tiles(run), "sections": _sections(run), "index": number}
         for number, run in enumerate(runs, start=1)
     ]
     side_by_side = compared(runs) if len(runs) > 1 else None

@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-class _Plain(BaseModel):
+class Plain(BaseModel):
+    """A table of a file; keys that the page does not know are passed over."""
+
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class Value(_Plain):
+class Value(Plain):
     """A number with its 95 % interval; None where undefined. A mean says of how many sites, a worst of which."""
 
     value: float | None
@@ -31,7 +33,7 @@ class Value(_Plain):
     site: str | None = None
 
 
-class Entry(_Plain):
+class Entry(Plain):
     """One metric of one model on one split."""
 
     pooled: Value
@@ -43,7 +45,7 @@ class Entry(_Plain):
 MetricTree = Mapping[str, Entry]
 
 
-class SplitSize(_Plain):
+class SplitSize(Plain):
     """Size of one split at one site."""
 
     n: int = 0
@@ -51,7 +53,7 @@ class SplitSize(_Plain):
     classes: dict[str, int] = {}
 
 
-class SiteSize(_Plain):
+class SiteSize(Plain):
     """A site's three splits."""
 
     train: SplitSize = SplitSize()
@@ -59,14 +61,14 @@ class SiteSize(_Plain):
     test: SplitSize = SplitSize()
 
 
-class Direction(_Plain):
+class Direction(Plain):
     """Payload bytes one way."""
 
     total: int = 0
     per_site: dict[str, int] = {}
 
 
-class Traffic(_Plain):
+class Traffic(Plain):
     """Bytes that crossed the wire; `control` counts the envelopes apart."""
 
     up: Direction = Direction()
@@ -74,7 +76,7 @@ class Traffic(_Plain):
     control: dict[str, int] = {}
 
 
-class WireTensor(_Plain):
+class WireTensor(Plain):
     """One named tensor, as declared."""
 
     name: str
@@ -84,7 +86,7 @@ class WireTensor(_Plain):
     bytes: int | None = None
 
 
-class WireNumber(_Plain):
+class WireNumber(Plain):
     """A number that leaves a site beside the tensors."""
 
     name: str
@@ -92,21 +94,21 @@ class WireNumber(_Plain):
     what: str = ""
 
 
-class Wire(_Plain):
+class Wire(Plain):
     """Everything that travels, each way."""
 
     up: list[WireTensor] = []
     down: list[WireTensor] = []
 
 
-class Metrics(_Plain):
+class Metrics(Plain):
     """{model: {metric: entry}} per split."""
 
     val: dict[str, dict[str, Entry]] = {}
     test: dict[str, dict[str, Entry]] = {}
 
 
-class Reference(_Plain):
+class Reference(Plain):
     """Training without a federation, for comparison."""
 
     metrics: Metrics = Metrics()
@@ -114,14 +116,14 @@ class Reference(_Plain):
     seconds: float | None = None
 
 
-class HeldOut(_Plain):
+class HeldOut(Plain):
     """Sites that took no part, measured with the global model; or why they could not be."""
 
     metrics: dict[str, dict[str, Entry]] | None = None
     reason: str = ""
 
 
-class Harmed(_Plain):
+class Harmed(Plain):
     """Sites that did worse than alone; see `metrics.sites_harmed`."""
 
     metric: str = "balanced_accuracy"
@@ -132,7 +134,7 @@ class Harmed(_Plain):
     difference: dict[str, Value] = {}
 
 
-class BackboneFacts(_Plain):
+class BackboneFacts(Plain):
     """Which frozen weights."""
 
     name: str = "unknown"
@@ -141,7 +143,7 @@ class BackboneFacts(_Plain):
     preprocessing: dict[str, Any] = {}
 
 
-class Result(_Plain):
+class Result(Plain):
     """result.json; what a run may lack has a default."""
 
     schema_version: Literal[1]
@@ -191,14 +193,14 @@ class Settings(BaseModel):
     evaluation: dict[str, Any] = {}
 
 
-class Stored(_Plain):
+class Stored(Plain):
     """config.json."""
 
     config: Settings = Settings()
     command: str = "consilium run, with the configuration below as a TOML file"
 
 
-class SiteEvent(_Plain):
+class SiteEvent(Plain):
     """What a site did in a round."""
 
     status: str
@@ -207,7 +209,7 @@ class SiteEvent(_Plain):
     val: dict[str, dict[str, float | None]] = {}
 
 
-class Event(_Plain):
+class Event(Plain):
     """One closed round."""
 
     round: int
@@ -237,19 +239,19 @@ def load_run(folder: Path) -> Run:
     if not path.is_file():
         remedy = "give the folder of a finished run; an interrupted one goes on with --resume"
         raise StateError("this is no finished run: there is no result.json", where=str(folder), remedy=remedy)
-    result = _parse(Result, path, _text(path))
+    result = parse(Result, path, text_of(path))
     config = folder / "config.json"
     return Run(
         folder,
         result,
-        _parse(Stored, config, _text(config)) if config.is_file() else Stored(),
+        parse(Stored, config, text_of(config)) if config.is_file() else Stored(),
         _events(folder / "events.jsonl"),
         _table(folder / "predictions.parquet", ["split", "model", "site", "id", "group", "label"], result.classes),
         _table(folder / "split.parquet", ["site", "group", "split"], []),
     )
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -266,7 +268,7 @@ def _object(path: Path, text: str) -> dict[str, Any]:
     return value
 
 
-def _parse(model: type[Model], path: Path, text: str) -> Model:
+def parse(model: type[Model], path: Path, text: str) -> Model:
     try:
         return model.model_validate(_object(path, text))
     except ValidationError as error:
@@ -279,7 +281,7 @@ def _parse(model: type[Model], path: Path, text: str) -> Model:
 def _events(path: Path) -> list[Event]:
     if not path.is_file():
         return []
-    return [_parse(Event, path, line) for line in _text(path).splitlines() if line.strip()]
+    return [parse(Event, path, line) for line in text_of(path).splitlines() if line.strip()]
 
 
 def _table(path: Path, columns: Sequence[str], classes: Sequence[str]) -> pd.DataFrame | None:

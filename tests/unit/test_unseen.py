@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from hypothesis import strategies as st
 from consilium import checkpoint, config, run
 from consilium.data import Examples
 from consilium.engines.site import Site
-from consilium.errors import ConfigError
+from consilium.errors import ConfigError, StateError
 from consilium.experiment import assemble
 from consilium.local.train import Trainer
 from consilium.predict import load_trained
+from consilium.report.html import render
 from consilium.tensors import Tensors, digest_all, equal
 from consilium.unseen.newcomer import class_counts
 from consilium.unseen.shots import few, order
@@ -198,8 +200,14 @@ def test_a_strategy_that_leaves_nothing_for_a_newcomer_says_so(runs: Runs) -> No
 
 
 # ------------------------------------------------------------------------------------------------ it took no part
+def patient(site: str, number: int) -> str:
+    """Two were seen everywhere, four more at two sites."""
+    shared = number < 2 or (number < 6 and site != "south")
+    return f"{'' if shared else site}{number}"
+
+
 PATIENTS = [
-    (site, f"{'' if number < 2 else site}{number}", "ab"[number % 2])  # patients 0 and 1 were seen everywhere
+    (site, patient(site, number), "ab"[number % 2])
     for site in ("east", "south", "west")
     for number in range(9)
     for _ in "12"
@@ -320,3 +328,23 @@ def test_killed_while_training_on_few_images_goes_on_to_the_same_bits(
 def test_what_makes_no_sense_is_refused(tables: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         configure(**tables)
+
+
+# ------------------------------------------------------------------------------------------------ the page
+def test_the_report_shows_curves_and_says_what_is_missing(runs: Runs) -> None:
+    page = (runs("fedavg") / "report.html").read_text()
+    assert "Sites that took no part" in page
+    assert "gain over alone" in page
+    assert "fewer than 1000 training images" in page
+    found = {(r["split"], r["model"], r["shots"], r["metric"]): r for r in read(runs("fedavg") / "unseen.json")["rows"]}
+    row = found["test", "k-shot", 2, "balanced_accuracy"]
+    assert f"{row['value']:.3f} with 2" in page
+    for strategy, reason in (("fedper", "head of a newcomer is untrained"), ("fedamp", "leaves nothing for a site")):
+        assert reason in (runs(strategy) / "report.html").read_text()
+
+
+def test_a_damaged_unseen_json_is_named(runs: Runs, tmp_path: Path) -> None:
+    out = shutil.copytree(runs("fedavg"), tmp_path / "out")
+    (out / "unseen.json").write_text('{"schema_version": 2}')
+    with pytest.raises(StateError, match=r"schema_version[\s\S]*unseen.json"):
+        render([out])
