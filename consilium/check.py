@@ -41,6 +41,7 @@ class Check:
     wire: Mapping[str, list[Table]]
     kept_at_site: list[Table]
     numbers: list[Table]  # what leaves a site beside the tensors
+    state_key: str | None  # which key encrypts what sites keep, if one does
     individual_updates: bool  # the strategy looks at each site's update; False: a secure sum of them would do
     sites: Mapping[str, Table]
     split_hash: str
@@ -77,6 +78,7 @@ def check(config: Config) -> Check:
         wire={"up": results.wire(sent, experiment.codec), "down": results.wire(received, experiment.codec)},
         kept_at_site=results.wire(keeping.kept(experiment, names)),
         numbers=results.numbers(experiment),
+        state_key=experiment.state_key_id,
         individual_updates=experiment.strategy.declares.needs_individual_updates,
         sites={name: results.site_table(data, prepared.classes) for name, data in prepared.sites.items()},
         split_hash=prepared.split_hash,

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from consilium.errors import StateError
-from consilium.tensors import Tensors, digest_all, loads, pieces, read_meta
+from consilium.sealing import Seal, opened
+from consilium.tensors import Tensors, digest_all, loads, meta_of, pieces
 
 LOST = "restore this file from a backup, or start again with another --out"
 
@@ -75,15 +76,21 @@ def read_json(path: Path) -> Any:
         raise StateError("this file cannot be read", where=str(path), received=str(error), remedy=LOST) from error
 
 
-def save(path: Path, tensors: Tensors, meta: Mapping[str, object]) -> None:
-    """Write tensors and JSON meta as one safetensors file with a checksum over both."""
-    _write(path, pieces(tensors, {"meta": dict(meta), "checksum": _checksum(tensors, meta)}))
+def save(path: Path, tensors: Tensors, meta: Mapping[str, object], seal: Seal | None = None) -> None:
+    """Write tensors and JSON meta as one safetensors file with a checksum over both, encrypted where there is a seal:
+    nothing of it ever lies on the disk in clear."""
+    plain = pieces(tensors, {"meta": dict(meta), "checksum": _checksum(tensors, meta)})
+    _write(path, seal.close(plain) if seal else plain)
 
 
-def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(tensors, meta) of `save`; StateError where the file is missing or its checksum does not match."""
+def load(path: Path, seal: Seal | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(tensors, meta) of `save`; StateError where the file is missing, its checksum does not match, or it is not
+    encrypted as `seal` says."""
     try:
-        tensors, stored = loads(path.read_bytes()), read_meta(str(path))
+        data = opened(path.read_bytes(), seal, str(path))
+        tensors, stored = loads(data), meta_of(data)
+    except StateError:
+        raise
     except Exception as error:
         raise StateError("this checkpoint cannot be read", where=str(path), received=str(error), remedy=LOST) from error
     meta: Any = stored.get("meta", {})

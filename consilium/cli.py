@@ -174,10 +174,13 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     site: Annotated[str | None, typer.Option(help="Export the model of this site; left out: the global model.")] = None,
 ) -> None:
-    """Write the trained adapter or the merged model for other tools."""
+    """Write the trained adapter or the merged model for other tools; never encrypted."""
+    from consilium import checkpoint
     from consilium.export import export as write
 
     print(write(run, format.value, out, site))
+    if site and checkpoint.read_json(run / "config.json").get("state_key"):
+        print(f"what was exported of {site} is not encrypted: keep it as you keep the key", file=sys.stderr)
 
 
 @app.command()

@@ -250,6 +250,14 @@ class EngineConfig(Options):
         "a processor where a batch has at most 4 images and 160 tokens and four groups are left, else 1",
     )
     cache: Path | None = None  # folder of the decoded-image store; None: the user's cache folder
+    state_key_file: Path | None = None  # of 64 hexadecimal digits, owner's alone: sites' states are encrypted
+    state_key_variable: str | None = Field(default=None, min_length=1)  # or the environment variable that holds the key
+
+    @model_validator(mode="after")
+    def _one_key(self) -> EngineConfig:
+        if self.state_key_file is not None and self.state_key_variable is not None:
+            raise ValueError("a key comes from state_key_file or from state_key_variable, not both")
+        return self
 
 
 def _one_or_many(value: object) -> object:
@@ -332,7 +340,7 @@ AGREED = (
     "train",
     "wire",
 )  # what all sites must share, beside the backbone's digest
-NO_EFFECT = ("workers", "pool", "cache", "gradient_checkpointing")  # engine keys that change neither data nor results
+NO_EFFECT = ("workers", "pool", "cache", "gradient_checkpointing", "state_key_file", "state_key_variable")  # of engine
 
 
 def agreement_hash(config: Config, backbone_digest: str, classes: Sequence[str], preprocessing: Preprocessing) -> str:

@@ -27,6 +27,7 @@ from consilium.local.prefix import Kept
 from consilium.local.train import Setting
 from consilium.messages import Handshake, envelope_of, rows
 from consilium.protocols import Backbone, Model, Selector, Slot, Specs, Strategy, Tag, Task, Tuner
+from consilium.sealing import key_id, read_key
 from consilium.sites.store import default_folder
 from consilium.tensors import Tensors, detach
 from consilium.tuners import base, compose
@@ -57,6 +58,16 @@ class Experiment:
         first, other, specs = self.model.initial(0), self.model.initial(1), self.model.specs
         names = [name for name, spec in self.down(1).items() if spec == specs.get(name)]
         return {name: first[name] for name in names if torch.equal(first[name], other[name])}
+
+    @cached_property
+    def state_key(self) -> bytes | None:
+        """What encrypts the files that sites keep, if anything; ConfigError where it is missing or open to others."""
+        return read_key(self.config.engine.state_key_file, self.config.engine.state_key_variable)
+
+    @property
+    def state_key_id(self) -> str | None:
+        """Which key that is, for comparing and for messages."""
+        return key_id(self.state_key) if self.state_key else None
 
     @cached_property
     def codec(self) -> Codec:

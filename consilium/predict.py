@@ -14,9 +14,11 @@ from torch import Tensor
 
 from consilium import checkpoint, config, experiment, members, registry
 from consilium.data import Examples, UInt8Array
+from consilium.engines.state import sealed
 from consilium.errors import DataError, StateError
 from consilium.local import predict as inference
 from consilium.run_folder import CONFIG
+from consilium.sealing import Seal, read_key
 from consilium.sites import images as files
 from consilium.sites.store import transform_pixels
 from consilium.tensors import Tensors
@@ -41,15 +43,27 @@ def load_trained(run: Path, site: str | None = None, device: str = "auto") -> Tr
         raise StateError("this is no run folder", where=str(run), remedy="give the folder that `consilium run` wrote")
     stored = checkpoint.read_json(run / CONFIG)
     settings = config.from_dict(stored["config"])
-    return rebuild(settings, stored["classes"], _adapter(run, site), site or "global", device)
+    seal = None
+    if site and stored.get("state_key"):
+        key = read_key(settings.engine.state_key_file, settings.engine.state_key_variable)
+        seal = sealed("model", key, stored["agreement_hash"], site)
+    return rebuild(settings, stored["classes"], _adapter(run, site), site or "global", device, seal)
 
 
-def rebuild(settings: config.Config, classes: Sequence[str], adapter: Path, name: str, device: str = "auto") -> Trained:
-    """The model of this configuration with the variables of a file; StateError where the two do not belong together."""
+def rebuild(
+    settings: config.Config,
+    classes: Sequence[str],
+    adapter: Path,
+    name: str,
+    device: str = "auto",
+    seal: Seal | None = None,
+) -> Trained:
+    """The model of this configuration with the variables of a file; StateError where the two do not belong together,
+    or the file is not encrypted as `seal` says."""
     engine = settings.engine.model_copy(update={"device": device, "compile": False})
     train = settings.train.model_copy(update={"precision": "float32"})
     pieces = experiment.assemble(settings.model_copy(update={"engine": engine, "train": train}), classes)
-    variables, meta = checkpoint.load(adapter)
+    variables, meta = checkpoint.load(adapter, seal)
     if meta.get("backbone_digest", pieces.backbone.digest) != pieces.backbone.digest:
         what = "the backbone is not the one this run was trained on"
         raise StateError(what, where=str(adapter), allowed=meta["backbone_digest"], received=pieces.backbone.digest)

@@ -21,10 +21,12 @@ import torch
 from consilium import __version__, checkpoint, keeping, members, metrics
 from consilium.data import Examples, SiteData
 from consilium.engines.site import stack
+from consilium.engines.state import sealed
 from consilium.experiment import Experiment
 from consilium.filters.codec import Codec
 from consilium.protocols import Personal, Specs
 from consilium.rounds import Progress
+from consilium.sealing import Seal
 from consilium.sites.federation import Federation
 from consilium.tensors import Tensors
 
@@ -37,10 +39,10 @@ def collect(folder: Path, experiment: Experiment, progress: Progress) -> None:
     tables = [pd.read_parquet(path) for path in sorted((folder / "sites").glob("*/predictions.parquet"))]
     checkpoint.write_bytes(folder / "predictions.parquet", stack(tables).to_parquet(index=False))
     for served in sorted((folder / "sites").glob("*/served.safetensors")):
-        tensors, _ = checkpoint.load(served)
-        _save_adapter(
-            folder / "adapters" / f"{served.parent.name}.safetensors", tensors, experiment, served.parent.name
-        )
+        site = served.parent.name
+        seal = sealed("model", experiment.state_key, experiment.handshake.agreement, site)
+        tensors, _ = checkpoint.load(served, seal)
+        _save_adapter(folder / "adapters" / f"{site}.safetensors", tensors, experiment, site, seal)
     models = experiment.strategy.deploy(progress.server.shared, Personal())
     if "global" in models and members.names(models["global"]) >= experiment.model.specs.keys():
         _save_adapter(folder / "adapters" / "global.safetensors", models["global"], experiment, "global")
@@ -58,7 +60,7 @@ def collect(folder: Path, experiment: Experiment, progress: Progress) -> None:
     )
 
 
-def _save_adapter(path: Path, tensors: Tensors, experiment: Experiment, name: str) -> None:
+def _save_adapter(path: Path, tensors: Tensors, experiment: Experiment, name: str, seal: Seal | None = None) -> None:
     meta = {
         "model": name,
         "backbone": experiment.backbone.name,
@@ -68,7 +70,7 @@ def _save_adapter(path: Path, tensors: Tensors, experiment: Experiment, name: st
         "agreement_hash": experiment.handshake.agreement,
         "tuner": [table.model_dump(mode="json") for table in experiment.config.tuner],
     }
-    checkpoint.save(path, tensors, meta)
+    checkpoint.save(path, tensors, meta, seal)
 
 
 def write(out: Path, experiment: Experiment, federation: Federation, plans: Sequence[str]) -> None:

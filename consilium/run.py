@@ -114,6 +114,7 @@ def _identity(plan: Plan, prepared: sites.Federation) -> dict[str, object]:
         "code": results.code_digest(),
         "device": plan.experiment.setting.device,
         "versions": results.versions(),
+        "state_key": plan.experiment.state_key_id,
     }
 
 

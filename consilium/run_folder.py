@@ -90,6 +90,7 @@ def open_run(folder: Path, identity: Identity, facts: Mapping[str, Any], split: 
 
 def _compare(stored: Any, identity: Identity, config: Mapping[str, Any], folder: Path) -> None:
     found = stored if isinstance(stored, dict) else {}
+    _compare_keys(found.get("state_key"), identity.get("state_key"), folder)
     different = [key for key, value in identity.items() if found.get(key) != value]
     if "config_hash" in different:
         different += _different(found.get("config", {}), config)
@@ -100,6 +101,20 @@ def _compare(stored: Any, identity: Identity, config: Mapping[str, Any], folder:
             received=f"different: {', '.join(different)}",
             remedy=OTHER,
         )
+
+
+def _compare_keys(began: object, given: object, folder: Path) -> None:
+    """A folder whose sites' files are encrypted stays so, with one key."""
+    if began == given:
+        return
+    whose = "the sites' files of this run are"
+    remedy = "give the key that the run began with: engine.state_key_file or engine.state_key_variable"
+    if not began:
+        what, remedy = f"{whose} not encrypted, though a key is given", f"give no key to continue it, or {OTHER}"
+    else:
+        what = f"{whose} encrypted with another key" if given else f"{whose} encrypted, and no key is given"
+    allowed, received = (f"key {key}" if key else "no key" for key in (began, given))
+    raise StateError(what, where=str(folder), allowed=allowed, received=received, remedy=remedy)
 
 
 def _different(first: Any, second: Any, name: str = "") -> list[str]:

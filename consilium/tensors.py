@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load
 from torch import Tensor
 
@@ -226,11 +225,11 @@ def loads(data: bytes) -> dict[str, Tensor]:
         raise WireError("these bytes are not a whole safetensors payload", received=f"{len(data)} bytes") from error
 
 
-def read_meta(path: str) -> dict[str, object]:
-    """The `meta` given to `dumps`, read from a file without its tensors."""
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get("consilium", "{}")
-    found: dict[str, object] = json.loads(text)
+def meta_of(data: bytes) -> dict[str, object]:
+    """The `meta` given to `dumps`; ValueError, struct.error or KeyError where these bytes are no whole file."""
+    (length,) = struct.unpack_from("<Q", data)
+    header = json.loads(data[8 : 8 + length])
+    found: dict[str, object] = json.loads(header.get("__metadata__", {}).get("consilium", "{}"))
     return found
 
 

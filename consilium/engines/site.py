@@ -21,7 +21,7 @@ from torch import Tensor
 from consilium import checkpoint, members
 from consilium.data import Examples, SiteData
 from consilium.engines import failures
-from consilium.engines.state import SiteState, StateFolder
+from consilium.engines.state import SiteState, StateFolder, sealed
 from consilium.errors import ConsiliumError, TrainingError, WireError
 from consilium.experiment import Experiment
 from consilium.local.predict import outputs
@@ -183,13 +183,15 @@ class Site:
         self.folder.mkdir(parents=True, exist_ok=True)
         table = stack([rows.assign(model=name) for name, rows in tables.items()])
         checkpoint.write_bytes(self.folder / "predictions.parquet", table.to_parquet(index=False))
-        checkpoint.save(self.folder / "served.safetensors", models["personal"], {"round": request.round})
+        seal = sealed("model", self._states.key, self._states.agreement, self.data.name)
+        checkpoint.save(self.folder / "served.safetensors", models["personal"], {"round": request.round}, seal)
         return Reply(self.data.name, request.round, len(self.data.train), numbers={**numbers, "models": sorted(models)})
 
     # -------------------------------------------------------------------------------------------- pieces
     @property
     def _states(self) -> StateFolder:
-        return StateFolder(self.folder, self.experiment.handshake.agreement)
+        agreement = self.experiment.handshake.agreement
+        return StateFolder(self.folder, agreement, self.experiment.state_key, self.data.name)
 
     def _held(self, request: Request) -> SiteState:
         """The state this request builds on."""

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from consilium import checkpoint
 from consilium.errors import StateError
 from consilium.experiment import Experiment
 from consilium.protocols import Personal, Specs
+from consilium.sealing import Seal
 from consilium.tensors import Tensors
 
 
@@ -38,10 +39,12 @@ class SiteState:
 
 @dataclass(frozen=True)
 class StateFolder:
-    """The states of one site in one run; `agreement` ties them to the run."""
+    """The states of one site in one run; `agreement` ties them to the run, `key` encrypts them."""
 
     folder: Path
     agreement: str
+    key: bytes | None = field(default=None, repr=False)
+    site: str = ""
 
     def save(self, state: SiteState, keep: Collection[int]) -> None:
         """Write the state of a round and drop the earlier ones that are not to be kept; later ones stay as they are."""
@@ -54,7 +57,7 @@ class StateFolder:
         }
         flat = {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
         meta = {"round": state.round, "agreement": self.agreement, "validated": dict(state.validated)}
-        checkpoint.save(self._path(state.round), flat, meta)
+        checkpoint.save(self._path(state.round), flat, meta, self._seal(state.round))
         for number in self.rounds():
             if number < state.round and number not in keep:
                 self._path(number).unlink()
@@ -75,7 +78,7 @@ class StateFolder:
                 received=f"round {round}",
                 remedy=remedy,
             )
-        flat, meta = checkpoint.load(path)
+        flat, meta = checkpoint.load(path, self._seal(round))
         if meta["agreement"] != self.agreement:
             raise StateError("this state belongs to another run", where=str(path), received=meta["agreement"])
         return SiteState(
@@ -88,8 +91,18 @@ class StateFolder:
             meta["validated"],
         )
 
+    def _seal(self, round: int) -> Seal | None:
+        return sealed("state", self.key, self.agreement, self.site, round)
+
     def _path(self, round: int) -> Path:
         return self.folder / f"state-{round:05d}.safetensors"
+
+
+def sealed(
+    what: Literal["state", "model"], key: bytes | None, agreement: str, site: str, round: int = 0
+) -> Seal | None:
+    """How a site's file is encrypted, if it is: as that of this run, this site and, of a state, this round alone."""
+    return Seal(key, {"what": what, "run": agreement, "site": site, "round": round}) if key else None
 
 
 def _part(flat: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:

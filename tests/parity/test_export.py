@@ -102,7 +102,7 @@ def test_timm_gives_the_same_logits(
         with torch.no_grad():
             torch.testing.assert_close(model(_images(size)), _logits(run, site, size), rtol=1e-3, atol=1e-4)
     assert not torch.allclose(_logits(run, None, size), _logits(run, "north", size))
-    assert tensors.read_meta(str(out / "model.safetensors"))["model"] == "north"
+    assert tensors.meta_of((out / "model.safetensors").read_bytes())["model"] == "north"
 
 
 def test_timm_itself_finds_weights_and_preprocessing_in_the_folder(
@@ -149,7 +149,7 @@ def test_peft_gives_the_same_logits(
     tuned = peft.PeftModel.from_pretrained(model, out).eval()
     with torch.no_grad():
         torch.testing.assert_close(tuned(_images(size)), _logits(run, None, size), rtol=1e-3, atol=1e-4)
-    assert tensors.read_meta(str(out / "adapter_model.safetensors"))["format"] == "peft"
+    assert tensors.meta_of((out / "adapter_model.safetensors").read_bytes())["format"] == "peft"
 
 
 EVERY = [(variant, {}) for variant in sorted({**variants.TUNERS, **variants.HYBRIDS})]

@@ -191,9 +191,9 @@ def test_a_type_without_a_name_is_refused() -> None:
 def test_meta_is_read_without_the_tensors(tmp_path: Path) -> None:
     path = tmp_path / "file.safetensors"
     path.write_bytes(tensors.dumps({"x": torch.ones(3)}, {"round": 4, "sites": ["a"]}))
-    assert tensors.read_meta(str(path)) == {"round": 4, "sites": ["a"]}
+    assert tensors.meta_of(path.read_bytes()) == {"round": 4, "sites": ["a"]}
     path.write_bytes(tensors.dumps({"x": torch.ones(3)}))
-    assert tensors.read_meta(str(path)) == {}
+    assert tensors.meta_of(path.read_bytes()) == {}
 
 
 @pytest.mark.parametrize("data", [b"", b"\x00" * 7, b"no tensors here at all"])
