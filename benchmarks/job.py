@@ -17,7 +17,8 @@ from PIL import Image
 
 from benchmarks.measure import ROOT
 from consilium import config, run
-from consilium.config import Config, EngineConfig
+from consilium.config import Config
+from consilium.config_engine import EngineConfig
 from consilium.sites.federation import Federation
 from consilium.sites.phantom import CLASSES, Phantom, PhantomOptions
 

@@ -175,11 +175,11 @@ def export(
     site: Annotated[str | None, typer.Option(help="Export the model of this site; left out: the global model.")] = None,
 ) -> None:
     """Write the trained adapter or the merged model for other tools; never encrypted."""
-    from consilium import checkpoint
+    from consilium import run_folder
     from consilium.export import export as write
 
     print(write(run, format.value, out, site))
-    if site and checkpoint.read_json(run / "config.json").get("state_key"):
+    if site and run_folder.is_encrypted(run):
         print(f"what was exported of {site} is not encrypted: keep it as you keep the key", file=sys.stderr)
 
 

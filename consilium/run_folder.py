@@ -134,6 +134,11 @@ def is_done(folder: Path) -> bool:
     return (folder / DONE).is_file()
 
 
+def is_encrypted(folder: Path) -> bool:
+    """Whether the sites' files in a run folder are."""
+    return bool((_identity(folder, {"state_key": None}) or {}).get("state_key"))
+
+
 def take_over(folder: Path, identity: Identity) -> Path | None:
     """Copy a finished reference of the same identity from a neighbouring run into `folder`; where it came from.
 
