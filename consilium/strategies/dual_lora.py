@@ -21,28 +21,28 @@ Slow reference: test_dual::test_rounds_are_those_of_the_formulas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Literal
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from consilium import orthogonality
-from consilium.aggregation import SumOptions
-from consilium.data import Batch
-from consilium.orthogonality import DESIGN, Couple, Prepare
-from consilium.protocols import Declaration, Learned, LocalTraining, Objective, Part, Personal, Selector, Specs, Tag
+from consilium.aggregation import Aggregation, SumOptions
+from consilium.config import changed
+from consilium.protocols import Declaration, Part, Selector, Tag
 from consilium.registry import register
-from consilium.strategies.fedavg import Averaging, everything
+from consilium.strategies.dual import Dual, LeaveOneOut
+from consilium.strategies.fedavg import everything
 from consilium.strategies.federated_lora import all_trained, alternating, right_frozen
-from consilium.strategies.others import OWN, SENT, START, Others, before_aggregation, others_of, own_of
-from consilium.tensors import Tensors, map_tensors, under, within
 
-ADDED = "added"  # added/x: a personal tensor that is added to the shared x
-SERVER = {"mean": all_trained, "ffa": right_frozen, "rolora": alternating, "leave_one_out": all_trained}
-PenaltyFor = Callable[[LocalTraining, tuple[Couple, ...]], Objective]  # of variables before heads are summed
+SERVER = {
+    "mean": all_trained,
+    "ffa": right_frozen,
+    "rolora": alternating,
+    "fedsvd": right_frozen,
+    "leave_one_out": all_trained,
+}
 
 
 class DualOptions(SumOptions):
@@ -50,11 +50,13 @@ class DualOptions(SumOptions):
 
     personal_rank: int | None = Field(default=None, ge=0)  # None: the tuner's rank; 0: no personal adapter
     head: Literal["shared", "personal", "both"] = "shared"  # both: a personal head is added to the shared one
-    server: Literal["mean", "ffa", "rolora", "leave_one_out"] = Field(
+    server: Literal["mean", "ffa", "rolora", "fedsvd", "leave_one_out"] = Field(
         default="mean",
         description="of the shared factors. mean: both trained, then `aggregate`; ffa: A stays at the common start; "
-        "rolora: B in odd rounds, A in even ones; leave_one_out: both, and each site gets the mean of the others'",
+        "rolora: B in odd rounds, A in even ones; fedsvd: B, then an SVD of B A gives both a new basis; leave_one_out: "
+        "both, and each site gets the mean of the others'",
     )
+    period: int = Field(default=1, ge=1)  # of fedsvd: rounds from one change of basis to the next
 
     @model_validator(mode="before")
     @classmethod
@@ -68,90 +70,18 @@ class DualOptions(SumOptions):
             raise ValueError("leave_one_out counts all sites alike and sums changes: no weights, aggregate or bounds")
         if self.server in ("ffa", "rolora") and self.aggregate in ("product_svd", "residual"):
             raise ValueError(f"aggregate = {self.aggregate!r} has no effect where one factor is common: leave it out")
+        if self.aggregate != "mean" and self.server == "fedsvd":
+            raise ValueError("fedsvd is a sum of its own: leave aggregate out")
+        if self.aggregate == "refactor" and self.server == "ffa":
+            raise ValueError("ffa keeps A where it is: server = 'fedsvd' gives it another basis")
+        if self.server != "fedsvd" and "period" in changed(self):
+            raise ValueError("period has an effect with server = 'fedsvd' only")
         return self
 
-
-@dataclass(frozen=True)
-class Dual(Averaging):
-    """`objective_for` adds to the task's loss; `prepare` replaces what is personal when a round begins."""
-
-    objective_for: PenaltyFor | None = None
-    prepare: Prepare | None = None
-    head: str = "shared"
-
-    def init_site(self, initial: Tensors, specs: Specs, site: str) -> Personal:
-        """The personal part starts at the site; a personal head that is added starts at zero."""
-        heads = [n for n, spec in self.shared(specs).items() if spec.tag.role == "head" and self.head == "both"]
-        start = super().init_site(initial, specs, site).tensors
-        return Personal({**start, **under(ADDED, {name: torch.zeros_like(initial[name]) for name in heads})})
-
-    def learn(self, received: Tensors, personal: Personal, training: LocalTraining) -> Learned:
-        """Train both parts together; send the shared tensors that were trained."""
-        pairs = orthogonality.couples(training.specs, self.declares.personal_parts)
-        known = {**received, **personal.tensors}
-        news = self.prepare(training, pairs, whole(known)) if self.prepare else {}
-        start, design = but({**known, **news}, DESIGN), within(DESIGN, {**known, **news})
-        base = {name: value for name, value in received.items() if name not in training.specs}
-        trained = {name: value for name, value in start.items() if name not in base}
-        fitted = training.fit(trained, objective=self._objective(training, pairs), fixed=base)
-        found, shared = fitted.variables, received.keys() - base.keys()
-        update = {name: found[name] for name in sorted(shared) if training.active(training.specs[name].tag)}
-        kept = {**{name: found[name] for name in but(personal.tensors, DESIGN)}, **under(DESIGN, design)}
-        numbers = orthogonality.numbers(pairs, known, found) if pairs else {}
-        return Learned(update, Personal(kept), fitted.loss, fitted.num_steps, fitted.image_passes, numbers)
-
-    def _objective(self, training: LocalTraining, pairs: tuple[Couple, ...]) -> Objective | None:
-        if self.objective_for is not None:
-            return self.objective_for(training, pairs)
-        return whole_loss(training) if self.head == "both" else None
-
-    def deploy(self, received: Tensors, personal: Personal) -> Mapping[str, Tensors]:
-        """Both parts, and the shared one alone unless the head is personal: a missing part adds nothing."""
-        models = {"personal": whole(but({**received, **personal.tensors}, DESIGN))}
-        alone = not any(name.startswith("head.") for name in personal.tensors) and self.head != "personal"
-        return {**models, "global": dict(received)} if alone else models
-
-
-@dataclass(frozen=True)
-class LeaveOneOut(Others, Dual):
-    """The shared part of a site is the mean of the others': it goes on from there, and keeps what it made of it."""
-
-    def learn(self, received: Tensors, personal: Personal, training: LocalTraining) -> Learned:
-        """As Dual, from the others' mean; send by how much the site's own factors have changed."""
-        own, rest = own_of(received, personal), but(personal.tensors, OWN, SENT)
-        beside = {**but(received, START, "sites"), **others_of(received, own)}
-        learned = super().learn(beside, Personal(rest), training)
-        found = {name: learned.update[name] for name in own}
-        change = map_tensors(torch.sub, found, own)
-        kept = {**learned.personal.tensors, **under(OWN, found), **under(SENT, change)}
-        return replace(learned, update={**learned.update, **change}, personal=Personal(kept))
-
-    def deploy(self, received: Tensors, personal: Personal) -> Mapping[str, Tensors]:
-        """The others' mean and the personal part; before aggregation the site's own factors. Global: the mean."""
-        own = own_of(received, personal)
-        used = own if before_aggregation(received, personal) else others_of(received, own)
-        rest, plain = Personal(but(personal.tensors, OWN, SENT)), but(received, START, "sites")
-        return {**super().deploy(plain, rest), "personal": super().deploy({**plain, **used}, rest)["personal"]}
-
-
-def but(values: Tensors, *prefixes: str) -> dict[str, Tensor]:
-    """All but what is called `prefix/name`."""
-    return {name: value for name, value in values.items() if name.partition("/")[0] not in prefixes or "/" not in name}
-
-
-def whole(variables: Tensors) -> Tensors:
-    """Variables of the model: tensors that are added to others are added."""
-    plain = but(variables, ADDED)
-    return {**plain, **{name: plain[name] + value for name, value in within(ADDED, variables).items()}}
-
-
-def whole_loss(training: LocalTraining) -> Objective:
-    """The task's loss of the whole model."""
-
-    def objective(variables: Tensors, batch: Batch, generator: torch.Generator) -> Tensor:  # noqa: ARG001
-        return training.loss(whole(variables), batch)
-
-    return objective
+    def aggregation(self, of_factors: bool = True) -> Aggregation:
+        """The sum that `server` and `aggregate` choose."""
+        chosen = super().aggregation(of_factors)
+        return replace(chosen, kind="refactor", period=self.period) if self.server == "fedsvd" else chosen
 
 
 def declared(options: DualOptions, roles: frozenset[str] = frozenset(), still: Collection[str] = ()) -> Declaration:
@@ -191,5 +121,5 @@ def but_head(tag: Tag) -> bool:
 )
 def dual_lora(options: DualOptions) -> Dual:
     """No penalty: the ablation of fedopal."""
-    summed = options.aggregation(of_factors=True)
+    summed = options.aggregation()
     return rule(options)(options.weights, shares(options), declared(options), summed, head=options.head)

@@ -48,7 +48,8 @@ from consilium.data import Batch
 from consilium.orthogonality import OF_SIDES, PREPARE, Couple, Sides
 from consilium.protocols import LocalTraining, Objective
 from consilium.registry import register
-from consilium.strategies.dual_lora import Dual, DualOptions, declared, rule, shares, whole
+from consilium.strategies.dual import Dual, whole
+from consilium.strategies.dual_lora import DualOptions, declared, rule, shares
 from consilium.strategies.federated_lora import RIGHT
 from consilium.tensors import Tensors
 
@@ -75,7 +76,7 @@ class FedopalOptions(DualOptions):
     @model_validator(mode="after")
     def _act(self) -> FedopalOptions:
         given, weighs = changed(self), self.strength > 0 and self.penalty in OF_SIDES
-        fixed = self.gradient == "personal" or self.server == "ffa"  # the shared A; a designed one is not trained
+        fixed = self.gradient == "personal" or self.server in ("ffa", "fedsvd")  # the shared A; a design is too
         if self.personal_rank == 0 and (self.strength > 0 or self.hard):
             raise ValueError("personal_rank = 0 leaves nothing to be orthogonal: strength = 0, and hard left out")
         if weighs and self.hard == "designed" and self.side == "right" and fixed:
@@ -162,7 +163,7 @@ def fedopal(options: FedopalOptions) -> Dual:
         options.weights,
         shares(options),
         declared(options, frozenset({"lora_a"} if looks else ()), still),
-        options.aggregation(of_factors=True),
+        options.aggregation(),
         objective_for=Penalty(options) if options.strength > 0 else None,
         prepare=PREPARE[options.hard](options.side) if options.hard else None,
         head=options.head,

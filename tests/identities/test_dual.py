@@ -14,7 +14,7 @@ from torch import Tensor
 from consilium import orthogonality, registry
 from consilium.algebra import LowRank, orthogonalised, overlap
 from consilium.errors import ConfigError
-from consilium.strategies.dual_lora import Dual
+from consilium.strategies.dual import Dual
 from consilium.strategies.fedavg import FedAvg
 from consilium.strategies.partial import nothing
 from consilium.tensors import Tensors, equal, weighted_mean

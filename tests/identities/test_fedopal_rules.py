@@ -13,7 +13,7 @@ from consilium import orthogonality, registry
 from consilium.engines.state import StateFolder
 from consilium.errors import ConfigError
 from consilium.orthogonality import designed
-from consilium.strategies.dual_lora import Dual
+from consilium.strategies.dual import Dual
 from consilium.tensors import Tensors, equal
 from tests import federation, toy
 
@@ -58,6 +58,48 @@ def _start() -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     shared = {k: toy.initial(known, 1)[names[k]] for k in ("A_g", "B_g", "H")}
     own = {s: {k: toy.initial(known, 2 + at)[names[k]] for k in ("A_p", "B_p")} for at, s in enumerate(toy.SITES)}
     return shared, own
+
+
+def _same(first: federation.Outcome, second: federation.Outcome) -> bool:
+    return equal(first.shared, second.shared) and all(equal(first.served(s), second.served(s)) for s in SITES)
+
+
+# ------------------------------------------------------------------------------------------------ server rules
+@pytest.mark.parametrize(
+    ("options", "strategy"),
+    [
+        ({"server": "mean"}, {"name": "fedit"}),
+        ({"server": "ffa"}, {"name": "ffa"}),
+        ({"server": "rolora"}, {"name": "rolora"}),
+        ({"server": "fedsvd"}, {"name": "fedsvd"}),
+        ({"server": "fedsvd", "period": 2}, {"name": "fedsvd", "period": 2}),
+        ({"server": "fedsvd", "period": 9}, {"name": "ffa"}),
+    ],
+    ids=["fedit", "ffa", "rolora", "fedsvd", "fedsvd 2", "fedsvd 9"],
+)
+def test_without_a_personal_part_a_server_rule_is_the_strategy_of_its_name(
+    tmp_path: Path, options: dict[str, Any], strategy: dict[str, Any]
+) -> None:
+    """I21 for every rule, bit by bit."""
+    bare = _run(tmp_path / "rule", {"strength": 0, "personal_rank": 0, **options}, train=HALF)
+    named = federation.run(tmp_path / "name", federation.configure(strategy=strategy, train=HALF), SITES)
+    assert _same(bare, named)
+    both = _run(tmp_path / "both", {"strength": 0, **options}, train=HALF)
+    assert both.progress.ledger.payload == named.progress.ledger.payload
+    assert not _same(both, named)
+
+
+def test_a_change_of_basis_keeps_what_the_personal_part_stands_beside(tmp_path: Path) -> None:
+    """fedsvd's A_g is orthonormal and its span stays: a design stays orthogonal to it in every round."""
+    options = {"server": "fedsvd", "hard": "designed", "strength": 0}
+    outcome = _run(tmp_path, options, train={"rounds": 3})
+    for product in orthogonality.products(outcome.experiment.model.specs):
+        if product.part == "shared":
+            a = outcome.shared[product.right].double()
+            torch.testing.assert_close(a @ a.T, torch.eye(len(a), dtype=torch.float64), rtol=0, atol=1e-5)
+    events = [e["sites"][site]["learned"] for e in outcome.events if e["event"] == "round" for site in SITES]
+    assert max(event["overlap_right"] for event in events) < 1e-8
+    assert max(event["overlap_received"] for event in events[len(SITES) :]) < 1e-8
 
 
 # ------------------------------------------------------------------------------------------------ leave-one-out
@@ -257,8 +299,12 @@ def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_happened(tmp_path: Pat
         ({"server": "leave_one_out", "clip_updates": 1.0}, "counts all sites alike"),
         ({"server": "ffa", "aggregate": "product_svd"}, "no effect where one factor is common"),
         ({"server": "rolora", "aggregate": "residual"}, "no effect where one factor is common"),
+        ({"server": "fedsvd", "aggregate": "median"}, "a sum of its own"),
+        ({"server": "ffa", "aggregate": "refactor"}, "server = 'fedsvd'"),
+        ({"period": 2}, "period has an effect with"),
         ({"hard": "designed", "gradient": "personal"}, "the penalty moves nothing"),
         ({"hard": "designed", "server": "ffa"}, "the penalty moves nothing"),
+        ({"hard": "designed", "server": "fedsvd"}, "the penalty moves nothing"),
         ({"hard": "designed", "strength": 0, "side": "left"}, "side is of weights"),
         ({"hard": "designed", "strength": 0, "personal_rank": 0}, "nothing to be orthogonal"),
     ],
