@@ -59,7 +59,7 @@ def at_server(experiment: Experiment, sites: Sequence[str]) -> Tensors:
             training = Trainer(experiment.setting, _no_images(), number, site, counts)
             learned = strategy.learn(received[site], personal[site], training)
             personal[site] = learned.personal
-            updates.append(Update(site, learned.update, 1))
+            updates.append(Update(site, {} if strategy.declares.once else learned.update, 1))
         server = replace(strategy.combine(server, updates, specs), round=number)
     return server.memory
 

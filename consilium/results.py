@@ -274,8 +274,8 @@ def warnings(experiment: Experiment, federation: Federation) -> list[str]:
 
 
 def never_drawn(passes: Mapping[str, int]) -> list[str]:
-    """Sites that were drawn in no round; what is personal there is as it started."""
-    idle = sorted(site for site, count in passes.items() if not count)
+    """Sites that were drawn in no round; what is personal there is as it started. None where no site ever trains."""
+    idle = sorted(site for site, count in passes.items() if not count and any(passes.values()))
     first = ", ".join(idle[:5]) + (" ..." if len(idle) > 5 else "")
     return [f"{len(idle)} sites took part in no round, so nothing was trained there: {first}"] if idle else []
 

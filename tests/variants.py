@@ -47,6 +47,7 @@ def table(variant: str) -> list[dict[str, object]]:
 NEEDS: Mapping[str, Mapping[str, Any]] = {  # tables without which a strategy is refused, by its name
     "fedbn": {"tuner": [{"name": "lora", "rank": 4}, {"name": "norm"}]},
     "scaffold": {"train": federation.SGD},
+    "fedpft": {"tuner": [{"name": "linear"}], "strategy": {"min_images": 2, "components": 2}},
 }
 
 
@@ -65,4 +66,6 @@ def settings(strategy: str, **tables: Any) -> config.Config:
         tables["evaluation"] = {**tables["evaluation"], "serve": "last"}
     train = {**federation.TABLE["train"], **tables.pop("train", {}), **needs.get("train", {})}
     chosen = {"tuner": needs["tuner"]} if "tuner" in needs and "tuner" not in tables else {}
-    return federation.configure(strategy={"name": strategy}, train=train, **chosen, **tables)
+    return federation.configure(
+        strategy={"name": strategy, **needs.get("strategy", {})}, train=train, **chosen, **tables
+    )

@@ -28,7 +28,8 @@ Identity test of fedper: test_fedper_with_nothing_personal_is_fedavg
 Identity test of fedsa: test_aggregate::test_one_site_is_local_training
 Identity test of fedbn: test_norms_of_two_sites_differ_under_fedbn_and_never_travel
 Identity test of lg: test_lg_and_fedper_divide_the_same_tensors
-Slow reference of local, pooled, fedper, lg, fedbn: test_rules_on_tags_are_the_papers
+Slow reference of local, fedper, lg, fedbn: test_rules_on_tags_are_the_papers
+Slow reference of pooled: test_fedavgs_rounds_are_the_papers
 Slow reference of fedsa: test_round_by_round_the_factors_are_the_formulas
 """
 

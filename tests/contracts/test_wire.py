@@ -73,14 +73,19 @@ def _private(outcome: federation.Outcome, kept: list[Tensors]) -> Mapping[str, t
     return {**found, **pixels}
 
 
-HEADS = [(n, share) for n in STRATEGIES for share in ("shared", "personal") if (n, share) != ("ensemble", "personal")]
+HEADS = [
+    (n, share)
+    for n in STRATEGIES
+    for share in ("shared", "personal")
+    if n not in variants.ONE_SHOT or share != "personal"
+]
 
 
 @pytest.mark.parametrize(("name", "share"), HEADS)
 def test_no_personal_value_crosses_the_wire(tmp_path: Path, name: str, share: str) -> None:
     table = {"share": share} if share == "personal" else {}
     settings = variants.settings(name, train=SHORT, head=table)
-    outcome, kept = _traffic(tmp_path, settings, registry.build("strategies", name, {}))
+    outcome, kept = _traffic(tmp_path, settings, registry.build("strategies", name, settings.strategy.options()))
     federation.assert_absent(_private(outcome, kept), outcome.wire)
     if name in ("local", "fedper") or share == "personal":
         assert any("head.weight" in tensors for tensors in kept), "there was something to hide"
@@ -90,7 +95,7 @@ def test_no_personal_value_crosses_the_wire(tmp_path: Path, name: str, share: st
 def test_the_search_would_find_what_does_travel(tmp_path: Path, name: str) -> None:
     """Without this the search could be blind."""
     settings = variants.settings(name, train=SHORT)
-    outcome, _ = _traffic(tmp_path, settings, registry.build("strategies", name, {}))
+    outcome, _ = _traffic(tmp_path, settings, registry.build("strategies", name, settings.strategy.options()))
     with pytest.raises(AssertionError, match="crossed the wire"):
         federation.assert_absent(outcome.shared or outcome.sent("up")[-1][2], outcome.wire)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from consilium import config
+from consilium import config, registry
 from consilium.experiment import own_copy
 from consilium.local import predict, train
 from consilium.local.augment import PRESETS
@@ -105,7 +105,8 @@ OPTIONS = [
 ]
 
 
-CASES = [*((name, OPTIONS[0]) for name in variants.FEDERATED), *(("fedavg", keys) for keys in OPTIONS[1:])]
+TRAINING = [name for name in variants.FEDERATED if registry.build("strategies", name, {}).declares.passes(1)]
+CASES = [*((name, OPTIONS[0]) for name in TRAINING), *(("fedavg", keys) for keys in OPTIONS[1:])]
 
 
 @pytest.mark.parametrize(("name", "keys"), CASES)

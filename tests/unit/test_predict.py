@@ -133,8 +133,8 @@ def test_a_folder_without_a_finished_run_says_what_it_is(run: Path, images: list
 def test_a_run_of_any_strategy_opens_again(strategy: str, tmp_path: Path) -> None:
     plain = {
         "backbone": {"name": "embedded", "image_size": 32},
-        "strategy": {"name": strategy},
         **variants.NEEDS.get(strategy, {}),
+        "strategy": {"name": strategy},
         "sites": {"source": "folder", "path": str(tmp_path), "split": {"column": "fold"}},
     }
     settings = config.from_dict(plain)
