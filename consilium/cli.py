@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from consilium import cli_data, cli_study
+from consilium import cli_data, cli_deploy, cli_study
 from consilium.cli_data import ConfigFile, Json, Settings, print_json
 from consilium.errors import BackboneError, ConfigError, ConsiliumError, DataError
 
@@ -26,6 +26,9 @@ app = typer.Typer(
     help="Federated fine-tuning of vision transformers: hospitals train together, images stay where they are.",
 )
 app.add_typer(cli_data.app, name="data")
+app.add_typer(cli_deploy.deploy, name="deploy")
+app.add_typer(cli_deploy.site, name="site")
+app.add_typer(cli_deploy.coordinator, name="coordinator")
 app.command("study")(cli_study.study)
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")]

@@ -99,6 +99,7 @@ class SitesConfig(_Member):
     partition: Partition = Partition()
     split: Split = Split()
     held_out: tuple[str, ...] = ()  # sites that take no part and are measured afterwards; see [unseen]
+    only: str | None = None  # the rows of this site alone; of a table without sites, all rows: they are this site's
     tolerate_corrupt: float = Field(default=0.0, ge=0, lt=1)  # largest share of unreadable images that is dropped
 
 

@@ -44,6 +44,7 @@ class Coordinator:
     folder: Path
     display: Display
     explain: Callable[[Failure], str] = lambda failure: failure.message  # a simulation can read what stayed at a site
+    remote: bool = False  # sites whose disks cannot be read: they send their metrics, and may be away at the end
 
     def run(self) -> Progress:
         """All rounds, from the newest checkpoint if there is one; then the finish. Raises TrainingError, StateError."""
@@ -133,10 +134,11 @@ class Coordinator:
             progress = replace(self._load(progress.best["round"]), **spent)
         last = self.experiment.strategy.declares.finish_epochs > 0  # a last local phase
         context = {"train": True, **self._counts(progress)} if last else {}
+        context |= {"metrics": True} if self.remote else {}
         replies = self._ask(progress, "finish", progress.server.round, self.transport.sites(), context)
         for reply in replies if last else ():
             self._add_work(progress, reply)
-        return progress
+        return replace(progress, tested={reply.site: reply.numbers.get("metrics") for reply in replies})
 
     def _counts(self, progress: Progress) -> dict[str, Any]:
         return {"class_counts": progress.class_counts} if self.experiment.task.class_counts == "federation" else {}
@@ -153,7 +155,8 @@ class Coordinator:
     # -------------------------------------------------------------------------------------------- sites and disk
     @cached_property
     def _partners(self) -> Partners:
-        return Partners(self.experiment, self.transport, self.folder, self.display, self.explain)
+        by_quorum: frozenset[RequestKind] = frozenset({"round", "finish"} if self.remote else {"round"})
+        return Partners(self.experiment, self.transport, self.folder, self.display, self.explain, by_quorum)
 
     def _exchange(
         self, progress: Progress, kind: RequestKind, number: int, sites: Sequence[str], context: Mapping[str, Any]

@@ -44,6 +44,7 @@ class Partners:
     folder: Path
     display: Display
     explain: Callable[[Failure], str]
+    by_quorum: frozenset[RequestKind] = frozenset({"round"})  # questions that some sites may leave unanswered
 
     @cached_property
     def common(self) -> Versions:
@@ -172,7 +173,9 @@ class Exchange:
             )
         asked = len(self.asked)
         share = self.partners.experiment.config.train.quorum * asked
-        needed = math.ceil(share - 1e-9) if self.kind == "round" else asked  # 0.28 * 25 is 7 and a rounding error
+        needed = (
+            math.ceil(share - 1e-9) if self.kind in self.partners.by_quorum else asked
+        )  # 0.28 * 25 is 7 and a rounding error
         if len(self.replied) < max(needed, 1):
             raise TrainingError(
                 f"too few sites replied to '{self.kind}' of round {self.number}: {len(self.replied)} of {asked}",

@@ -30,6 +30,9 @@ class Handshake:
     agreement: str
     backbone: str
     version: str = consilium.__version__
+    run: str = (
+        ""  # names one run of an agreement across hospitals, so that a second one does not meet the first one's state
+    )
 
 
 @dataclass(frozen=True)
@@ -201,12 +204,16 @@ def check_numbers(kind: RequestKind, numbers: Mapping[str, Any], class_counts: i
         "loss": isinstance(numbers.get("loss"), float),  # NaN where nothing was trained
         "seconds": _is_finite(numbers.get("seconds")),
         "val": _is_validation(numbers.get("val")),
+        "metrics": _is_tree(numbers.get("metrics", {})),
     }
     work = {"image_passes", "seconds"}
     described = {"class_counts"} if class_counts else {"class_counts"} & numbers.keys()
-    needed = {"describe": described, "round": fits.keys() - {"class_counts"}, "evaluate": {"val"}, "finish": work}.get(
-        kind, set()
-    )
+    needed = {
+        "describe": described,
+        "round": fits.keys() - {"class_counts", "metrics"},
+        "evaluate": {"val"},
+        "finish": {*work, "metrics"},
+    }.get(kind, set())
     broken = [key for key in sorted(needed) if not fits[key]]
     if broken:
         received = ", ".join(f"{key} {numbers.get(key)!r:.60}" for key in broken)
@@ -232,6 +239,15 @@ def _is_validation(value: object) -> bool:
         isinstance(table, Mapping) and all(number is None or _is_finite(number) for number in table.values())
         for table in tables
     )
+
+
+def _is_tree(value: object) -> bool:
+    """Whether nested tables hold finite numbers, names and gaps alone."""
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_tree(each) for key, each in value.items())
+    if isinstance(value, list):
+        return all(map(_is_tree, value))
+    return value is None or isinstance(value, (str, bool)) or _is_finite(value)
 
 
 def is_count(value: object) -> bool:

@@ -64,6 +64,23 @@ def json_lines() -> Iterator[Display]:
 
 
 @contextmanager
+def plain() -> Iterator[Display]:
+    """A line per event, for services: the words that a log of them needs."""
+
+    def show(event: Event) -> None:
+        text = line(event) if event["event"] in ("prepare", "warning") else _words(event)
+        if text is not None:
+            print(text, flush=True)
+
+    yield show
+
+
+def _words(event: Event) -> str:
+    rest = " ".join(f"{key}={value}" for key, value in event.items() if key != "event" and value is not None)
+    return f"{event['event']} {rest}".rstrip()
+
+
+@contextmanager
 def counting(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar of (done, total) on standard error, so that standard output stays clean."""
     with live(Console(stderr=True, markup=False)) as display:

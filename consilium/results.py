@@ -35,7 +35,7 @@ SPLITS = ("val", "test")
 
 
 def collect(folder: Path, experiment: Experiment, progress: Progress) -> None:
-    """Gather what the sites of a simulation left on their disks: predictions and adapters. summary.json comes last."""
+    """Gather what the sites of a simulation left on their disks: predictions and adapters; then close the run."""
     tables = [pd.read_parquet(path) for path in sorted((folder / "sites").glob("*/predictions.parquet"))]
     checkpoint.write_bytes(folder / "predictions.parquet", stack(tables).to_parquet(index=False))
     for served in sorted((folder / "sites").glob("*/served.safetensors")):
@@ -43,6 +43,11 @@ def collect(folder: Path, experiment: Experiment, progress: Progress) -> None:
         seal = sealed("model", experiment.state_key, experiment.handshake.agreement, site)
         tensors, _ = checkpoint.load(served, seal)
         _save_adapter(folder / "adapters" / f"{site}.safetensors", tensors, experiment, site, seal)
+    close(folder, experiment, progress)
+
+
+def close(folder: Path, experiment: Experiment, progress: Progress) -> None:
+    """What a coordinator knows without any site's disk: the global adapter. summary.json comes last."""
     models = experiment.strategy.deploy(progress.server.shared, Personal())
     if "global" in models and members.names(models["global"]) >= experiment.model.specs.keys():
         _save_adapter(folder / "adapters" / "global.safetensors", models["global"], experiment, "global")

@@ -48,6 +48,7 @@ class Progress:
     best: dict[str, Any] = field(default_factory=dict)  # round, value and builds_on of the best validated round
     seconds: float = 0.0
     broadcast: Broadcast = field(default_factory=Broadcast)
+    tested: Mapping[str, Any] = field(default_factory=dict)  # site -> metrics, where sites send them; in no checkpoint
 
     def take_receipts(self, versions: Mapping[str, Versions]) -> None:
         """Note what the states of these sites hold now; sites that share their versions share the note."""

@@ -23,9 +23,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "consilium"
 STAGES = ("sites", "backbones", "tasks", "tuners", "local", "filters", "strategies", "engines", "report")
-ENTRANCES = ("__init__", "__main__", "cli", "cli_data", "cli_study")
+ENTRANCES = ("__init__", "__main__", "cli", "cli_data", "cli_deploy", "cli_study")
 COMPOSITION = ("experiment", "exchange", "coordinator", "keeping", "results", "run", "check", "predict", "export")
-COMPOSITION += ("mechanism", "references", "study", "unseen")
+COMPOSITION += ("deployment", "mechanism", "references", "study", "unseen")
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = {"torch", "torchvision", "timm", "pandas", "numpy", "sklearn", "pyarrow", "pydantic", "PIL", "matplotlib"}
 READING_PATH = ("protocols.py", "run.py", "tuners/lora.py", "strategies/fedavg.py")
@@ -150,6 +150,11 @@ def test_importing_the_package_and_asking_for_help_load_nothing_heavy() -> None:
     )
 
 
+def test_one_module_imports_flower() -> None:
+    importers = [_name(path) for path in SOURCES if re.search(r"^\s*(from|import) flwr\b", path.read_text(), re.M)]
+    assert importers == ["consilium/engines/flower.py"]
+
+
 def _third_party(folder: Path) -> set[str]:
     """Distributions that the Python files of a folder import, wherever the import stands."""
     nodes = (node for path in folder.rglob("*.py") for node in ast.walk(ast.parse(path.read_text())))
@@ -172,7 +177,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed, extras = project["dependencies"], project["optional-dependencies"]
     names = {key: {re.split(r"[\[>]", line)[0] for line in lines} for key, lines in {"": needed, **extras}.items()}
-    extra = names["peft"] | names["ray"]
+    extra = names["peft"] | names["ray"] | names["flower"]
     assert _third_party(PACKAGE) - extra == names[""]
     with_timm = {"huggingface-hub"}
     around = _third_party(ROOT / "tests") | _third_party(ROOT / "scripts")

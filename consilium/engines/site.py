@@ -185,7 +185,20 @@ class Site:
         checkpoint.write_bytes(self.folder / "predictions.parquet", table.to_parquet(index=False))
         seal = sealed("model", self._states.key, self._states.agreement, self.data.name)
         checkpoint.save(self.folder / "served.safetensors", models["personal"], {"round": request.round}, seal)
+        if request.context.get("metrics"):  # of a coordinator that cannot read this folder
+            numbers["metrics"] = self._tested(table)
         return Reply(self.data.name, request.round, len(self.data.train), numbers={**numbers, "models": sorted(models)})
+
+    def _tested(self, table: pd.DataFrame) -> Numbers:
+        """{split: {model: {metric: value with its interval}}} of this site's images."""
+        config, task = self.experiment.config, self.experiment.task
+        settings: Any = {"bootstrap": config.evaluation.bootstrap, "seed": config.seed, "sites": [self.data.name]}
+        groups = table.groupby(["split", "model"])
+        found: Numbers = {"val": {}, "test": {}}
+        for (split, model), rows in groups:
+            tree = task.metrics(rows, **settings)
+            found[str(split)][str(model)] = without_nan({name: entry["pooled"] for name, entry in tree.items()})
+        return found
 
     # -------------------------------------------------------------------------------------------- pieces
     @property

@@ -95,12 +95,28 @@ def _with_split_column(sites: SitesConfig, column: str) -> dict[str, object]:
 def table(sites: SitesConfig) -> tuple[Source, pd.DataFrame]:
     """The source and its records with their final sites, sorted by id; split as given by the data, if at all."""
     source = open_source(sites)
-    records = partition.divide(source.records(), sites.partition)
+    records = partition.divide(_named(source.records(), sites), sites.partition)
+    if sites.only is not None:
+        records = _rows_of(records, sites.only)
     explicit = changed(sites.split) & {"train", "val", "test", "seed", "file"}
     if "split" in records and explicit:
         what = "the table brings its own split, so these keys have no effect"
         raise ConfigError(what, where="sites.split", received=", ".join(sorted(explicit)))
     return source, records
+
+
+def _named(records: pd.DataFrame, sites: SitesConfig) -> pd.DataFrame:
+    nameless = sites.only is not None and bool((records["site"] == "").all())
+    return records.assign(site=sites.only) if nameless else records
+
+
+def _rows_of(records: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Rows of one site, numbered anew; DataError where it has none."""
+    found = records[records["site"] == name].reset_index(drop=True)
+    if not len(found):
+        allowed = first_few(sorted(set(records["site"])), 20)
+        raise DataError("the data have no images of this site", where="sites.only", allowed=allowed, received=name)
+    return found
 
 
 def pool(federation: Federation, name: str = "pooled") -> SiteData:

@@ -1,0 +1,155 @@
+"""Common: the verbs of a federation across hospitals. In: words. Out: one call per verb.
+
+`deploy` prepares folders, `site` is for a hospital, `coordinator` for whoever leads the round loop. Exit codes tell
+how a run ended, whatever the programs below say: 0 finished, 1 failed or died, 2 words or files that cannot be used,
+3 still going on.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from consilium.cli_data import Json, print_json
+
+deploy = typer.Typer(no_args_is_help=True, help="Prepare a federation across hospitals.")
+site = typer.Typer(no_args_is_help=True, help="At a hospital: look at what is there, and take part.")
+coordinator = typer.Typer(no_args_is_help=True, help="At the coordinator: start, submit, watch, resume, stop.")
+
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that `consilium deploy init` made.")]
+
+
+@deploy.callback()
+def _deploy() -> None:
+    """A group with one verb is a group all the same."""
+
+
+@deploy.command("init")
+def init(
+    federation: Annotated[Path, typer.Argument(metavar="FEDERATION", help="The agreement, a TOML file.")],
+    out: Annotated[Path, typer.Option(help="Where the folders of coordinator and hospitals are made.")],
+    site_file: Annotated[
+        Path | None, typer.Option("--site-file", help="Tables for every hospital's own file, to try out.")
+    ] = None,
+) -> None:
+    """Make a folder for the coordinator and one per hospital, with keys and certificates to try out."""
+    from consilium.deployment.checklist import checklist
+    from consilium.deployment.init import init as make
+
+    folders = make(federation, out, site_file)
+    print(checklist(federation, folders))
+
+
+@site.command("join")
+def join(
+    folder: Folder,
+    service: Annotated[bool, typer.Option("--service-only", help="Without Flower's node: it runs elsewhere.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object per event and line.")] = False,
+) -> None:
+    """Serve this hospital's site, and connect it to the coordinator, until Ctrl-C."""
+    from consilium import progress
+    from consilium.deployment.hospital import join as take_part
+
+    with progress.json_lines() if json else progress.plain() as show:
+        take_part(folder, show, _until_ended, node=not service)
+
+
+@coordinator.command()
+def start(folder: Folder, json: Annotated[bool, typer.Option("--json", help="One object per event.")] = False) -> None:
+    """Run the SuperLink that hospitals connect to, until Ctrl-C."""
+    from consilium import progress
+    from consilium.deployment import office
+
+    with progress.json_lines() if json else progress.plain() as show:
+        office.start(folder, show, _until_ended)
+
+
+@coordinator.command()
+def enrol(
+    folder: Folder,
+    name: Annotated[str, typer.Argument(metavar="SITE", help="A site of the agreement.")],
+    key: Annotated[Path, typer.Argument(metavar="PUBLIC_KEY", help="The site's node.key.pub.")],
+) -> None:
+    """Take in the public key of a hospital's node."""
+    from consilium.deployment import office
+
+    print(f"{name}: {office.enrol(folder, name, key)}")
+
+
+Wait = Annotated[bool, typer.Option("--wait", help="Watch the run to its end; the exit code says how it ended.")]
+
+
+@coordinator.command()
+def submit(folder: Folder, wait: Wait = False) -> None:
+    """Begin the run, or go on after its last closed round."""
+    from consilium.deployment import office
+
+    print(f"run {office.submit(folder)['run-id']} of Flower")
+    if wait:
+        _follow(folder)
+
+
+@coordinator.command()
+def resume(folder: Folder, wait: Wait = False) -> None:
+    """Go on with a run that was stopped, failed or died, after its last closed round."""
+    from consilium.deployment import office
+
+    office.begun(folder)
+    submit(folder, wait)
+
+
+@coordinator.command()
+def status(
+    folder: Folder,
+    json: Json = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Until the run has ended.")] = False,
+) -> None:
+    """How the run and every site stand; exit code 0 finished, 1 failed or died, 3 going on."""
+    from consilium.deployment import office
+
+    if follow:
+        return _follow(folder)
+    found = office.status(folder)
+    _print(found) if not json else print_json(found)
+    return _leave(found)
+
+
+@coordinator.command()
+def stop(folder: Folder) -> None:
+    """End the run; closed rounds stay."""
+    from consilium.deployment import office
+
+    office.stop(folder)
+    print("stopped; `consilium coordinator resume` goes on after the last closed round")
+
+
+def _follow(folder: Path) -> None:
+    from consilium.deployment import office
+
+    _leave(office.follow(folder, _print))
+
+
+def _print(table: Mapping[str, Any]) -> None:
+    from consilium.deployment.board import lines
+
+    print("\n".join(lines(table)), flush=True)
+
+
+def _leave(table: Mapping[str, Any]) -> None:
+    code = {"finished": 0, "failed": 1, "died": 1}.get(str(table["state"]), 3)
+    raise typer.Exit(code)
+
+
+def _until_ended() -> None:
+    """Until the process is asked to end."""
+    import signal
+
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    signal.signal(signal.SIGINT, lambda *_: ended.set())
+    while not ended.wait(1.0):
+        pass

@@ -1,0 +1,109 @@
+"""Composition: how a run stands. In: the coordinator's events. Out: `status.json`, whole at any moment, and `log.jsonl`.
+
+States of a run: starting, running, finished, failed. Of a site: waiting (its turn comes), training, done (it replied in
+this round), late, lost, absent, refused, or the code of another failure.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from consilium import checkpoint
+from consilium.deployment.log import Log, now
+from consilium.errors import ConsiliumError, StateError
+
+STATUS, LOG = "status.json", "log.jsonl"
+
+
+@dataclass
+class Board:
+    """What `consilium coordinator status` prints."""
+
+    folder: Path
+    table: dict[str, Any] = field(default_factory=lambda: {"state": "starting", "round": 0, "sites": {}})
+
+    def __post_init__(self) -> None:
+        self.log = Log(self.folder / LOG)
+
+    def show(self, event: Mapping[str, object]) -> None:
+        """Take note of an event of the coordinator or of its transport."""
+        self.log(event)
+        self._note(dict(event))
+        self._write()
+
+    def _note(self, event: dict[str, Any]) -> None:
+        kind, sites = event.pop("event"), self.table["sites"]
+        if kind == "start":
+            self.table |= {"state": "running", "rounds": event["rounds"]}
+            sites |= {site: {"status": "waiting", "since": now()} for site in event["sites"]}
+        elif kind == "link":
+            status = "training" if event["status"] in ("asked", "back") else event["status"]
+            sites[event["site"]] = {"status": status, "since": now(), "message": event.get("message", "")}
+        elif kind == "site":
+            status = "done" if event["status"] == "ok" else event["status"]
+            sites[event["site"]] = {"status": status, "since": now(), "message": event.get("message", "")}
+            self.table |= {"round": event["round"], "kind": event["kind"]}
+        elif kind == "round":
+            self.table |= {"closed": event["round"], "val_mean": event["val_mean"], "bytes": event["bytes"]}
+
+    def handed_over(self) -> None:
+        """Somebody asked for the run; its coordinator has yet to come."""
+        self.table = {"state": "starting", "round": 0, "sites": {}}
+        checkpoint.write_json(self.folder / STATUS, {**self.table, "time": now()})
+
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """The state of the run at the end, whatever it is: no runner's exit code is to be trusted."""
+        self.table |= {"state": "starting", "process": os.getpid()}
+        self._write()
+        try:
+            yield
+        except BaseException as error:
+            text = str(error) if isinstance(error, ConsiliumError) else f"{type(error).__name__}: {error}"
+            self.table |= {"state": "failed", "message": text}
+            self.log({"event": "failed", "message": text})
+            raise
+        else:
+            self.table |= {"state": "finished", "message": ""}
+            self.log({"event": "finished"})
+        finally:
+            self._write()
+
+    def _write(self) -> None:
+        with suppress(StateError):  # a full disk: the run's own files say so
+            checkpoint.write_json(self.folder / STATUS, {**self.table, "time": now()})
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The table as it was written last; StateError where there is none."""
+    path = folder / STATUS
+    if not path.is_file():
+        raise StateError("no run was begun here", where=str(folder), remedy="consilium coordinator submit")
+    found = checkpoint.read_json(path)
+    return found if isinstance(found, dict) else {}
+
+
+def lines(table: Mapping[str, Any]) -> list[str]:
+    """The table for people."""
+    head = f"{table['state']}: round {table.get('round', 0)} of {table.get('rounds', '?')}"
+    head += f", {table['closed']} closed" if "closed" in table else ""
+    rows = [
+        f"  {site:<20} {row['status']:<10} since {row['since'][11:19]} UTC  {row.get('message') or ''}".rstrip()
+        for site, row in sorted(table.get("sites", {}).items())
+    ]
+    message = [f"  {part}" for part in str(table.get("message") or "").splitlines()]
+    return [head, *rows, *message]
+
+
+def age(table: Mapping[str, Any]) -> float:
+    """Seconds since the table was written."""
+    try:
+        return (datetime.now(UTC) - datetime.fromisoformat(str(table["time"]))).total_seconds()
+    except (KeyError, ValueError):
+        return float("inf")

@@ -1,0 +1,87 @@
+"""Composition: the coordinator of one run. In: its folder and Flower's grid. Out: rounds, checkpoints, a result.
+
+It is the round loop of a simulation over another transport. What it can know of a hospital is what the hospital sent:
+tensors that the strategy shares, and the numbers that the page of the run lists. A run that was stopped, at whatever
+moment, goes on after the last closed round.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from consilium import checkpoint, results, run_folder
+from consilium.config import config_hash
+from consilium.coordinator import Coordinator
+from consilium.deployment import files, outcome
+from consilium.deployment.board import Board
+from consilium.deployment.files import Agreement
+from consilium.errors import StateError
+from consilium.exchange import Transport
+from consilium.experiment import Experiment, assemble
+
+if TYPE_CHECKING:
+    from consilium.engines.flower import Grid
+
+RUN = "run"
+
+
+def conduct(folder: Path, grid: Grid) -> None:
+    """Begin the run of a coordinator's folder, or go on with it; what fails is on the board before it is raised."""
+    from consilium.engines import flower
+
+    board = Board(folder)
+    with board.reporting():
+        agreement = files.read(folder)
+        settings = agreement.deployment
+        keys = {site: flower.fingerprint(key) for site, key in files.public_keys(folder, agreement).items()}
+        transport = flower.Transport(grid, keys, settings.deadline, settings.grace, board.show, poll=settings.poll)
+        federate(agreement, transport, folder / RUN, board)
+
+
+def federate(agreement: Agreement, transport: Transport, out: Path, board: Board) -> None:
+    """All rounds of the run in `out`, begun or continued."""
+    torch.set_num_threads(agreement.config.engine.threads)
+    pieces = assemble(agreement.config, agreement.classes)
+    with run_folder.claimed(out, resume=True):
+        pieces = _named(pieces, _opened(agreement, pieces, out))
+        if not run_folder.is_done(out):
+            board.show({"event": "start", "sites": transport.sites(), "rounds": agreement.config.train.rounds})
+            progress = Coordinator(pieces, transport, out, board.show, remote=True).run()
+            outcome.write(out, pieces, progress)
+
+
+def _named(pieces: Experiment, run: str) -> Experiment:
+    return replace(pieces, handshake=replace(pieces.handshake, run=run))
+
+
+def _opened(agreement: Agreement, pieces: Experiment, out: Path) -> str:
+    """The name of the run, drawn when it begins; StateError where the folder holds a run of another agreement."""
+    handshake, path = pieces.handshake, out / run_folder.CONFIG
+    identity = {
+        "agreement_hash": handshake.agreement,
+        "backbone_digest": handshake.backbone,
+        "version": handshake.version,
+    }
+    if not path.is_file():
+        hashed = config_hash(agreement.config, handshake.backbone, pieces.backbone.preprocessing)
+        facts: dict[str, Any] = {
+            "config": agreement.config.to_dict(),
+            "config_hash": hashed,
+            "classes": agreement.classes,
+        }
+        checkpoint.write_json(path, {**identity, **facts, "run": secrets.token_hex(8), "versions": results.versions()})
+    stored = checkpoint.read_json(path)
+    different = [key for key, value in identity.items() if stored.get(key) != value]
+    if different:
+        raise StateError(
+            "this folder holds a run of another agreement",
+            where=str(out),
+            received=f"different: {', '.join(different)}",
+            remedy="finish it with the files it was begun with, or move the folder away and begin anew",
+        )
+    return str(stored["run"])

@@ -1,0 +1,163 @@
+"""Composition: the two files of a federation. In: their folders. Out: what all agreed on, and what one site adds.
+
+`federation.toml` is the agreement: a configuration as for `consilium run`, without a table of where images lie, and a
+table `[deployment]`. Every hospital and the coordinator hold the same. `site.toml` is a hospital's own: its name, where
+its images lie, on what it computes. It cannot change what was agreed on; the handshake would say so.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, field_validator
+
+from consilium import checkpoint, config, config_file
+from consilium.config import Config
+from consilium.errors import ConfigError, ConsiliumError, StateError
+from consilium.registry import Options, options_error
+
+FEDERATION, SITE, SECRET, NODES, COORDINATOR = "federation.toml", "site.toml", "secret.json", "nodes", "coordinator"
+OWN = ("sites", "engine", "backbone")  # tables of a configuration that a site's file may hold; of the last the weights
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Deployment(Options):
+    """Who takes part, where they meet, and how long a round waits."""
+
+    sites: tuple[str, ...]
+    address: str = "127.0.0.1:9092"  # of the SuperLink, host:port, as hospitals reach it
+    deadline: Seconds = 3600.0  # seconds that a round waits for all of its sites
+    grace: float = Field(default=60.0, ge=0)  # seconds after that for those that are late
+    poll: Seconds = 1.0  # seconds between two looks of the coordinator
+
+    @field_validator("sites")
+    @classmethod
+    def _named(cls, sites: tuple[str, ...]) -> tuple[str, ...]:
+        reserved = ("", ".", "..", "global", COORDINATOR)
+        unfit = [name for name in sites if name in reserved or any(sign in name for sign in "/\\\0\"'")]
+        if not sites or unfit or len(set(sites)) < len(sites):
+            raise ValueError(f"one or more different names that can be a folder's and are none of {reserved[1:]}")
+        return sites
+
+    @field_validator("address")
+    @classmethod
+    def _host_and_port(cls, address: str) -> str:
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ValueError("host:port")
+        return address
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all parties hold."""
+
+    config: Config
+    deployment: Deployment
+    table: Mapping[str, Any]  # the configuration as it was written, without [deployment]
+    folder: Path
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """In the order of the outputs."""
+        assert self.config.task.classes is not None  # `read` refused it
+        return self.config.task.classes
+
+
+@dataclass(frozen=True)
+class SiteFile:
+    """What one hospital adds."""
+
+    name: str
+    config: Config
+    folder: Path
+
+
+def read(folder: Path) -> Agreement:
+    """The agreement that lies in a folder; ConfigError where it is none."""
+    return read_text(folder / FEDERATION)
+
+
+def read_text(path: Path) -> Agreement:
+    """The agreement of a file."""
+    folder = path.resolve().parent
+    table = config_file.read(path)
+    deployment = _options(Deployment, table.pop("deployment", {}), f"deployment in {path}")
+    if "sites" in table:
+        remedy = f"each hospital writes its own [sites] into its {SITE}; names of sites stand in deployment.sites"
+        raise ConfigError("an agreement does not say where images lie", where=str(path), remedy=remedy)
+    agreed = config.from_dict(table, base=folder)
+    if agreed.task.classes is None:
+        remedy = "name all classes: task.classes = [...]; a hospital may lack images of some"
+        raise ConfigError("hospitals cannot see each other's classes", where=f"task.classes in {path}", remedy=remedy)
+    if agreed.evaluation.references:
+        remedy = "leave evaluation.references out; every hospital can run its own with strategy 'local'"
+        raise ConfigError("references need all images in one place", where=str(path), remedy=remedy)
+    return Agreement(agreed, deployment, table, folder)
+
+
+def read_site(folder: Path) -> SiteFile:
+    """The agreement with one hospital's own tables in it; ConfigError where that would change what was agreed on."""
+    agreement, path = read(folder), folder / SITE
+    own = config_file.read(path)
+    name = own.pop("site", None)
+    if name not in agreement.deployment.sites:
+        allowed = ", ".join(sorted(agreement.deployment.sites))
+        raise ConfigError(
+            "this site is no part of the agreement", where=f"site in {path}", allowed=allowed, received=name
+        )
+    _only_own(own, path)
+    table = json.loads(json.dumps(dict(agreement.table), default=str))
+    for key, value in own.items():
+        table[key] = {**table.get(key, {}), **value}
+    table["sites"] = {**table.get("sites", {}), "only": name}
+    return SiteFile(str(name), config.from_dict(table, base=folder.resolve()), folder.resolve())
+
+
+def public_keys(folder: Path, agreement: Agreement) -> dict[str, bytes]:
+    """site -> public key of its node, as enrolled at the coordinator; ConfigError where a site has none."""
+    paths = {site: folder / NODES / f"{site}.pub" for site in agreement.deployment.sites}
+    missing = sorted(site for site, path in paths.items() if not path.is_file())
+    if missing:
+        remedy = "enrol them: consilium coordinator enrol FOLDER SITE PUBLIC_KEY"
+        raise ConfigError("sites without a key", where=str(folder / NODES), received=", ".join(missing), remedy=remedy)
+    return {site: path.read_bytes() for site, path in paths.items()}
+
+
+def _only_own(own: Mapping[str, Any], path: Path) -> None:
+    weights = own.get("backbone", {})
+    foreign = [key for key in own if key not in OWN]
+    foreign += [f"backbone.{key}" for key in weights if key != "weights"] if isinstance(weights, dict) else ["backbone"]
+    if foreign:
+        allowed = "site, [sites], [engine] and backbone.weights"
+        remedy = "what all sites share stands in the federation's file, and changes for all at once"
+        raise ConfigError(
+            "a site cannot change the agreement", where=str(path), allowed=allowed, received=foreign, remedy=remedy
+        )
+
+
+def secret(folder: Path) -> int:
+    """The seed of the site's personal tensors: drawn at the site, once, known to nobody else."""
+    path = folder / SECRET
+    if not path.is_file():
+        checkpoint.write_json(path, {"seed": secrets.randbits(63)})
+        path.chmod(0o600)
+    found = checkpoint.read_json(path)
+    seed = found.get("seed") if isinstance(found, dict) else None
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        remedy = "restore it from the site's backup: without it the personal model cannot be repeated"
+        raise StateError("the site's secret cannot be read", where=str(path), remedy=remedy)
+    return seed
+
+
+def _options(model: type[Options], table: object, where: str) -> Any:
+    try:
+        return model.model_validate(table)
+    except ValidationError as error:
+        found: ConsiliumError = options_error(where, error, model)
+        raise found from error

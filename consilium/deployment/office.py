@@ -1,0 +1,137 @@
+"""Composition: what an engineer asks of a coordinator's folder. In: the folder. Out: a link, a run, its state.
+
+Flower's own exit codes say that a run was handed over, not how it ended; the state comes from the folder:
+`status.json`, written by the coordinator itself, and the lock that it holds while it lives.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from consilium import checkpoint, run_folder
+from consilium.deployment import board, conduct, files, processes
+from consilium.deployment.log import Log
+from consilium.deployment.processes import APP, CONNECTION, Supervised
+from consilium.errors import ConfigError, StateError
+
+FLOWER_RUN = "flower.json"
+ENDED = ("finished", "failed", "died")
+Show = Callable[[Mapping[str, object]], None]
+
+
+def start(folder: Path, show: Show, until: Callable[[], None]) -> None:
+    """Keep the SuperLink running until `until` returns; enrolled sites are registered with it."""
+    agreement, log = files.read(folder), Log(folder / board.LOG)
+    keys = files.public_keys(folder, agreement)
+
+    def tell(event: Mapping[str, object]) -> None:
+        log(event)
+        show(event)
+
+    address = agreement.deployment.address
+    processes.write_connection(folder.resolve(), address)
+    command = processes.superlink(folder.resolve(), address)
+    with Supervised(command, folder.resolve() / processes.HOME, folder / "superlink.log", tell, pause=2.0):
+        for site in keys:
+            register(folder, site)
+        tell({"event": "ready", "address": address, "sites": sorted(keys)})
+        until()
+
+
+def register(folder: Path, site: str, patience: float = 60.0) -> None:
+    """Tell the SuperLink the key of a site; one that it knows stays. Waits for a SuperLink that is just starting."""
+    path, end = folder.resolve() / files.NODES / f"{site}.pub", time.monotonic() + patience
+    while True:
+        try:
+            processes.flwr(folder.resolve(), "supernode", "register", str(path), CONNECTION, "--name", site)
+            return
+        except StateError as error:
+            if "already" in str(error.received):
+                return
+            if time.monotonic() > end:
+                raise
+            time.sleep(1.0)
+
+
+def enrol(folder: Path, site: str, key: Path) -> str:
+    """Take a site's public key into the coordinator's folder; its fingerprint, to be compared by telephone."""
+    from consilium.engines.flower import fingerprint
+
+    agreement = files.read(folder)
+    if site not in agreement.deployment.sites:
+        allowed = ", ".join(agreement.deployment.sites)
+        raise ConfigError("this site is no part of the agreement", allowed=allowed, received=site)
+    try:
+        found = fingerprint(key.read_bytes())
+    except (OSError, ValueError) as error:
+        remedy = "give the site's node.key.pub, never node.key"
+        raise ConfigError("this is no public key", where=str(key), received=str(error), remedy=remedy) from error
+    target = folder / files.NODES / f"{site}.pub"
+    target.parent.mkdir(exist_ok=True)
+    if target.resolve() != key.resolve():
+        shutil.copy(key, target)
+    return found
+
+
+def submit(folder: Path) -> dict[str, Any]:
+    """Begin the run of this folder, or go on with it; StateError where it is running or finished."""
+    state = status(folder)["state"] if (folder / board.STATUS).is_file() else "new"
+    if state in ("starting", "running"):
+        remedy = f"consilium coordinator status {folder}"
+        raise StateError("the run of this folder is going on", where=str(folder), remedy=remedy)
+    if run_folder.is_done(folder / conduct.RUN):
+        remedy = f"look at {folder / conduct.RUN / 'result.json'}, or move {conduct.RUN}/ away to begin anew"
+        raise StateError("the run of this folder is finished", where=str(folder), remedy=remedy)
+    files.public_keys(folder, files.read(folder))
+    here = folder.resolve()
+    board.Board(folder).handed_over()
+    try:
+        found = processes.flwr(here, "run", str(here / APP), CONNECTION, "--run-config", f"folder='{here}'")
+    except BaseException:
+        (folder / board.STATUS).unlink(missing_ok=True)
+        raise
+    checkpoint.write_json(folder / FLOWER_RUN, {"run": str(found["run-id"])})
+    return found  # type: ignore[no-any-return]
+
+
+def begun(folder: Path) -> None:
+    """StateError unless there is a run to go on with."""
+    if not (folder / conduct.RUN / run_folder.CONFIG).is_file():
+        raise StateError("there is no run to resume", where=str(folder), remedy="consilium coordinator submit")
+
+
+def stop(folder: Path) -> None:
+    """End the run; what is closed stays, and `resume` goes on from it."""
+    if not (folder / FLOWER_RUN).is_file():
+        raise StateError("no run was begun here", where=str(folder), remedy="consilium coordinator submit")
+    run = checkpoint.read_json(folder / FLOWER_RUN)["run"]
+    processes.flwr(folder.resolve(), "stop", run, CONNECTION)
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """How the run stands; "died" where it says that it is going on and nobody works on it."""
+    found = board.read(folder)
+    alive = run_folder.is_held(folder / conduct.RUN)
+    if found.get("state") in ("starting", "running") and not alive and board.age(found) > START:
+        found |= {"state": "died", "message": "the coordinator's process ended without a word: resume it"}
+    return found
+
+
+START = 90.0  # seconds from handing a run over until its coordinator holds the lock of its folder
+
+
+def follow(folder: Path, show: Callable[[dict[str, Any]], None], poll: float = 1.0) -> dict[str, Any]:
+    """Show the state whenever it changes, until the run has ended."""
+    last: dict[str, Any] = {}
+    while True:
+        found = status(folder)
+        if found != last:
+            show(found)
+        if found["state"] in ENDED:
+            return found
+        last = found
+        time.sleep(poll)

@@ -1,0 +1,67 @@
+"""Composition: what a run across hospitals leaves at the coordinator. In: its progress. Out: result.json.
+
+Metrics are those that the hospitals computed on their own images and let out; nothing is pooled over images, as no
+image and no prediction left a hospital. The mean is over sites, each weighing the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from consilium import __version__, checkpoint, metrics, results
+from consilium.experiment import Experiment
+from consilium.rounds import Progress
+
+Tree = dict[str, Any]
+
+
+def write(out: Path, experiment: Experiment, progress: Progress) -> None:
+    """result.json, then the global adapter and summary.json, which closes the run."""
+    sites = sorted(progress.server.sites)
+    up, down = results.both_ways(experiment)
+    checkpoint.write_json(
+        out / "result.json",
+        {
+            "schema_version": 1,
+            "kind": "deployment",
+            "name": experiment.config.name,
+            "consilium_version": __version__,
+            "seed": experiment.config.seed,
+            "agreement_hash": experiment.handshake.agreement,
+            "backbone": {"name": experiment.backbone.name, "digest": experiment.backbone.digest},
+            "classes": list(experiment.task.classes),
+            "parameters": results.parameters(experiment),
+            "rounds": experiment.config.train.rounds,
+            "num_examples": progress.num_examples,
+            "bytes": progress.ledger.summary(),
+            "wire": {"up": results.wire(up, experiment.codec), "down": results.wire(down, experiment.codec)},
+            "numbers": results.numbers(experiment),
+            "untested": [site for site in sites if progress.tested.get(site) is None],
+            "metrics": {
+                split: {site: tree[split] for site, tree in sorted(progress.tested.items()) if tree}
+                for split in results.SPLITS
+            },
+            "over_sites": {split: over_sites(progress.tested, split) for split in results.SPLITS},
+        },
+    )
+    results.close(out, experiment, progress)
+
+
+def over_sites(tested: Mapping[str, Any], split: str, model: str = "personal") -> Tree:
+    """Mean and worst of every metric of a model, each site weighing the same, with the number of sites that have it."""
+    found: Tree = {}
+    trees = {site: tree[split].get(model, {}) for site, tree in sorted(tested.items()) if tree}
+    for metric in sorted({name for tree in trees.values() for name in tree}):
+        values = {site: float(tree[metric]["value"]) for site, tree in trees.items() if _is_known(tree.get(metric))}
+        if values:
+            worst = (max if metric in metrics.LOWER_IS_BETTER else min)(values, key=lambda site: values[site])
+            mean = math.fsum(values.values()) / len(values)
+            found[metric] = {"mean": mean, "worst": {"site": worst, "value": values[worst]}, "sites": len(values)}
+    return found
+
+
+def _is_known(entry: object) -> bool:
+    return isinstance(entry, Mapping) and isinstance(entry.get("value"), (int, float))

@@ -1,0 +1,158 @@
+"""Composition: Flower's programs. In: folders and addresses. Out: running SuperLink and SuperNode, watched.
+
+The only file that knows the flags and the files of Flower's command line, which change from release to release. In all
+of it telemetry, update checks and the installation of an app's dependencies are off: nothing needs the internet.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from consilium.errors import ConfigError, StateError
+
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+CA, CERTIFICATE, KEY, NODE_KEY, PUBLIC_KEY = "ca.crt", "server.pem", "server.key", "node.key", "node.key.pub"
+APP, HOME, DATABASE, CONNECTION = "app", "flower", "superlink.db", "deploy"
+PAUSE = 20.0  # seconds before a program that ended is started again; Flower refuses a node within a minute of its death
+Tell = Callable[[Mapping[str, object]], None]
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Of every program of Flower: quiet, with a home of its own, and its sub-programs on the path."""
+    here = str(Path(sys.executable).parent)
+    home.mkdir(parents=True, exist_ok=True)
+    path = os.pathsep.join([here, os.environ.get("PATH", "")])
+    return {**os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": path}
+
+
+def program(name: str) -> str:
+    """Path of one of Flower's programs; ConfigError where Flower is not installed."""
+    found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if found is None:
+        raise ConfigError(f"{name} is not installed", remedy="pip install 'consilium[flower]'")
+    return found
+
+
+def superlink(folder: Path, address: str) -> list[str]:
+    """The coordinator's end: TLS, registered nodes only, a database that outlives it."""
+    _, _, port = address.rpartition(":")
+    keys = folder / "keys"
+    secured = ["--ssl-ca-certfile", keys / CA, "--ssl-certfile", keys / CERTIFICATE, "--ssl-keyfile", keys / KEY]
+    stays = ["--database", folder / DATABASE, "--disable-runtime-dependency-installation", "--enable-supernode-auth"]
+    return [program("flower-superlink"), "--host", "0.0.0.0", "--port", port, *map(str, [*secured, *stays])]
+
+
+def supernode(folder: Path, address: str, relay: Path) -> list[str]:
+    """The hospital's end: one connection, outwards."""
+    keys = folder / "keys"
+    secured = ["--root-certificates", keys / CA, "--auth-supernode-private-key", keys / NODE_KEY]
+    inside = ["--host", "127.0.0.1", "--port", str(free_port()), "--node-config", f"consilium-socket='{relay}'"]
+    return [program("flower-supernode"), "--superlink", address, *map(str, secured), *inside]
+
+
+def write_connection(folder: Path, address: str) -> None:
+    """Where Flower's command line finds the SuperLink."""
+    home = folder / HOME
+    home.mkdir(parents=True, exist_ok=True)
+    lines = [f"[superlink.{CONNECTION}]", f'address = "{address}"', f'root-certificates = "{folder / "keys" / CA}"']
+    (home / "config.toml").write_text("\n".join(["[superlink]", f'default = "{CONNECTION}"', "", *lines]) + "\n")
+
+
+def flwr(folder: Path, *words: str, timeout: float = 120.0) -> Any:
+    """What one call of Flower's command line says, as JSON; StateError where it says that it failed."""
+    command = [program("flwr"), *words, "--format", "json"]
+    done = subprocess.run(
+        command,
+        env=environment(folder / HOME),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=folder,
+        check=False,
+    )
+    try:
+        found = json.loads(done.stdout)
+    except ValueError:
+        found = {}
+    if done.returncode or not isinstance(found, dict) or not found.get("success"):
+        said = found.get("error-message") or found.get("error_message") or (done.stderr or done.stdout).strip()[-600:]
+        remedy = "is the SuperLink up? consilium coordinator start"
+        raise StateError(f"flwr {words[0]} failed", where=str(folder), received=said, remedy=remedy)
+    return found
+
+
+def free_port() -> int:
+    """A port on this machine that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Supervised:
+    """A program that is started again whenever it ends, until it is stopped. Use as a context manager."""
+
+    def __init__(self, command: Sequence[str], home: Path, log: Path, tell: Tell, pause: float = PAUSE) -> None:
+        self.command, self.home, self.log, self.tell, self.pause = list(command), home, log, tell, pause
+        self.process: subprocess.Popen[bytes] | None = None
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name=Path(command[0]).name, daemon=True)
+
+    def __enter__(self) -> Supervised:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the program and all that it started."""
+        self._stopped.set()
+        if self.process is not None:
+            _end(self.process)
+        self._thread.join()
+
+    def _watch(self) -> None:
+        name = Path(self.command[0]).name
+        while not self._stopped.is_set():
+            with self.log.open("ab") as out:
+                self.process = self._start(out)
+                self.tell({"event": "started", "program": name, "process": self.process.pid})
+                code = self.process.wait()
+            if not self._stopped.is_set():
+                self.tell({"event": "ended", "program": name, "code": code, "again_in": self.pause})
+                self._stopped.wait(self.pause)
+
+    def _start(self, out: IO[bytes]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            self.command, env=environment(self.home), stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def _end(process: subprocess.Popen[bytes], patience: float = 10.0) -> None:
+    """Ask a program and its children to end, and after a while make them."""
+    for sign, wait in ((signal.SIGTERM, patience), (signal.SIGKILL, patience)):
+        try:
+            os.killpg(process.pid, sign)
+            process.wait(wait)
+            break
+        except subprocess.TimeoutExpired:
+            continue
+        except ProcessLookupError:
+            break
+    time.sleep(0)

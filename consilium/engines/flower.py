@@ -1,0 +1,235 @@
+"""Engine: Flower. In: encoded requests for hospitals. Out: their encoded replies, over SuperLink and SuperNodes.
+
+The only module that imports Flower, and nothing heavy beside it at first: a SuperNode starts a process for every
+message, and `client` in it hands the bytes to the site's own service over a local socket (`relay.py`). No strategy of
+Flower is used; the round loop stays the coordinator's. One message per site and round: Flower's floor is its two polls
+and the start of that process.
+
+Which site a node speaks for is decided by the public key it was registered with, which the federation file names. A
+node that dies is asked again when it is back, as long as the round is open: a request that comes twice gets the reply
+of the first time. A round closes when all have replied, or at its deadline and grace.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_pem_public_key,
+    load_ssh_public_key,
+)
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from consilium.engines import relay
+
+if TYPE_CHECKING:
+    from consilium.protocols import Failure
+
+AT_ONCE = 8  # replies that are fetched together, so that they do not pile up
+AGAIN = 15.0  # seconds before a node that failed is asked again
+LONGEST_TTL = 12 * 3600.0  # seconds; what Flower gives a message by default
+SOCKET = "consilium-socket"  # key of the node's own configuration
+Tell = Callable[[Mapping[str, object]], None]
+
+
+# ------------------------------------------------------------------------------------------------ both ends
+def pack(data: bytes) -> RecordDict:
+    """A message of ours as Flower carries it: in chunks, without looking inside."""
+    return RecordDict({"message": ArrayRecord({"bytes": Array("uint8", (len(data),), "consilium", data)})})
+
+
+def unpack(content: RecordDict) -> bytes:
+    """The bytes of `pack`; ValueError for anything else, as whoever holds a registered key may send what they like."""
+    record = content.get("message")
+    if not isinstance(record, ArrayRecord) or list(content) != ["message"] or list(record) != ["bytes"]:
+        raise ValueError("this is no message of Consilium")
+    return bytes(record["bytes"].data)
+
+
+# ------------------------------------------------------------------------------------------------ the hospital's end
+def client() -> ClientApp:
+    """The app that every SuperNode runs for every message. Whatever goes wrong here, only a code leaves."""
+    app = ClientApp()
+
+    def train(message: Message, context: Context) -> Message:
+        return Message(answered(message.content, context.node_config), reply_to=message)
+
+    app.train()(train)
+    return app
+
+
+def answered(content: RecordDict, node: Mapping[str, Any]) -> RecordDict:
+    """The reply of the site's service, or a code that says that there is none."""
+    try:
+        return pack(relay.ask(Path(str(node[SOCKET])), unpack(content)))
+    except relay.Unreachable:
+        code = "unreachable"
+    except Exception:  # its text may name files of the hospital, and Flower would send it on
+        code = "error"
+    return RecordDict({"code": ConfigRecord({"code": code})})
+
+
+_CODES = {
+    "unreachable": "the site's node is there, but its service does not answer: see the site's log",
+    "error": "the site's node could not read the request: see the site's log",
+}
+
+
+# ------------------------------------------------------------------------------------------------ the coordinator's end
+def server(conduct: Callable[[Path, Grid], None]) -> ServerApp:
+    """The app that the SuperLink runs: `conduct(folder of the coordinator, grid)`."""
+    app = ServerApp()
+
+    def main(grid: Grid, context: Context) -> None:
+        conduct(Path(str(context.run_config["folder"])), grid)
+
+    app.main()(main)
+    return app
+
+
+def fingerprint(public_key: bytes) -> str:
+    """Of a node's public key, in OpenSSH's form, as it was enrolled, or in PEM, as Flower keeps it."""
+    load = load_ssh_public_key if public_key.startswith(b"ecdsa-") else load_pem_public_key
+    known = load(public_key).public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return hashlib.sha256(known).hexdigest()
+
+
+@dataclass
+class Transport:
+    """The seam between the round loop and hospitals. `keys`: site -> fingerprint of its node's key.
+
+    `deadline`, `grace`: seconds a round stays open for everybody, and after that for those that are late. `poll`:
+    seconds between two looks. `tell` hears what an engineer wants to see: who is absent, lost, back, or late.
+    """
+
+    grid: Grid
+    keys: Mapping[str, str]
+    deadline: float
+    grace: float
+    tell: Tell
+    poll: float = 1.0
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+    late: dict[str, str] = field(default_factory=dict)  # message -> site, of rounds that were closed without it
+
+    def sites(self) -> tuple[str, ...]:
+        """Names of all sites, sorted, there or not."""
+        return tuple(sorted(self.keys))
+
+    def round(self, requests: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
+        """Replies as they come; of a site that gave none until deadline and grace, why."""
+        asked = _Asked(self, requests)
+        end = self.clock() + self.deadline + self.grace
+        while asked.open:
+            yield from asked.look()
+            if not asked.open or self.clock() >= end:
+                break
+            self.sleep(max(0.0, min(self.poll, end - self.clock())))
+        yield from asked.close()
+
+    def nodes(self) -> dict[str, int]:
+        """site -> node, of those that are connected now."""
+        site_of = {key: site for site, key in self.keys.items()}
+        found = {site_of.get(fingerprint(bytes(node.public_key)), ""): node.node_id for node in self.grid.get_nodes()}
+        return {site: node for site, node in found.items() if site}
+
+    def ttl(self) -> float:
+        """How long a request lives: as long as somebody may wait for its reply."""
+        return max(LONGEST_TTL, 2 * (self.deadline + self.grace))
+
+    def drop_late(self) -> None:
+        """Replies to rounds that were closed: said, and not used. The state they speak of is not built upon."""
+        for message in _pulled(self.grid, self.late):
+            site = self.late.pop(message.metadata.reply_to_message_id)
+            if not message.has_error() and "message" in message.content:
+                size = len(unpack(message.content))
+                self.tell({"event": "late", "site": site, "bytes": size, "policy": "dropped"})
+
+
+class _Asked:
+    """The requests of one question that are not answered yet."""
+
+    def __init__(self, transport: Transport, requests: Mapping[str, bytes]) -> None:
+        self.transport, self.requests = transport, requests
+        self.open = set(requests)
+        self.under_way: dict[str, str] = {}  # message -> site
+        self.reasons: dict[str, tuple[str, str]] = {}  # site -> code and why it has not answered so far
+        self.failed: dict[str, float] = {}  # site -> when it last did
+
+    def look(self) -> Iterator[tuple[str, bytes | Failure]]:
+        """Ask whoever is there and was not asked; hand on what came back since."""
+        self.transport.drop_late()
+        nodes = self.transport.nodes()
+        for site in sorted(self.open - set(self.under_way.values())):
+            if site not in nodes:
+                self._note(site, "absent", "its node is not connected")
+            elif self.transport.clock() - self.failed.get(site, -AGAIN) >= AGAIN:
+                self._ask(site, nodes[site])
+        for message in _pulled(self.transport.grid, self.under_way):
+            site = self.under_way.pop(message.metadata.reply_to_message_id)
+            answer = self._read(site, message)
+            if answer is not None:
+                self.open.discard(site)
+                yield site, answer
+
+    def close(self) -> Iterator[tuple[str, bytes | Failure]]:
+        """The round is closed for those who are left: which of them still works, and which was never there."""
+        from consilium.protocols import Failure
+
+        self.transport.late |= self.under_way
+        working = set(self.under_way.values())
+        for site in sorted(self.open):
+            late = "late", f"no reply within {self.transport.deadline:g} s and {self.transport.grace:g} s of grace"
+            yield site, Failure(site, *(late if site in working else self.reasons[site]))
+
+    def _ask(self, site: str, node: int) -> None:
+        content, transport = pack(self.requests[site]), self.transport
+        message = Message(content, node, MessageType.TRAIN, ttl=transport.ttl())
+        pushed = next(iter(transport.grid.push_messages([message])), None)
+        if pushed is None:
+            self._failed(site, "Flower did not take the request")
+        else:
+            self.under_way[pushed] = site
+            status = "back" if self.reasons.pop(site, None) else "asked"
+            transport.tell({"event": "link", "site": site, "status": status})
+
+    def _read(self, site: str, message: Message) -> bytes | Failure | None:
+        """A reply; or None where the site may yet answer when it is asked again."""
+        from consilium.protocols import Failure
+
+        if message.has_error():
+            self._failed(site, f"its node went away (Flower's code {message.error.code})")
+            return None
+        code = message.content.get("code")
+        if isinstance(code, ConfigRecord):
+            self._failed(site, _CODES.get(str(code.get("code")), _CODES["error"]))
+            return None
+        try:
+            return unpack(message.content)
+        except ValueError as error:
+            return Failure(site, "refused", str(error))
+
+    def _failed(self, site: str, why: str) -> None:
+        self.failed[site] = self.transport.clock()
+        self._note(site, "lost", why)
+
+    def _note(self, site: str, code: str, why: str) -> None:
+        if self.reasons.get(site) != (code, why):
+            self.reasons[site] = code, why
+            self.transport.tell({"event": "link", "site": site, "status": code, "message": why})
+
+
+def _pulled(grid: Grid, ids: Iterable[str]) -> Iterator[Message]:
+    """What came back for these requests, a few at a time."""
+    waiting = list(ids)
+    for start in range(0, len(waiting), AT_ONCE):
+        yield from grid.pull_messages(waiting[start : start + AT_ONCE])

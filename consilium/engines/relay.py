@@ -1,0 +1,123 @@
+"""Engine: a local socket in front of a site's service. In: bytes of a request. Out: bytes of the service's reply.
+
+A federated engine may start a process for every message; that process asks here, and the backbone stays warm in the one
+that listens. The socket is a file that only its owner can open, in a folder that only its owner can enter, and the
+listener asks the system who calls. Nothing heavy is imported, as the asking process starts anew each time.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from consilium.errors import StateError
+
+LONGEST_PATH = 100  # bytes that every system takes as the name of a socket
+LARGEST = 1 << 34  # bytes of one message; a length beyond it is no length
+_PATIENCE = 60  # seconds without a byte from a caller, who must not keep the next one waiting for ever
+_LENGTH = struct.Struct("<Q")
+Answer = Callable[[bytes], bytes]
+
+
+class Unreachable(Exception):
+    """Nobody listens, or the listener went away before it had answered."""
+
+
+def ask(path: Path, request: bytes, timeout: float | None = None) -> bytes:
+    """Send one request and wait for the reply; Unreachable where there is none. `timeout`: seconds without a byte."""
+    try:
+        with socket.socket(socket.AF_UNIX) as caller:
+            caller.settimeout(timeout)
+            caller.connect(str(path))
+            _send(caller, request)
+            return _receive(caller)
+    except (OSError, EOFError) as error:
+        raise Unreachable(f"{type(error).__name__}: {error}") from error
+
+
+class Listener:
+    """Answers one request after the other until it is closed. Use as a context manager."""
+
+    def __init__(self, path: Path, answer: Answer) -> None:
+        self.path, self.answer = path, answer
+        self._socket = _bound(path)
+        self._thread = threading.Thread(target=self._serve, name="relay", daemon=True)
+
+    def __enter__(self) -> Listener:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """No further request is taken; the one in work is left to end."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        self._thread.join()
+        self.path.unlink(missing_ok=True)
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                caller, _ = self._socket.accept()
+            except OSError:  # closed
+                return
+            with caller, suppress(Exception):  # who went away, or met a fault, gets no answer and may ask again
+                caller.settimeout(_PATIENCE)
+                if _is_owner(caller):
+                    _send(caller, self.answer(_receive(caller)))
+
+
+def _bound(path: Path) -> socket.socket:
+    if len(os.fsencode(path)) > LONGEST_PATH:
+        remedy = "choose a folder with a shorter name for it"
+        raise StateError(
+            "the name of this socket is too long", where=str(path), allowed=f"{LONGEST_PATH} bytes", remedy=remedy
+        )
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if path.parent.stat().st_mode & 0o077:
+        remedy = f"chmod 700 {path.parent}"
+        raise StateError("others can enter the folder of the site's socket", where=str(path.parent), remedy=remedy)
+    path.unlink(missing_ok=True)  # of a service that was killed: whoever holds the site's lock may take its place
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    path.chmod(0o600)
+    listener.listen()
+    return listener
+
+
+def _is_owner(caller: socket.socket) -> bool:
+    """Whether the same user, or the system's own, is at the other end; where the system does not say, the file does."""
+    if not hasattr(socket, "SO_PEERCRED"):
+        return True
+    _, user, _ = struct.unpack("3i", caller.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return user in (os.getuid(), 0)
+
+
+def _send(to: socket.socket, data: bytes) -> None:
+    to.sendall(_LENGTH.pack(len(data)))
+    to.sendall(data)
+
+
+def _receive(caller: socket.socket) -> bytes:
+    (length,) = _LENGTH.unpack(_exactly(caller, _LENGTH.size))
+    if length > LARGEST:
+        raise EOFError(f"a message of {length} bytes")
+    return bytes(_exactly(caller, length))
+
+
+def _exactly(caller: socket.socket, length: int) -> bytearray:
+    data = bytearray()
+    while len(data) < length:
+        piece = caller.recv(min(length - len(data), 1 << 20))
+        if not piece:
+            raise EOFError(f"{len(data)} of {length} bytes")
+        data += piece
+    return data

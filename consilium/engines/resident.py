@@ -1,0 +1,93 @@
+"""Engine: a hospital's service. In: bytes of requests, for as long as it lives. Out: bytes of replies.
+
+It holds the backbone and the decoded images, so that a message costs neither. A request that comes twice, because a
+reply was lost or the coordinator repeats a round, gets the reply of the first time, also after a restart. One process
+at a time may serve a site's folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from consilium import checkpoint
+from consilium.engines.site import Site
+from consilium.errors import StateError, WireError
+from consilium.messages import envelope_of
+
+ANSWERS, LOCK, NAMELESS = "answers", ".lock", "nameless"
+_RUN = re.compile("[0-9a-f]{16}")
+REMEMBERED = 2  # replies of rounds that may be asked for again: a coordinator repeats one at most
+Tell = Callable[[Mapping[str, object]], None]
+
+
+@dataclass(frozen=True)
+class Resident:
+    """Answers for one site; `site.folder` holds a folder for every run. `tell` hears of all, for the site's own log."""
+
+    site: Site
+    tell: Tell
+
+    def answer(self, data: bytes) -> bytes:
+        """The reply to a request: that of the first time, where it came before."""
+        torch.set_num_threads(self.site.experiment.config.engine.threads)  # bits depend on it; it is of this thread
+        about, site = _about(data), replace(self.site, folder=self.site.folder / _run(data))
+        path = site.folder / ANSWERS / f"{hashlib.sha256(data).hexdigest()}.reply"
+        if path.is_file():
+            reply = path.read_bytes()
+            if _about(reply).get("site") == site.data.name:  # whole, and ours
+                self.tell({"event": "repeated", **about})
+                return reply
+        self.tell({"event": "asked", **about, "bytes": len(data)})
+        reply = site.handle(data)
+        failure = _about(reply).get("failure")
+        self.tell({"event": "answered", **about, "bytes": len(reply), "failure": failure})
+        if failure is None:
+            self._remember(path, reply)
+        return reply
+
+    def _remember(self, path: Path, reply: bytes) -> None:
+        with suppress(StateError):  # a full disk: then the same request is worked on again, from the same state
+            checkpoint.write_bytes(path, reply)
+        newest = sorted(path.parent.glob("*.reply"), key=lambda each: each.stat().st_mtime_ns)
+        for old in newest[:-REMEMBERED]:
+            old.unlink()
+
+
+def _about(data: bytes) -> dict[str, object]:
+    """What a message says of itself."""
+    try:
+        fields = envelope_of(data)
+    except WireError:
+        return {"kind": "unreadable"}
+    return {key: fields[key] for key in ("kind", "round", "site", "failure") if key in fields}
+
+
+def _run(data: bytes) -> str:
+    """Folder of the run that a message names; one of its own for what names none."""
+    try:
+        handshake = envelope_of(data).get("handshake")
+    except WireError:
+        handshake = None
+    name = handshake.get("run") if isinstance(handshake, dict) else None
+    return name if isinstance(name, str) and _RUN.fullmatch(name) else NAMELESS
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold a site's folder for this process; StateError where another one does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        with lock.acquire(timeout=0):
+            yield
+    except Timeout as error:
+        remedy = "stop the other service of this site first"
+        raise StateError("another process serves this site's folder", where=str(folder), remedy=remedy) from error

@@ -1,0 +1,131 @@
+"""The socket in front of a site's service: bytes in, bytes out, for its owner alone."""
+
+from __future__ import annotations
+
+import socket
+import stat
+import struct
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from consilium.engines import relay
+from consilium.errors import StateError
+
+
+def test_any_bytes_come_through(tmp_path: Path) -> None:
+    with relay.Listener(tmp_path / "s" / "relay", lambda data: data + data) as listener:
+
+        @settings(max_examples=30, deadline=None)
+        @given(data=st.binary(max_size=5_000))
+        def check(data: bytes) -> None:
+            assert relay.ask(listener.path, data) == data + data
+
+        check()
+        large = bytes(3_000_001)
+        assert relay.ask(listener.path, large) == large + large
+
+
+def test_only_the_owner_can_open_it(tmp_path: Path) -> None:
+    with relay.Listener(tmp_path / "s" / "relay", lambda data: data) as listener:
+        assert stat.S_IMODE(listener.path.stat().st_mode) == 0o600
+        assert stat.S_IMODE(listener.path.parent.stat().st_mode) == 0o700
+
+
+def test_a_folder_that_others_can_enter_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir(mode=0o755)
+    with pytest.raises(StateError, match="others can enter"):
+        relay.Listener(tmp_path / "open" / "relay", lambda data: data)
+
+
+def test_another_user_gets_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bytes] = []
+    with relay.Listener(tmp_path / "s" / "relay", lambda data: asked.append(data) or data) as listener:
+        monkeypatch.setattr(relay, "_is_owner", lambda _: False)
+        with pytest.raises(relay.Unreachable):
+            relay.ask(listener.path, b"secret?")
+    assert asked == []
+
+
+def test_who_calls_is_asked_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        assert relay._is_owner(here)
+        monkeypatch.setattr(relay.os, "getuid", lambda: 4711)
+        monkeypatch.setattr(relay.struct, "unpack", lambda *_: (1, 4712, 4712))
+        assert not relay._is_owner(here)
+
+
+def test_nobody_listens(tmp_path: Path) -> None:
+    with pytest.raises(relay.Unreachable, match="FileNotFoundError"):
+        relay.ask(tmp_path / "relay", b"?")
+    with relay.Listener(tmp_path / "s" / "relay", lambda data: data) as listener:
+        pass
+    with pytest.raises(relay.Unreachable):
+        relay.ask(listener.path, b"?")
+
+
+def test_a_service_that_fails_once_answers_the_next(tmp_path: Path) -> None:
+    def answer(data: bytes) -> bytes:
+        if data == b"bad":
+            raise RuntimeError("patient_JOHN_DOE")
+        return data
+
+    with relay.Listener(tmp_path / "s" / "relay", answer) as listener:
+        with pytest.raises(relay.Unreachable) as caught:
+            relay.ask(listener.path, b"bad")
+        assert "JOHN" not in str(caught.value)
+        assert relay.ask(listener.path, b"good") == b"good"
+
+
+@pytest.mark.parametrize("start", [b"", b"12", struct.pack("<Q", 50) + b"short", struct.pack("<Q", 1 << 60)])
+def test_a_caller_who_goes_away_half_way_stops_nobody(tmp_path: Path, start: bytes) -> None:
+    with relay.Listener(tmp_path / "s" / "relay", lambda data: data) as listener:
+        with socket.socket(socket.AF_UNIX) as caller:
+            caller.connect(str(listener.path))
+            caller.sendall(start)
+        assert relay.ask(listener.path, b"next") == b"next"
+
+
+def test_one_request_at_a_time(tmp_path: Path) -> None:
+    inside, most = 0, 0
+    lock = threading.Lock()
+
+    def answer(data: bytes) -> bytes:
+        nonlocal inside, most
+        with lock:
+            inside += 1
+            most = max(most, inside)
+        with lock:
+            inside -= 1
+        return data
+
+    with relay.Listener(tmp_path / "s" / "relay", answer) as listener:
+        found: list[bytes] = []
+        callers = [
+            threading.Thread(target=lambda at=at: found.append(relay.ask(listener.path, bytes([at]))))
+            for at in range(8)
+        ]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+    assert sorted(found) == [bytes([at]) for at in range(8)]
+    assert most == 1
+
+
+def test_a_name_too_long_for_a_socket(tmp_path: Path) -> None:
+    with pytest.raises(StateError, match="too long"):
+        relay.Listener(tmp_path / ("x" * 120) / "relay", lambda data: data)
+
+
+def test_a_socket_that_a_killed_service_left_is_taken_over(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    folder.mkdir(mode=0o700)
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(folder / "relay"))
+    with relay.Listener(folder / "relay", lambda data: data) as listener:
+        assert relay.ask(listener.path, b"alive") == b"alive"
