@@ -1,1 +1,1 @@
-"""Composition: a federation across hospitals. In: an agreement and a hospital's own file. Out: see docs/deployment.md."""
+"""Composition: a federation across hospitals. In: an agreement, a site's own file. Out: a run (docs/deployment.md)."""

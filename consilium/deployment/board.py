@@ -1,4 +1,4 @@
-"""Composition: how a run stands. In: the coordinator's events. Out: `status.json`, whole at any moment, and `log.jsonl`.
+"""Composition: how a run stands. In: the coordinator's events. Out: `status.json`, always whole, and `log.jsonl`.
 
 States of a run: starting, running, finished, failed. Of a site: waiting (its turn comes), training, done (it replied in
 this round), late, lost, absent, refused, or the code of another failure.

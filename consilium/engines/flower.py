@@ -27,7 +27,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp import Grid as Grid
+from flwr.serverapp import ServerApp
 
 from consilium.engines import relay
 
