@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from consilium import keeping, payload, references, results, run
+from consilium import keeping, payload, ranks, references, results, run
 from consilium.config import Config
 from consilium.coordinator import drawn_sites, predicted_passes
 from consilium.engines import stacked
@@ -33,6 +33,7 @@ class Check:
 
     name: str
     parameters: Mapping[str, int]
+    site_parameters: Mapping[str, Table]  # of each, where sites have ranks of their own
     bytes_per_round: Mapping[str, Table]  # sent in round 1; received by a site that lacks everything: total, per_site
     bytes: Mapping[str, Table]  # of the whole run, as result.json will say
     image_passes: Mapping[str, int]
@@ -70,6 +71,7 @@ def check(config: Config) -> Check:
     return Check(
         name=config.name,
         parameters=results.parameters(experiment),
+        site_parameters=results.site_parameters(experiment, names),
         bytes_per_round=first.table(),
         bytes=predicted_bytes(experiment, names),
         image_passes=passes,
@@ -101,7 +103,7 @@ def predicted_bytes(experiment: Experiment, sites: Iterable[str]) -> dict[str, T
     for site in names:
         book.request(site, rounds)
         if config.evaluation.serve == "best":  # the chosen round's tensors go out once more
-            book.count("down", site, rounds, last, last & book.steps)
+            book.count("down", site, rounds, last, last & book.alike(site))
     return book.table()
 
 
@@ -122,6 +124,7 @@ class _Book:
     """Versions in place of tensors: `version` and the one `before` it at the coordinator, and what each site has."""
 
     def __init__(self, experiment: Experiment, names: Sequence[str]) -> None:
+        ranks.check_names(experiment.strategy.declares.parts, names)
         self.experiment, specs, down = experiment, experiment.model.specs, experiment.down(1)
         self.bases = {name for name, spec in down.items() if spec.tag.slot == "base"}
         self.made = {name for name, spec in down.items() if spec.tag.slot == "statistic"}  # not there before a reply
@@ -139,8 +142,14 @@ class _Book:
         """The site gets what it lacks, as a step where it has what that starts from."""
         have = self.have[site]
         news = {name for name in self.experiment.down(number) if have.get(name) != self.version[name]}
-        self.count("down", site, number, news, {n for n in news & self.steps if have.get(n) == self.before[n]})
+        steps = news & self.alike(site)
+        self.count("down", site, number, news, {n for n in steps if have.get(n) == self.before[n]})
         have |= {name: self.version[name] for name in news}
+
+    def alike(self, site: str) -> Set[str]:
+        """Coded tensors of which the site is sent the coordinator's own, and not a part of them."""
+        own, specs = self.experiment.at(self.experiment.like(site)), self.experiment.model.specs
+        return {name for name in self.steps if own.get(name) == specs.get(name)}
 
     def reply(self, site: str, number: int) -> None:
         """The site sends what it trained, as a step from what it was sent, and that has a new version."""
@@ -158,7 +167,10 @@ class _Book:
     def count(self, way: Way, site: str, number: int, names: Set[str], coded: Set[str]) -> None:
         """The payload of a message that holds these tensors, some of them coded."""
         self.latest[way] = set(names)
-        held, declared = [*(names - coded), *self.experiment.codec.names(coded)], self.experiment.wire(way, number)
+        held, declared = (
+            [*(names - coded), *self.experiment.codec.names(coded)],
+            self.experiment.wire(way, number, site),
+        )
         rows = len(self.rows) * sum(_row_bytes(declared[name]) for name in names & self.made)
         self.totals[way][site] += payload.num_bytes(declared, held) + rows
 

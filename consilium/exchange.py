@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -47,9 +47,15 @@ class Partners:
     by_quorum: frozenset[RequestKind] = frozenset({"round"})  # questions that some sites may leave unanswered
 
     @cached_property
-    def common(self) -> Versions:
-        """What every site has before anything is sent."""
-        return {name: digest(tensor) for name, tensor in self.experiment.common.items()}
+    def _common(self) -> dict[str | None, Versions]:
+        return {None: {name: digest(tensor) for name, tensor in self.experiment.common.items()}}
+
+    def common(self, site: str) -> Versions:
+        """What a site has before anything is sent."""
+        like = self.experiment.like(site)
+        if like not in self._common:
+            self._common[like] = {name: digest(tensor) for name, tensor in self.experiment.common_at(site).items()}
+        return self._common[like]
 
 
 @dataclass
@@ -100,7 +106,7 @@ class Exchange:
         try:
             opened = messages.open_message(data)
             self.progress.ledger.add("up", site, opened.size)
-            reply = decode_reply(opened, self.up)
+            reply = decode_reply(opened, self.allowed("up", site))
         except TrainingError as error:
             return Failure(site, "non_finite", str(error))
         except WireError as error:
@@ -114,24 +120,30 @@ class Exchange:
         return self._counted(reply)
 
     @cached_property
-    def up(self) -> Specs:
-        """What may come back, coded or not."""
-        return self.partners.experiment.wire("up", self.number)
+    def _wire(self) -> dict[tuple[str, str | None], Specs]:
+        return {}
+
+    def allowed(self, way: Literal["up", "down"], site: str) -> Specs:
+        """What may go to a site or come back, coded or not; formed once for all sites of the tuner's rank."""
+        experiment, like = self.partners.experiment, self.partners.experiment.like(site)
+        if (way, like) not in self._wire:
+            self._wire[way, like] = experiment.wire(way, self.number, like)
+        return self._wire[way, like]
 
     def _whole(self, reply: Reply) -> Tensors:
         """The tensors of a reply; coded ones are steps from what the site was sent."""
         experiment = self.partners.experiment
-        if reply.tensors.keys() <= experiment.up(self.number).keys():
+        declared = experiment.up(self.number, experiment.like(reply.site))
+        if reply.tensors.keys() <= declared.keys():
             return reply.tensors
-        sent = experiment.strategy.send(self.progress.server, reply.site)
-        return experiment.codec.read(reply.tensors, sent, experiment.up(self.number))
+        return experiment.codec.read(reply.tensors, experiment.send(self.progress.server, reply.site), declared)
 
     def _bounded(self, reply: Reply) -> None:
         """WireError where an update is longer than the strategy lets it be: a site that is broken, or not honest."""
-        strategy = self.partners.experiment.strategy
-        if (limit := strategy.declares.largest_update) is None:
+        experiment = self.partners.experiment
+        if (limit := experiment.strategy.declares.largest_update) is None:
             return
-        sent = strategy.send(self.progress.server, reply.site)
+        sent = experiment.send(self.progress.server, reply.site)
         steps = [value.double() - sent[name].double() for name, value in reply.tensors.items() if name in sent]
         length = math.sqrt(sum(float(step.square().sum()) for step in steps))
         if length > limit:
@@ -217,8 +229,7 @@ class _News:
         self.own = {id(tensor): tensor for tensors in own for tensor in tensors.values()}
         self.digests: dict[int, str] = {}
         self.equal: dict[tuple[tuple[str, str], ...], Versions] = {}
-        self.packed: dict[tuple[tuple[str, int], ...], bytes] = {}
-        self.allowed = exchange.partners.experiment.wire("down", exchange.number)
+        self.packed: dict[tuple[object, ...], bytes] = {}  # by what may travel, and what does
         self.counted: set[str] = set()
 
     def request(self, site: str) -> bytes:
@@ -227,7 +238,7 @@ class _News:
         news, versions = ({}, {}) if exchange.kind == "describe" else self.of(site)
         handshake, builds_on = exchange.partners.experiment.handshake, progress.builds_on.get(site, 0)
         request = Request(exchange.kind, site, exchange.number, builds_on, handshake, news, exchange.context)
-        data = encode(request, self.allowed, self._payload(request))
+        data = encode(request, exchange.allowed("down", site), self._payload(request))
         if site not in self.counted:
             self.counted.add(site)
             exchange.versions[site] = versions
@@ -237,8 +248,8 @@ class _News:
     def of(self, site: str) -> tuple[Tensors, Versions]:
         """What the strategy has for the site and the site's state does not hold, coded where the site holds what a step
         starts from; the digests of all it has."""
-        common, receipts = self.exchange.partners.common, self.exchange.progress.receipts.get(site, {})
-        sent = self.exchange.partners.experiment.strategy.send(self.server, site)
+        common, receipts = self.exchange.partners.common(site), self.exchange.progress.receipts.get(site, {})
+        sent = self.exchange.partners.experiment.send(self.server, site)
         found = {name: self._digest(tensor) for name, tensor in sent.items()}
         versions = self.equal.setdefault(tuple(sorted(found.items())), found)
         held = {name: receipts.get(name) or common.get(name, "") for name in sent}
@@ -254,11 +265,12 @@ class _News:
         return self.digests[id(tensor)]
 
     def _payload(self, request: Request) -> bytes:
-        key = tuple((name, id(tensor)) for name, tensor in request.tensors.items())
+        allowed = self.exchange.allowed("down", request.site)
+        key = (id(allowed), *((name, id(tensor)) for name, tensor in request.tensors.items()))
         if key in self.packed:
             return self.packed[key]
-        packed = messages.pack(request, self.allowed)
-        if all(place in self.own for _, place in key):
+        packed = messages.pack(request, allowed)
+        if all(id(tensor) in self.own for tensor in request.tensors.values()):
             if len(self.packed) == _PACKED:
                 self.packed.pop(next(iter(self.packed)))
             self.packed[key] = packed

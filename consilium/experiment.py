@@ -17,7 +17,7 @@ import numpy as np
 import timm
 import torch
 
-from consilium import registry
+from consilium import ranks, registry
 from consilium.backbones import compiled, recompute, timm_backbone
 from consilium.config import BackboneConfig, Config, agreement_hash
 from consilium.engines import pools
@@ -26,7 +26,7 @@ from consilium.filters.codec import Codec
 from consilium.local.prefix import Kept
 from consilium.local.train import Setting
 from consilium.messages import Handshake, envelope_of, rows
-from consilium.protocols import Backbone, Model, Selector, Slot, Specs, Strategy, Tag, Task, Tuner
+from consilium.protocols import Backbone, Model, Selector, ServerState, Slot, Specs, Strategy, Tag, Task, Tuner
 from consilium.sealing import key_id, read_key
 from consilium.sites.store import default_folder
 from consilium.tensors import Tensors, detach
@@ -59,6 +59,26 @@ class Experiment:
         names = [name for name, spec in self.down(1).items() if spec == specs.get(name)]
         return {name: first[name] for name in names if torch.equal(first[name], other[name])}
 
+    def common_at(self, site: str) -> Tensors:
+        """The same at the site's own rank."""
+        return ranks.cut(self.common, self.at(site))
+
+    def like(self, site: str) -> str | None:
+        """None for a site at which all is as it is in the model; the site itself where its adapters are smaller."""
+        return site if any(site in part.ranks for part in self.strategy.declares.parts) else None
+
+    def at(self, site: str | None) -> Specs:
+        """The model's variables as a site has them, see `ranks.py`; None: at the tuner's rank."""
+        specs = self.model.specs
+        return specs if site is None else ranks.at(specs, self.strategy.declares.parts, site)
+
+    def send(self, server: ServerState, site: str) -> Tensors:
+        """All that a site should know now, at its own rank."""
+        found, limit = self.strategy.send(server, site), server.memory.get(f"{ranks.RANK}{site}")
+        if limit is None and self.like(site) is None:
+            return found
+        return ranks.cut(found, self.at(site), None if limit is None else int(limit))
+
     @cached_property
     def state_key(self) -> bytes | None:
         """What encrypts the files that sites keep, if anything; ConfigError where it is missing or open to others."""
@@ -83,27 +103,28 @@ class Experiment:
     def sent(self, round: int, site: str) -> Specs:
         """What this site will send in this round: of all that may travel, what it trains."""
         active, known = self.active(round, site), self.model.specs
-        return {name: spec for name, spec in self.up(round).items() if name not in known or active(spec.tag)}
+        return {name: spec for name, spec in self.up(round, site).items() if name not in known or active(spec.tag)}
 
-    def up(self, round: int) -> Specs:
+    def up(self, round: int, site: str | None = None) -> Specs:
         """What may leave a site in this round; ConfigError where the strategy would send what is personal."""
         if self.strategy.declares.once and round < self.config.train.rounds:
             return {}
-        found = _impersonal(self.strategy.up(self.model.specs, round), self.model.specs, self.strategy)
+        found = _impersonal(self.strategy.up(self.at(site), round), self.model.specs, self.strategy)
         return {name: spec for name, spec in found.items() if name not in self.model.never_trained}
 
-    def down(self, round: int) -> Specs:
+    def down(self, round: int, site: str | None = None) -> Specs:
         """What may reach a site in this round; ConfigError where the strategy would send what is personal."""
-        return _impersonal(self.strategy.down(self.model.specs, round), self.model.specs, self.strategy)
+        return _impersonal(self.strategy.down(self.at(site), round), self.model.specs, self.strategy)
 
-    def wire(self, direction: Literal["up", "down"], round: int) -> Specs:
+    def wire(self, direction: Literal["up", "down"], round: int, site: str | None = None) -> Specs:
         """The same as it may stand in a message, coded or not."""
-        return self.codec.wire(self.up(round) if direction == "up" else self.down(round))
+        return self.codec.wire(self.up(round, site) if direction == "up" else self.down(round, site))
 
     def contents(self, direction: Literal["up", "down"], message: bytes) -> list[dict[str, Any]]:
         """What a recorded message holds, a row per tensor: name, shape, dtype, bytes. WireError where it is not whole
         or belongs to another experiment."""
-        return rows(message, self.wire(direction, int(envelope_of(message)["round"])))
+        fields = envelope_of(message)
+        return rows(message, self.wire(direction, int(fields["round"]), fields["site"]))
 
 
 def assemble(config: Config, classes: Sequence[str]) -> Experiment:
@@ -145,6 +166,8 @@ def _never_stacked(config: Config, device: str, tuners: Sequence[Tuner], strateg
     alone = [type(tuner).__name__ for tuner in tuners if not getattr(tuner, "stackable", False)]
     if alone:
         return f"{', '.join(alone)}, with these options, cannot act on several sites in one batch"
+    if any(part.ranks for part in strategy.declares.parts):
+        return "sites have ranks of their own"
     return "the strategy changes frozen weights, which stacked sites share" if strategy.declares.changes_base else ""
 
 

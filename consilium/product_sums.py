@@ -15,7 +15,8 @@ from torch import Tensor
 
 from consilium.errors import WireError
 from consilium.products import Product
-from consilium.tensors import Tensors, select, weighted_mean
+from consilium.ranks import filled
+from consilium.tensors import Tensors, weighted_mean
 
 Terms = Sequence[tuple[float, Tensors]]  # weight, tensors of one site
 Pair = tuple[float, Tensor, Tensor]  # share of the site (all add up to 1), left [rows, r_k], right [r_k, columns]
@@ -24,7 +25,7 @@ Pair = tuple[float, Tensor, Tensor]  # share of the site (all add up to 1), left
 def product_svd(products: Sequence[Product], terms: Terms, start: Tensors) -> dict[str, Tensor]:
     """Factors whose product is sum w_k L_k R_k at the rank of the coordinator's own in `start`: the nearest there is,
     and exact where that rank is enough. Sites may send any ranks. The dense sum is never formed. Where nobody sent one
-    of the two factors, it is common and stays, and the mean of the other is exact."""
+    of the two factors, it is common and stays, and the mean of the other, filled with zeros, is exact."""
     found: dict[str, Tensor] = {}
     for product in products:
         if len(_sent(product, terms)) <= len(product.left):
@@ -122,13 +123,21 @@ def _held(product: Product, terms: Terms, start: Tensors) -> Terms:
     """Both factors of every site that trained one of them."""
     names = {*product.left, product.right}
     held: list[tuple[float, Tensors]] = [
-        (w, {n: {**start, **tensors}[n] for n in names}) for w, tensors in terms if names & tensors.keys()
+        (w, _both(product, tensors, start)) for w, tensors in terms if names & tensors.keys()
     ]
     total = float(sum(weight for weight, _ in held))
     if held and not total > 0:
         what = "the weights of a mean must add up to more than nothing"
         raise WireError(what, where=product.right, received=total)
     return held
+
+
+def _both(product: Product, tensors: Tensors, start: Tensors) -> dict[str, Tensor]:
+    """Both factors of a site at the rank at which it trained one of them or both."""
+    left, right = next((tensors[n] for n in product.left if n in tensors), None), tensors.get(product.right)
+    rank = len(right) if right is not None else left.shape[1] if left is not None else 0
+    own = {**{n: start[n][:, :rank] for n in product.left}, product.right: start[product.right][:rank]}
+    return {name: tensors.get(name, value) for name, value in own.items()}
 
 
 def _pairs(product: Product, terms: Terms, start: Tensors) -> list[Pair]:
@@ -139,7 +148,8 @@ def _pairs(product: Product, terms: Terms, start: Tensors) -> list[Pair]:
 
 def _means(product: Product, terms: Terms, start: Tensors) -> dict[str, Tensor]:
     sent = _sent(product, terms)
-    return weighted_mean([(w, select(tensors, sent)) for w, tensors in _held(product, terms, start)])
+    held = _held(product, terms, start)
+    return weighted_mean([(w, {n: filled(tensors[n], start[n]) for n in sorted(sent)}) for w, tensors in held])
 
 
 def _left(product: Product, tensors: Tensors) -> Tensor:

@@ -102,6 +102,7 @@ def write(out: Path, experiment: Experiment, federation: Federation, plans: Sequ
         },
         "classes": list(federation.classes),
         "parameters": parameters(experiment),
+        "site_parameters": site_parameters(experiment, names),
         **summary,
         "wire": {"up": wire(up, experiment.codec), "down": wire(down, experiment.codec)},
         "kept_at_site": wire(keeping.kept(experiment, names)),
@@ -197,13 +198,22 @@ def outcome(out: Path) -> dict[str, Any]:
 def parameters(experiment: Experiment) -> dict[str, int]:
     """Scalars of the backbone, and of what a site trains and sends in a round (the first: tuners may choose anew; the
     last, of a strategy that sends in no other)."""
-    model, active = experiment.model, experiment.active(1, "")
-    sends = experiment.config.train.rounds if experiment.strategy.declares.once else 1
-    return {
-        "backbone": experiment.backbone.num_parameters,
-        "trainable": _count({n: spec for n, spec in model.specs.items() if active(spec.tag)}) + model.inert,
-        "exchanged": _count(experiment.sent(sends, "")),
-    }
+    return {"backbone": experiment.backbone.num_parameters, **_of_site(experiment, "")}
+
+
+def site_parameters(experiment: Experiment, names: Sequence[str]) -> dict[str, dict[str, int]]:
+    """What each site trains and sends in a round, where sites have ranks of their own."""
+    ranked = any(part.ranks for part in experiment.strategy.declares.parts)
+    return {site: _of_site(experiment, site) for site in names} if ranked else {}
+
+
+def _of_site(experiment: Experiment, site: str) -> dict[str, int]:
+    active, sends = (
+        experiment.active(1, site),
+        experiment.config.train.rounds if experiment.strategy.declares.once else 1,
+    )
+    trained = {name: spec for name, spec in experiment.at(site).items() if active(spec.tag)}
+    return {"trainable": _count(trained) + experiment.model.inert, "exchanged": _count(experiment.sent(sends, site))}
 
 
 def _count(specs: Specs) -> int:

@@ -109,7 +109,8 @@ class Outcome:
 
     def decode(self, way: str, data: bytes) -> Any:
         decode = decode_request if way == "down" else decode_reply
-        return decode(data, getattr(self.experiment, way)(envelope_of(data)["round"]))
+        fields = envelope_of(data)
+        return decode(data, getattr(self.experiment, way)(fields["round"], fields["site"]))
 
 
 Wrap = Callable[[Transport], Transport]

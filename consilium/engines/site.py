@@ -54,7 +54,7 @@ class Site:
             opened = open_message(data)
             fields = opened.fields
             self._agree(fields)
-            request = decode_request(opened, self.experiment.wire("down", int(fields["round"])))
+            request = decode_request(opened, self.experiment.wire("down", int(fields["round"]), self.data.name))
             self._accept(request)
             self._stay_home()
         except WireError as error:  # the site's data are untouched: this speaks of the message alone
@@ -63,7 +63,7 @@ class Site:
             return self._sealed(fields, error)
         try:
             reply = self._answer(request)
-            return encode(reply, self.experiment.wire("up", reply.round))
+            return encode(reply, self.experiment.wire("up", reply.round, self.data.name))
         except Exception as error:
             return self._sealed(fields, error)
 
@@ -143,7 +143,7 @@ class Site:
             return Reply(self.data.name, request.round, 0, failure=Failure(self.data.name, "non_finite", message))
         sent = {**state.received, **learned.update}
         outgoing = self._validated(sent, learned.personal, incoming, depth) if validated else {}
-        declared = self.experiment.up(request.round)
+        declared = self.experiment.up(request.round, self.data.name)
         wire, left = self.experiment.codec.reply(learned.update, state.received, state.residual, declared)
         after = SiteState(request.round, state.received, learned.personal, learned.update, moments, left, outgoing)
         self._states.save(after, keep={request.builds_on, *request.context.get("keep", ())})
@@ -212,12 +212,13 @@ class Site:
             return self._states.load(request.builds_on)
         initial, specs = self.experiment.initial(self.secret), self.experiment.model.specs
         personal = self.experiment.strategy.init_site(initial, specs, self.data.name)
-        return SiteState(0, self.experiment.common, personal)
+        return SiteState(0, self.experiment.common_at(self.data.name), personal)
 
     def _state(self, request: Request) -> SiteState:
         """The same with what the request brought."""
         state = self._held(request)
-        news = self.experiment.codec.read(request.tensors, state.received, self.experiment.down(request.round))
+        declared = self.experiment.down(request.round, self.data.name)
+        news = self.experiment.codec.read(request.tensors, state.received, declared)
         return replace(state, received={**state.received, **news})
 
     def _learn(self, request: Request, state: SiteState, moments: dict[str, Any]) -> Learned:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from consilium import checkpoint
+from consilium import checkpoint, ranks
 from consilium.errors import StateError
 from consilium.experiment import Experiment
 from consilium.protocols import Personal, Specs
@@ -111,7 +111,9 @@ def _part(flat: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
 
 # ------------------------------------------------------------------------------------------------ room on the disk
 def check_room(experiment: Experiment, folder: Path, sites: Collection[str]) -> None:
-    """StateError where the disk under a run folder has not even room for the tensors that its sites will keep there."""
+    """StateError where the disk under a run folder has not even room for the tensors that its sites will keep there;
+    ConfigError where ranks are given to sites that are not among them."""
+    ranks.check_names(experiment.strategy.declares.parts, sites)
     train = experiment.config.train
     rounds, drawn = min(2, train.rounds), max(1, round(train.participation * len(sites)))
     each = least_bytes(experiment, min(sites))
@@ -130,7 +132,7 @@ def check_room(experiment: Experiment, folder: Path, sites: Collection[str]) -> 
 def least_bytes(experiment: Experiment, site: str) -> int:
     """Of a site's state after a round: every variable, as it came or as it is personal; what was trained to be
     sent; the moments of that. What a strategy keeps beside these, and what a codec left unsaid, come on top."""
-    train, specs = experiment.config.train, experiment.model.specs
+    train, specs = experiment.config.train, experiment.at(site)
     moments = 0 if train.moments == "reset" else 2 if train.optimizer == "adamw" else 1 if train.momentum else 0
     halves = [experiment.sent(number, site) for number in (1, 2)]  # some strategies send halves in turn
     sent = min(_num_bytes({name: each[name] for name in each.keys() & specs.keys()}) for each in halves)

@@ -12,7 +12,8 @@ fedex: FedEx-LoRA, Singhal et al., ACL 2025, arXiv 2410.09432: means of factors,
     B -> the left factor     A -> the right factor     W_0 -> the frozen tensor that scale * B A is added to
 Leaves the site: the factors that the round trains, whatever else the tuner trains, and the number of training images.
 Stays: images, personal tensors. Kept between rounds: as FedAvg; flora and fedex also change frozen weights, everywhere.
-Departures: they work for low-rank prompts too. What else a hybrid trains is averaged. Equal ranks at all sites.
+Departures: they work for low-rank prompts too. What else a hybrid trains is averaged. `ranks` (flexlora and flora, with
+lora) are ranks of single sites: the first rows of A and columns of B, at the tuner's scale (decision 0025).
 flexlora: U S | V. flora: factors start anew from the run's first draw, alike at all sites; flora, fedex: the changed
 W_0 comes down as one matrix, not as factors of all sites or of the residual (docs/aggregation.md says what that costs).
 Identity: one site = local training, for flora merged and restarted in every round; equal sites = one site; ffa, rolora:
@@ -27,10 +28,14 @@ Slow reference: test_round_by_round_the_factors_are_the_formulas
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field, model_validator
 
 from consilium.aggregation import Aggregation, Kind, Weighting
-from consilium.protocols import Declaration, Tag, Trains
+from consilium.protocols import Declaration, Part, Tag, Trains
 from consilium.registry import Options, register
 from consilium.strategies.fedavg import FedAvg
 
@@ -42,6 +47,21 @@ class FactorOptions(Options):
     """Keys of `[strategy]` for the published names, which leave no sum to choose."""
 
     weights: Weighting = "examples"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _equal(cls, table: Mapping[str, object]) -> Mapping[str, object]:
+        if "ranks" in table and "ranks" not in cls.model_fields:
+            raise ValueError("a mean of factors needs one rank at all sites: ranks are of hetlora, flexlora and flora")
+        return table
+
+
+class RankedOptions(FactorOptions):
+    """Keys of `[strategy]` where sites may have ranks of their own."""
+
+    ranks: Mapping[
+        str, Annotated[int, Field(ge=1)]
+    ] = {}  # site -> its rank; of the others, and the largest: the tuner's
 
 
 def all_trained(tag: Tag, round: int) -> bool:  # noqa: ARG001
@@ -68,11 +88,13 @@ class _Preset:
     source: str
     leaves: str
     exact: str
+    options: type[FactorOptions] = FactorOptions
 
     def build(self, options: FactorOptions) -> FedAvg:
         """FedAvg with this sum and this rule of what trains."""
         aggregate = Aggregation(self.kind, of_factors=True)
-        return FedAvg(options.weights, declares=Declaration(trains=self.trains), aggregate=aggregate)
+        parts = (Part(ranks=options.ranks if isinstance(options, RankedOptions) else {}),)
+        return FedAvg(options.weights, declares=Declaration(parts, trains=self.trains), aggregate=aggregate)
 
 
 PRESETS = (
@@ -111,6 +133,7 @@ PRESETS = (
         "FlexLoRA: Bai et al., NeurIPS 2024, arXiv 2402.11505",
         "both factors and the head",
         "the nearest to the mean of products at this rank; the mean itself where its rank is no larger",
+        RankedOptions,
     ),
     _Preset(
         "flora",
@@ -120,6 +143,7 @@ PRESETS = (
         "FLoRA: Wang et al., NeurIPS 2024, arXiv 2409.05976",
         "both factors and the head",
         "mean of products",
+        RankedOptions,
     ),
     _Preset(
         "fedex",
@@ -137,7 +161,7 @@ for _preset in PRESETS:
     register(
         "strategies",
         _preset.name,
-        options=FactorOptions,
+        options=_preset.options,
         summary=_preset.summary,
         source=_preset.source,
         facts=_facts,

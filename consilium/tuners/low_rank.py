@@ -95,13 +95,16 @@ def _few(names: Iterable[str]) -> str:
 
 
 def room(linear: nn.Linear, name: str, rank: int, part: Part) -> int:
-    """Room for the largest rank of any site; smaller factors are used as they come."""
-    largest, limit = max([part.rank or rank, *part.ranks.values()]), min(linear.in_features, linear.out_features)
-    if largest > limit:
+    """The part's rank: room for those of all sites, since smaller factors are used as they come."""
+    own, limit = part.rank or rank, min(linear.in_features, linear.out_features)
+    if own > limit:
+        raise ConfigError("the rank exceeds the layer", where=f"lora on {name}", allowed=f"<= {limit}", received=own)
+    if above := {site: found for site, found in part.ranks.items() if found > own}:
+        remedy = "make the tuner's rank the largest of all sites"
         raise ConfigError(
-            "the rank exceeds the layer", where=f"lora on {name}", allowed=f"<= {limit}", received=largest
+            "a site's rank exceeds the tuner's", where="strategy.ranks", allowed=own, received=above, remedy=remedy
         )
-    return largest
+    return own
 
 
 def require_sum(dora: bool, combination: Combination) -> None:

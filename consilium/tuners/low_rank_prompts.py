@@ -107,7 +107,12 @@ class LowRankPrompts:
         for a rank that saves nothing."""
         tokens.require_sum(NAME, parts, combination)
         width, layers = tokens.width(backbone), tokens.num_layers(backbone, self.options.depth)
-        ranks = {part.name: max([part.rank or self.options.rank, *part.ranks.values()]) for part in parts}
+        if any(part.ranks for part in parts):
+            what = (
+                "prompts start as a product, of which a site of a smaller rank would have another: ranks are for lora"
+            )
+            raise ConfigError(what, where="strategy.ranks", allowed="none with this tuner")
+        ranks = {part.name: part.rank or self.options.rank for part in parts}
         for rank in ranks.values():
             _require_saving(self.options, rank, layers, width)
         adapter = LowRankPromptsAdapter(backbone, self.options, ranks)

@@ -42,8 +42,9 @@ def test_every_file_is_there(finished: Finished) -> None:
 KEYS = {
     "schema_version", "name", "consilium_version", "versions", "hardware", "seed",
     "config_hash", "agreement_hash", "split_hash", "data_digest", "backbone", "classes",
-    "parameters", "bytes", "wire", "kept_at_site", "numbers", "seconds", "site_seconds", "image_passes",
-    "peak_memory_bytes", "rounds", "served_round", "sites", "warnings", "metrics", "references", "majority",
+    "parameters", "site_parameters", "bytes", "wire", "kept_at_site", "numbers", "seconds", "site_seconds",
+    "image_passes", "peak_memory_bytes", "rounds", "served_round", "sites", "warnings", "metrics",
+    "references", "majority",
 }  # fmt: skip
 
 

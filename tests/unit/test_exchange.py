@@ -103,7 +103,7 @@ def test_what_all_lack_is_hashed_and_packed_once(monkeypatch: pytest.MonkeyPatch
         packed.extend([message] if isinstance(message, Request) else [])
         return pack(message, allowed)
 
-    assert exchange.partners.common
+    assert exchange.partners.common("a")
     monkeypatch.setattr("consilium.exchange.digest", counted_digest)
     monkeypatch.setattr("consilium.messages.pack", counted_pack)
     assert len(list(exchange)) == 9
