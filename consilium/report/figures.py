@@ -33,11 +33,17 @@ from consilium.report.text import bytes_text, short, whole
 
 
 def learning_curves(
-    title: str, series: Mapping[str, Sequence[tuple[int, float | None]]], last_round: int, span: Pair
+    title: str,
+    series: Mapping[str, Sequence[tuple[int, float | None]]],
+    last_round: int,
+    span: Pair,
+    level: float | None = None,
 ) -> Markup:
-    """Lines over rounds, one per series [(round, value)]; a missing value breaks the line."""
+    """Lines over rounds, one per series [(round, value)]; a missing value breaks the line. `level` is drawn dotted."""
     x, y = Axis(0, max(last_round, 1), 38, 292), Axis(*span, 160, 10)
     parts = [grid_y(y, 38, 292), axis_x(x, 160, whole_ticks(last_round), whole)]
+    if level is not None:
+        parts.append(f'<line class="diagonal" x1="38" x2="292" y1="{y(level):.1f}" y2="{y(level):.1f}"/>')
     for number, points in enumerate(series.values()):
         parts.append(polyline(number, [(x(at), y(v)) if v is not None else None for at, v in points]))
         parts += [marker(number, x(at), y(v), 2.6) for at, v in points if v is not None]

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from consilium import checkpoint
 from consilium.errors import ConfigError
-from consilium.report import marks, unseen
+from consilium.report import marks, mechanism, unseen
 from consilium.report.load import Run, load_run
 from consilium.report.sections import Figure, Section, compared, sections, summary, tiles
 from consilium.report.tables import Table
@@ -47,9 +47,9 @@ def environment() -> Environment:
 
 
 def _sections(run: Run) -> list[Section]:
-    """Sites that took no part come behind the results of those that did."""
-    first, *rest = sections(run)
-    return [first, *unseen.sections(run.folder), *rest]
+    """Sites that took no part come behind the results of those that did, how two adapters relate behind all results."""
+    first, *rest, traffic, data, again = sections(run)
+    return [first, *unseen.sections(run.folder), *rest, *mechanism.sections(run), traffic, data, again]
 
 
 def page(runs: Sequence[Run]) -> str:

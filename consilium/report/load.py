@@ -207,6 +207,7 @@ class SiteEvent(Plain):
     loss: float | None = None
     learning_rate: float | None = None
     val: dict[str, dict[str, float | None]] = {}
+    learned: dict[str, float | None] = {}  # numbers of the strategy's own
 
 
 class Event(Plain):

@@ -160,9 +160,10 @@ def _learning(run: Run) -> Section:
     name = NAMES.get(metric, metric)
     curves = {site: _validation(run, site, metric) for site in run.result.sites}
     losses = {site: {"Training loss": _losses(run, site)} for site in run.result.sites}
-    legend = ["as it came in", "after local training"]
+    legend = [CAME_IN, TRAINED]
     main = Figure(f"{name} on each site's validation split", _panels(run, curves, name), legend)
-    blocks: list[Block] = [main, *([_absences(run)] if any(_missed(run).values()) else [])]
+    blocks: list[Block] = [main, *_changes(run, curves, name)]
+    blocks += [_absences(run)] if any(_missed(run).values()) else []
     folded = Figure("Mean training loss of each round", _panels(run, losses, "training loss"))
     return Section("Learning curves", blocks, [("Training loss", [folded])])
 
@@ -185,6 +186,7 @@ def _absences(run: Run) -> Table:
 
 
 Curve = list[tuple[int, float | None]]
+CAME_IN, TRAINED = "after aggregation, as it came in", "before aggregation, after local training"
 
 
 def _validation(run: Run, site: str, metric: str) -> dict[str, Curve]:
@@ -195,7 +197,22 @@ def _validation(run: Run, site: str, metric: str) -> dict[str, Curve]:
     last = (run.result.metrics.val.get("personal") or {}).get(metric)
     if last is not None and site in last.per_site and run.result.served_round == run.result.rounds:
         incoming.append((run.result.rounds, last.per_site[site].value))
-    return {"as it came in": incoming, "after local training": outgoing}
+    return {CAME_IN: incoming, TRAINED: outgoing}
+
+
+def _changes(run: Run, curves: Mapping[str, Mapping[str, Curve]], name: str) -> list[Block]:
+    """After minus before aggregation: the model that came in one round later, and the one that a site had trained."""
+    changes: dict[str, Curve] = {}
+    for site, series in curves.items():
+        after, before = dict(series[CAME_IN]), dict(series[TRAINED])
+        pairs = [(at, after.get(at), v) for at, v in sorted(before.items())]
+        changes[site] = [(at, a - v) for at, a, v in pairs if a is not None and v is not None]
+    if not any(changes.values()):
+        return []
+    span = padded([0.0, *(v for curve in changes.values() for _, v in curve if v is not None)])
+    title = f"{name} after minus before aggregation: {told(changes)}"
+    drawing = figures.learning_curves(title, changes, run.events[-1].round, span, 0.0)
+    return [Figure(f"What aggregation changed: {name}, after minus before", [("", drawing)], list(changes))]
 
 
 def _losses(run: Run, site: str) -> Curve:
@@ -206,12 +223,12 @@ def _panels(run: Run, curves: Mapping[str, Mapping[str, Curve]], name: str) -> l
     values = [v for series in curves.values() for curve in series.values() for _, v in curve if v is not None]
     span, last = padded(values), run.events[-1].round
     return [
-        (site, figures.learning_curves(f"{name} at {site}: {_told(series)}", series, last, span))
+        (site, figures.learning_curves(f"{name} at {site}: {told(series)}", series, last, span))
         for site, series in curves.items()
     ]
 
 
-def _told(series: Mapping[str, Curve]) -> str:
+def told(series: Mapping[str, Curve]) -> str:
     """A curve in words, for those who do not see it."""
     told = []
     for name, curve in series.items():

@@ -242,8 +242,8 @@ def test_curves_put_what_came_in_at_the_round_before(folder: Path) -> None:
     told = re.search(r"Balanced accuracy at aarhus: ([^\"]*)", text)
     assert told is not None
     assert re.fullmatch(
-        r"as it came in 0\.410 in round 0, 0\.\d+ in round 6; "
-        r"after local training 0\.450 in round 1, 0\.\d+ in round 6",
+        r"after aggregation, as it came in 0\.410 in round 0, 0\.\d+ in round 6; "
+        r"before aggregation, after local training 0\.450 in round 1, 0\.\d+ in round 6",
         told[1],
     )
 
