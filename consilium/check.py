@@ -22,6 +22,7 @@ from consilium.engines import stacked
 from consilium.experiment import Experiment, assemble
 from consilium.protocols import Spec
 from consilium.sites import audit
+from consilium.unseen import measure as unseen
 
 Table = dict[str, Any]
 Way = Literal["up", "down"]
@@ -60,6 +61,7 @@ def check(config: Config) -> Check:
     run.check_serving(config, prepared)
     gathered = references.gathered(config, prepared)
     experiment = stacked.resolved(assemble(config, prepared.classes), len(gathered))
+    unseen.check(experiment, prepared)
     names = sorted(gathered)
     first = _Book(experiment, names)
     for site in names:

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from consilium import cli_data, cli_deploy, cli_study
+from consilium import cli_data, cli_deploy, cli_study, cli_unseen
 from consilium.cli_data import ConfigFile, Json, Settings, print_json
 from consilium.errors import BackboneError, ConfigError, ConsiliumError, DataError
 
@@ -30,6 +30,7 @@ app.add_typer(cli_deploy.deploy, name="deploy")
 app.add_typer(cli_deploy.site, name="site")
 app.add_typer(cli_deploy.coordinator, name="coordinator")
 app.command("study")(cli_study.study)
+app.command("unseen")(cli_unseen.unseen)
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")]
 

@@ -56,8 +56,7 @@ def run(
             _open(plan, prepared)
         if not (out / "result.json").is_file():
             _train(plans, prepared, show, record)
-            alone = references.reference_config(config, "local", {})
-            unseen.measure(out, plans[MAIN].experiment, alone, prepared, show)
+            unseen.measure(out, plans[MAIN].experiment, prepared, show)
             results.write(out, plans[MAIN].experiment, prepared, list(plans))
         results.report(out)
         show({"event": "finish", **results.outcome(out)})
@@ -82,6 +81,7 @@ def make_plans(config: Config, prepared: sites.Federation, out: Path) -> dict[st
     """The run and the references it asks for, by name."""
     check_serving(config, prepared)
     plans = {MAIN: _plan(config, prepared, references.gathered(config, prepared), out)}
+    unseen.check(plans[MAIN].experiment, prepared)
     for name in config.evaluation.references:
         alone, data = references.reference(config, name, prepared)
         plans[name] = _plan(alone, prepared, data, out / "references" / name)

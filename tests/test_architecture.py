@@ -23,7 +23,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "consilium"
 STAGES = ("sites", "backbones", "tasks", "tuners", "local", "filters", "strategies", "engines", "report")
-ENTRANCES = ("__init__", "__main__", "cli", "cli_data", "cli_deploy", "cli_study")
+ENTRANCES = ("__init__", "__main__", "cli", "cli_data", "cli_deploy", "cli_study", "cli_unseen")
 COMPOSITION = ("experiment", "exchange", "coordinator", "keeping", "results", "run", "check", "predict", "export")
 COMPOSITION += ("deployment", "mechanism", "references", "study", "unseen")
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -26,6 +26,7 @@ from consilium.sites.federation import Federation
 from consilium.study import chosen
 from consilium.study.axes import Settings, named
 from consilium.study.plan import Cell, Plan, essence
+from consilium.unseen import measure as unseen
 
 Display = Callable[[Mapping[str, Any]], None]
 PROCESS_BYTES = 900_000_000  # of Python and its libraries, as measured, with some room
@@ -122,7 +123,8 @@ def _facts(config: Config, data: Federation) -> Facts | ConsiliumError:
         there = replace(experiment, setting=replace(experiment.setting, device=device))
         gathered = references.gathered(config, data)
         stacked_sites = stacked.size(stacked.resolved(there, len(gathered)).config)
-    except ConfigError as error:
+        unseen.check(experiment, data)
+    except (ConfigError, DataError) as error:
         return error
     images = {name: len(site.train) for name, site in data.sites.items()}
     sent = check.predicted_bytes(experiment, sorted(gathered))

@@ -17,14 +17,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from consilium import checkpoint, metrics, results, rounds
-from consilium.config import Config
+from consilium import checkpoint, metrics, references, results, rounds
 from consilium.config_unseen import UnseenConfig
 from consilium.data import SiteData
 from consilium.engines.simulate import Federation as Answered
 from consilium.engines.simulate import secrets_of, threads
 from consilium.engines.site import Site, stack
-from consilium.errors import DataError, TrainingError
+from consilium.errors import DataError, StateError, TrainingError
 from consilium.exchange import Display
 from consilium.experiment import Experiment, assemble
 from consilium.protocols import ServerState
@@ -75,19 +74,18 @@ def visited(data: Answered, prepared: Federation) -> dict[str, Answered]:
     return {GUESTS: Answered(data.config, data.classes, prepared.held_out, data.folder / GUESTS, secrets)}
 
 
-def measure(out: Path, experiment: Experiment, alone: Config, prepared: Federation, show: Display) -> None:
+def measure(out: Path, experiment: Experiment, prepared: Federation, show: Display) -> None:
     """Write unseen.json and unseen.parquet of a run whose rounds are done, unless the configuration wants none.
 
-    `alone`: the configuration of local training, the baseline. Raises ConfigError where the strategy has nothing of
-    what `unseen.trains` names, DataError for a site without training images, TrainingError for numbers that are not
-    finite.
+    Raises ConfigError where the strategy has nothing of what `unseen.trains` names, DataError for a site without
+    training images, TrainingError for numbers that are not finite.
     """
     options = experiment.config.unseen
     if options is None:
         return
     with threads(experiment.config.engine.threads):
         server = _served(out, experiment)
-        local = assemble(alone, prepared.classes)
+        local = assemble(references.reference_config(experiment.config, "local", {}), prepared.classes)
         guests = [_guest(out, experiment, local, server, data, options) for data in prepared.held_out.values()]
         parts = out / GUESTS / f"shots-{_key(experiment, options)}"
         tables = [*map(_zero_shot, guests), *_work(guests, options, parts, show)]
@@ -100,6 +98,29 @@ def measure(out: Path, experiment: Experiment, alone: Config, prepared: Federati
     shutil.rmtree(parts, ignore_errors=True)
 
 
+def check(experiment: Experiment, prepared: Federation) -> None:
+    """Raise, before any training, what `measure` would raise of configuration and data. One step on one image tells
+    whether a strategy keeps anything personal."""
+    options, config = experiment.config.unseen, experiment.config
+    if options is None:
+        return
+    for data in prepared.held_out.values():
+        _check_images(data)
+    if options.trains in ("personal", "head"):
+        strategy, data = experiment.strategy, next(iter(prepared.held_out.values()))
+        initial = experiment.initial(config.seed)
+        server = strategy.init_server(initial, experiment.model.specs, sorted(prepared.sites))
+        newcomer = Newcomer(experiment, data.name, received(experiment, server, data.name), 0)
+        if newcomer.start:
+            newcomer.way(options.trains, few(data.train, 1, config.seed, data.name, 0))
+
+
+def _check_images(data: SiteData) -> None:
+    if not len(data.train):
+        remedy = "give the site training rows, or leave [unseen] out"
+        raise DataError("an unseen site has no training images to draw from", received=data.name, remedy=remedy)
+
+
 def _served(out: Path, experiment: Experiment) -> ServerState:
     """What the coordinator would send to a site that joins now."""
     number = checkpoint.read_json(out / "summary.json")["served_round"]
@@ -109,9 +130,7 @@ def _served(out: Path, experiment: Experiment) -> ServerState:
 def _guest(
     out: Path, experiment: Experiment, local: Experiment, server: ServerState, data: SiteData, options: UnseenConfig
 ) -> Guest:
-    if not len(data.train):
-        remedy = "give the site training rows, or leave [unseen] out"
-        raise DataError("an unseen site has no training images to draw from", received=data.name, remedy=remedy)
+    _check_images(data)
     secret = secrets_of(experiment.config.seed, {data.name: data})[data.name]
     joined = Newcomer(experiment, data.name, received(experiment, server, data.name), secret)
     alone = Newcomer(local, data.name, {}, secret)
@@ -178,11 +197,27 @@ def _about(out: Path, experiment: Experiment, guests: Sequence[Guest], options: 
         **{key: stored[key] for key in ("config_hash", "data_digest", "split_hash")},
         "code": results.code_digest(),
         "options": options.model_dump(mode="json"),
+        "earlier": _earlier(out / RESULT, options),
         "trains": {"way": first.way, "what": SAID.get(first.way, NOTHING), **_trained(first, options)},
         "zero_shot": {"measured": not _not_measured(first), "reason": _not_measured(first)},
         "sites": {guest.data.name: _taken(guest.data, classes, experiment.config.seed, options) for guest in guests},
         "notes": [text for guest in guests for text in _fewer(guest.data, classes, options.shots)],
     }
+
+
+def _earlier(path: Path, options: UnseenConfig) -> list[Any]:
+    """Other options with which these test images were read before."""
+    before, own = previous(path), options.model_dump(mode="json")
+    read = [*before.get("earlier", []), before["options"]] if before else []
+    return [each for each in read if each != own]
+
+
+def previous(path: Path) -> dict[str, Any]:
+    """The unseen.json that is there, empty where there is none; StateError where it is damaged."""
+    found = checkpoint.read_json(path) if path.is_file() else {}
+    if found and not (isinstance(found, dict) and {"options", "code", "rows"} <= found.keys()):
+        raise StateError("this file lacks what was measured", where=str(path), remedy="delete it and measure again")
+    return dict(found)
 
 
 def _trained(guest: Guest, options: UnseenConfig) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,18 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consilium import checkpoint, config, run
+from consilium.check import check
 from consilium.data import Examples
 from consilium.engines.site import Site
-from consilium.errors import ConfigError, StateError
+from consilium.errors import ConfigError, DataError, StateError
 from consilium.experiment import assemble
 from consilium.local.train import Trainer
 from consilium.predict import load_trained
 from consilium.report.html import render
 from consilium.tensors import Tensors, digest_all, equal
+from consilium.unseen.again import curves, unseen
 from consilium.unseen.newcomer import class_counts
 from consilium.unseen.shots import few, order
 from tests import hospitals
-from tests.e2e.runs import events, read
+from tests.e2e.runs import contents, events, read
 
 GUEST = "summit"
 TABLE: dict[str, Any] = {
@@ -348,3 +351,78 @@ def test_a_damaged_unseen_json_is_named(runs: Runs, tmp_path: Path) -> None:
     (out / "unseen.json").write_text('{"schema_version": 2}')
     with pytest.raises(StateError, match=r"schema_version[\s\S]*unseen.json"):
         render([out])
+
+
+# ------------------------------------------------------------------------------------------------ later, and again
+def test_a_finished_run_is_measured_later_without_being_touched(tmp_path: Path) -> None:
+    out = run.run(configure(unseen=None), tmp_path / "out")
+    before = contents(out)
+    assert not (out / "unseen.json").exists()
+    path = unseen(out, {"shots": [2], "draws": 1, "steps": 3})
+    first = read(path)
+    assert (first["options"]["shots"], first["earlier"]) == ([2], [])
+    changed = {name for name, content in contents(out).items() if before.get(name) != content}
+    assert changed == {"unseen.json", "unseen.parquet", "report.html"}
+    written = path.stat().st_mtime_ns
+    assert unseen(out, {"shots": [2], "draws": 1, "steps": 3}).stat().st_mtime_ns == written, "there already"
+    again = read(unseen(out, {"shots": [1, 2], "draws": 1, "steps": 3, "trains": "head"}))
+    assert again["earlier"] == [first["options"]]
+    assert again["trains"]["way"] == "head"
+    assert [(row["site"], row["k"]) for row in curves(path)] == [(GUEST, 0), (GUEST, 1), (GUEST, 2)]
+
+
+def test_later_or_at_once_is_the_same(runs: Runs, tmp_path: Path) -> None:
+    out = run.run(configure(unseen=None, strategy={"name": "fedavg"}), tmp_path / "out")
+    unseen(out, TABLE["unseen"])
+    assert (out / "unseen.parquet").read_bytes() == (runs("fedavg") / "unseen.parquet").read_bytes()
+    assert read(out / "unseen.json")["rows"] == read(runs("fedavg") / "unseen.json")["rows"]
+
+
+def test_folders_that_cannot_be_measured_are_refused(runs: Runs, tmp_path: Path) -> None:
+    with pytest.raises(StateError, match="no run folder"):
+        unseen(tmp_path)
+    out = shutil.copytree(runs("fedavg"), tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"draws[\s\S]*unseen"):
+        unseen(out, {"draws": 0})
+    (out / "unseen.json").write_text("[1]")
+    with pytest.raises(StateError, match=r"lacks what was measured[\s\S]*delete"):
+        unseen(out)
+    stored = read(out / "config.json")
+    (out / "config.json").write_text(json.dumps({**stored, "data_digest": "other"}))
+    (out / "unseen.json").unlink()
+    with pytest.raises(StateError, match=r"data are not those of the run[\s\S]*data_digest"):
+        unseen(out)
+    (out / "result.json").unlink()
+    with pytest.raises(StateError, match="not finished"):
+        unseen(out)
+    whole = {**stored["config"], "unseen": None, "sites": {**stored["config"]["sites"], "held_out": []}}
+    (out / "config.json").write_text(json.dumps({**stored, "config": whole}))
+    (out / "result.json").write_text("{}")
+    with pytest.raises(ConfigError, match="held no site out"):
+        unseen(out)
+
+
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [
+        ({"unseen": {"trains": "personal"}}, r"keeps nothing personal[\s\S]*head, all"),
+        ({"unseen": {"trains": "head"}, "head": {"share": "frozen"}}, r"head is not trained[\s\S]*unseen.trains"),
+    ],
+)
+def test_what_the_strategy_lacks_is_refused_before_training(tables: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        run.run(configure(**tables), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match=words):
+        check(configure(**tables))
+
+
+def test_an_unseen_site_without_training_images_is_refused(tmp_path: Path) -> None:
+    table = hospitals.records(*PATIENTS).assign(split="train")
+    table["split"] = ["test" if site == "west" else "train" for site in table["site"]]
+    table["group"] = table["site"] + table["group"]
+    hospitals.write(tmp_path, table)
+    sites = {"source": "manifest", "table": str(tmp_path / "table.csv"), "images": str(tmp_path / "images"),
+             "columns": hospitals.COLUMNS, "held_out": ["west"], "split": {"column": "split"}}  # fmt: skip
+    with pytest.raises(DataError, match=r"no training images to draw from[\s\S]*west"):
+        run.run(configure(sites=sites), tmp_path / "out")
