@@ -6,7 +6,7 @@ the same from the paper's formulas, with nothing of this project.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -123,6 +123,10 @@ class Toy:
         yield self.seen[-1]
         self.seen.pop()
 
+    def data(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets."""
+        return data(self.site)
+
     def features(self, variables: Tensors) -> tuple[Tensor, Tensor]:
         return _features(variables, data(self.site)[0]), data(self.site)[1]
 
@@ -147,7 +151,7 @@ class Toy:
         live = {n: v.clone() for n, v in {**(fixed or {}), **variables}.items()}
         origin = {n: self.specs.get(n.rpartition("/")[2]) for n in variables}
         names = [n for n in sorted(variables) if (spec := origin[n]) is None or choose(spec.tag)]
-        x, y = data(self.site)
+        x, y = self.data()
         batch, steps = Batch(lambda: x, y, torch.arange(len(x))), int(epochs) if epochs is not None else self.steps
         losses, rate = [], learning_rate or RATE
         generator = torch.Generator().manual_seed(len(purpose))
@@ -193,8 +197,26 @@ def federate(
     known = specs(strategy, rank)
     start = {n: v * (0 if b_at_zero and n.endswith(".b") else 1) for n, v in initial(known, 1).items()}
     start |= {f"{LAYER}.weight": frozen()} if strategy.declares.changes_base else {}
+    own = {site: initial(known, 2 + at) for at, site in enumerate(SITES)}
+
+    def make(site: str, number: int) -> Toy:
+        return Toy(strategy, known, site, number, steps)
+
+    return play(strategy, rounds, known, start, own, make, drawn)
+
+
+def play(
+    strategy: Strategy,
+    rounds: int,
+    known: Specs,
+    start: Tensors,
+    own: Mapping[str, Tensors],
+    make: Callable[[str, int], Toy],
+    drawn: Mapping[int, Sequence[str]] | None = None,
+) -> Outcome:
+    """The round loop over `SITES`, each with its own start of what is personal and the training that `make` gives."""
     server = strategy.init_server(start, known, SITES)
-    personal = {site: strategy.init_site(initial(known, 2 + at), known, site) for at, site in enumerate(SITES)}
+    personal = {site: strategy.init_site(own[site], known, site) for site in SITES}
     received: dict[str, Tensors] = {site: {} for site in SITES}
     learned: list[dict[str, Learned]] = []
     for number in range(1, rounds + 1):
@@ -202,8 +224,7 @@ def federate(
         found: dict[str, Learned] = {}
         for site in there:
             received[site] = {**received[site], **strategy.send(server, site)}
-            training = Toy(strategy, known, site, number, steps)
-            found[site] = strategy.learn(received[site], personal[site], training)
+            found[site] = strategy.learn(received[site], personal[site], make(site, number))
             personal[site] = found[site].personal
             assert found[site].update.keys() <= strategy.up(known, number).keys()
         updates = [Update(site, each.update, SIZES[site]) for site, each in found.items()]

@@ -18,8 +18,9 @@ from consilium.errors import ConfigError
 from consilium.local.train import Trainer
 from consilium.products import Product, products
 from consilium.protocols import Declaration, Part, Strategy, Update
-from consilium.strategies.fedavg import FedAvg
+from consilium.strategies.fedavg import FedAvg, everything
 from consilium.strategies.federated_lora import LEFT, RIGHT
+from consilium.strategies.partial import nothing
 from consilium.tensors import Tensors, equal
 from tests import federation
 
@@ -306,6 +307,19 @@ def test_fedsa_sends_right_factors_alone(tmp_path: Path, tuner: str) -> None:
     assert _roles(outcome, kept) & LEFT
     federation.assert_absent(kept, outcome.wire)
     assert not equal(outcome.served("a"), outcome.served("b"))
+
+
+def test_fedsa_with_nothing_shared_is_local_and_with_all_fedit(tmp_path: Path) -> None:
+    """I11: the same sum under other rules on tags, and its own rule is neither."""
+    summed = Aggregation(of_factors=True)
+    secrets = dict.fromkeys(SITES, 3)
+    alone, all_of_it = FedAvg(shares=nothing, aggregate=summed), FedAvg(shares=everything, aggregate=summed)
+    pairs = {"local": alone, "fedit": all_of_it}
+    found = {name: _run(tmp_path / name, name, secrets=secrets) for name in ("local", "fedit", "fedsa")}
+    for name, rule in pairs.items():
+        same = _run(tmp_path / f"{name} by rule", rule, secrets=secrets)
+        assert all(equal(same.served(site), found[name].served(site)) for site in SITES)
+        assert not equal(found["fedsa"].served("a"), found[name].served("a"))
 
 
 def test_a_personal_adapter_stays_itself_on_a_base_that_changes(tmp_path: Path) -> None:

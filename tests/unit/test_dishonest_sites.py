@@ -20,7 +20,7 @@ from consilium.coordinator import Transport
 from consilium.errors import ConfigError, TrainingError
 from consilium.messages import decode_reply, encode
 from consilium.tensors import Tensors, equal
-from tests import federation, quadratics
+from tests import federation, quadratics, variants
 from tests.quadratics import Federation
 
 HOSPITALS = federation.hospitals(14, 9, 20)
@@ -62,6 +62,19 @@ def _run(folder: Path, times: float, options: Mapping[str, Any], **train: Any) -
 def test_a_site_that_sends_nan_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"non-finite numbers from site b in round 2"):
         _run(tmp_path, math.nan, {})
+
+
+STRATEGIES = sorted(registry.members("strategies").keys() - {"local", "pooled"})  # which send nothing
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_nan_is_refused_by_name_whatever_the_strategy(tmp_path: Path, name: str) -> None:
+    settings = variants.settings(name, train={"rounds": 1, "local_epochs": 0.5})
+    pieces = federation.assemble(settings)
+    wrap = lambda inner: Dishonest(inner, pieces, math.nan, round_number=1)  # noqa: E731
+    with pytest.raises(TrainingError, match=r"non-finite numbers from site b in round 1"):
+        federation.run(tmp_path, settings, HOSPITALS, wrap=wrap)
+    assert not list(tmp_path.glob("checkpoints/*"))
 
 
 def test_a_site_that_sends_a_huge_update_is_refused_by_name(tmp_path: Path) -> None:

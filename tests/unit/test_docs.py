@@ -51,6 +51,17 @@ def test_formulas_and_bytes_of_the_table_are_each_other() -> None:
         assert set(strategy_table.messages(pieces, "up")) == {(formula, num_bytes)}
 
 
+def test_every_invariant_has_a_test_that_exists() -> None:
+    page = (ROOT / "docs" / "invariants.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (I\d+) \| .*? \| .*? \| (.*?) \|", page, flags=re.MULTILINE))
+    assert list(rows) == [f"I{number}" for number in range(1, 25)]
+    assert all("`test_" in tests for tests in rows.values())
+    named = set(re.findall(r"`((?:test_\w+::)?test_\w+)`", page)) - {path.stem for path in ROOT.glob("tests/*/*.py")}
+    assert not [test for test in sorted(named) if not strategy_table.place_of(test)], (
+        "a test that the page names is gone"
+    )
+
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.split("  #")[0].split() for line in re.findall(r"^consilium (.+)$", README, flags=re.MULTILINE)]
 
