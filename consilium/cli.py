@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from consilium import cli_data, cli_deploy, cli_study, cli_unseen
+from consilium import cli_data, cli_deploy, cli_merge, cli_study, cli_unseen
 from consilium.cli_data import ConfigFile, Json, Settings, print_json
 from consilium.errors import BackboneError, ConfigError, ConsiliumError, DataError
 
@@ -31,8 +31,11 @@ app.add_typer(cli_deploy.site, name="site")
 app.add_typer(cli_deploy.coordinator, name="coordinator")
 app.command("study")(cli_study.study)
 app.command("unseen")(cli_unseen.unseen)
+app.command("merge")(cli_merge.merge)
+app.command("keys")(cli_merge.keys)
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")]
+Model = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run, or an exported or merged one.")]
 
 
 class Format(StrEnum):
@@ -149,16 +152,17 @@ def report(
 
 @app.command()
 def predict(
-    run: RunFolder,
+    run: Model,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Image files, or folders of them.")],
     site: Annotated[str | None, typer.Option(help="Use the model of this site; left out: the global model.")] = None,
+    weights: cli_merge.Weights = None,
     json: Json = False,
     csv: Annotated[bool, typer.Option("--csv", help="Comma-separated values instead of a table.")] = False,
 ) -> None:
     """Probabilities of each class for new images."""
     from consilium.predict import predict as probabilities
 
-    table = probabilities(run, images, site)
+    table = probabilities(run, images, site, weights)
     if json:
         return print_json(table.to_dict(orient="records"))
     if csv:
@@ -170,19 +174,26 @@ def predict(
 
 @app.command()
 def export(
-    run: RunFolder,
+    run: Model,
     format: Annotated[
         Format,
         typer.Option(help="peft: the adapter; timm: the merged model; safetensors: what was trained, of any tuner."),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     site: Annotated[str | None, typer.Option(help="Export the model of this site; left out: the global model.")] = None,
+    sign: Annotated[
+        Path | None, typer.Option(metavar="KEY", help="Sign with this private key, for `consilium merge`.")
+    ] = None,
+    counts: Annotated[
+        bool, typer.Option("--counts", help="Tell numbers of training images in what is signed.")
+    ] = False,
+    weights: cli_merge.Weights = None,
 ) -> None:
     """Write the trained adapter or the merged model for other tools; never encrypted."""
     from consilium import run_folder
     from consilium.export import export as write
 
-    print(write(run, format.value, out, site))
+    print(write(run, format.value, out, site, sign=sign, counts=counts, weights=weights))
     if site and run_folder.is_encrypted(run):
         print(f"what was exported of {site} is not encrypted: keep it as you keep the key", file=sys.stderr)
 

@@ -7,7 +7,7 @@ manifest in the header of the safetensors file; which tuner goes into which form
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,28 +18,41 @@ from torch import Tensor
 from consilium import __version__, checkpoint, config, members, seeds, tensors
 from consilium.backbones import timm_backbone
 from consilium.errors import ConfigError, StateError
-from consilium.predict import Trained, load_trained, rebuild
+from consilium.merging import adapters
+from consilium.predict import ADAPTER, Trained, load_exported, load_trained
 from consilium.tensors import Tensors
 from consilium.tuners import base, compose, ia3
 from consilium.tuners.lora import factors
 from consilium.tuners.low_rank import Folding
 
 Format = Literal["peft", "timm", "safetensors"]
-ADAPTER = "adapter.safetensors"
 SAFETENSORS = "export with --format safetensors, which takes every tuner"
 
 
-def export(run: Path, format: Format, out: Path, site: str | None = None) -> Path:
+def export(
+    run: Path,
+    format: Format,
+    out: Path,
+    site: str | None = None,
+    *,
+    sign: Path | None = None,
+    counts: bool = False,
+    weights: str | None = None,
+) -> Path:
     """Write the model of a finished run (of `site`, or the global one) into the empty folder `out`.
 
     peft: `PeftModel.from_pretrained(timm.create_model(architecture, num_classes=C, **model_args), out)`, the base with
     the run's own weights. timm: `model.safetensors` loads strictly into that same timm model. safetensors: variables as
-    they are, of any tuner, for `load`. ConfigError where the format has no way to say it, StateError where `out` is in
-    use.
+    they are, of any tuner, for `load` and, signed with a private key, for `merge`; `counts`: with the site's numbers of
+    training images. `weights`: as for `load`, of a folder that is no run. ConfigError where the format has no way to
+    say it, StateError where `out` is in use.
     """
+    if format != "safetensors" and (sign or counts):
+        what = "only safetensors can be signed for a merge"
+        raise ConfigError(what, where="--sign, --counts", allowed="safetensors", received=format)
     if out.exists() and any(out.iterdir()):
         raise StateError("the folder to export into is not empty", where=str(out), remedy="choose another --out")
-    trained = load_trained(run, site, device="cpu")
+    trained = load_trained(run, site, "cpu", weights)
     if members.averaged(trained.variables) is not None:
         remedy = "use `consilium predict`, or export one of a run with strategy 'local'"
         raise ConfigError("an ensemble is several models, and a format holds one", where="strategy", remedy=remedy)
@@ -52,12 +65,15 @@ def export(run: Path, format: Format, out: Path, site: str | None = None) -> Pat
             remedy=SAFETENSORS,
         )
     if format == "safetensors":
-        checkpoint.save(out / ADAPTER, *_adapter(trained, run))
+        values, manifest = _adapter(trained, run)
+        if sign is not None or counts:
+            manifest = adapters.signed(trained, values, manifest, run, sign, counts)
+        checkpoint.save(out / ADAPTER, values, manifest)
     else:
         for name, content in {"peft": _peft, "timm": _timm}[format](trained).items():
             write = checkpoint.write_json if isinstance(content, dict) else checkpoint.write_bytes
             write(out / name, content)
-    checkpoint.write_json(out / "config.json", _config(trained))
+    checkpoint.write_json(out / "config.json", card(trained))
     return out
 
 
@@ -67,29 +83,32 @@ def load(folder: Path, weights: str | None = None, device: str = "cpu") -> Train
     `weights`: a file with the backbone's weights, left out: where the run had them from, if that was no file.
     StateError where the backbone is another than the one in the manifest.
     """
-    _, manifest = checkpoint.load(folder / ADAPTER)
-    backbone = manifest["settings"]["backbone"]
-    chosen = {**backbone, "weights": backbone["weights"] if weights is None else weights}
-    settings = config.from_dict({**manifest["settings"], "backbone": chosen})
-    return rebuild(settings, manifest["classes"], folder / ADAPTER, manifest["model"], device)
+    return load_exported(folder / ADAPTER, weights, device)
 
 
 def _adapter(trained: Trained, run: Path) -> tuple[Tensors, dict[str, object]]:
     """The variables with, so that they are a whole model, a frozen head; and the manifest, without paths."""
-    pieces, values = trained.experiment, {**trained.model.head_start, **trained.variables}
-    plain, summary = pieces.config.to_dict(), checkpoint.read_json(run / "summary.json")
+    if not (run / "summary.json").is_file():
+        raise StateError("this folder is safetensors already", where=str(run), remedy="copy it")
+    values = {**trained.model.head_start, **trained.variables}
+    summary = checkpoint.read_json(run / "summary.json")
+    return values, manifest_of(trained, values, sorted(summary["image_passes"]["per_site"]), summary["served_round"])
+
+
+def manifest_of(trained: Trained, values: Tensors, sites: Sequence[str], round: int) -> dict[str, object]:
+    """All that stands beside the values of a model that needs no run folder, without paths."""
+    pieces, plain = trained.experiment, trained.experiment.config.to_dict()
     backbone = plain["backbone"]
     weights = backbone["weights"] if backbone["weights"] in ("random", "embedded") else None
-    manifest = {
+    return {
         **_manifest(trained, "safetensors"),
         "backbone_digest": pieces.backbone.digest,
         "agreement_hash": pieces.handshake.agreement,
         "settings": {key: plain[key] for key in config.AGREED} | {"backbone": {**backbone, "weights": weights}},
-        "sites": sorted(summary["image_passes"]["per_site"]),
-        "round": summary["served_round"],
+        "sites": list(sites),
+        "round": round,
         "tensors": {name: _described(trained, name, value) for name, value in sorted(values.items())},
     }
-    return values, manifest
 
 
 def _described(trained: Trained, name: str, value: Tensor) -> dict[str, object]:
@@ -206,14 +225,15 @@ def _classifier(trained: Trained) -> dict[str, Tensor]:
 
 
 def _plain(trained: Trained) -> torch.nn.Module:
-    card = _config(trained)
+    about = card(trained)
     built: torch.nn.Module = timm.create_model(
-        card["architecture"], num_classes=card["num_classes"], **card["model_args"]
+        about["architecture"], num_classes=about["num_classes"], **about["model_args"]
     )
     return built
 
 
-def _config(trained: Trained) -> dict[str, Any]:
+def card(trained: Trained) -> dict[str, Any]:
+    """What the model hub calls config.json."""
     pieces, own = trained.experiment, trained.experiment.backbone.preprocessing
     architecture, arguments = timm_backbone.recipe(pieces.config.backbone)
     name, _, tag = architecture.partition(".")

@@ -63,6 +63,23 @@ def frame(table: pd.DataFrame) -> Table:
     return shown
 
 
+def merged(found: Mapping[str, Any], where: str) -> RenderableType:
+    """What `consilium merge` did, and of every candidate what each site's validation images say."""
+    terms = ", ".join(f"{term['site']} ({term['key'][:8]})" for term in found["terms"])
+    facts = [f"{where}: {found['rule']} of {terms}", f"scale {found['scale']:.6g}"]
+    facts += [f"products cut to rank {found['rank']}, off by {found['cut_off']:.3g}"] if found["rank"] else []
+    facts += [f"cosine of {pair}: {value:.3f}" for pair, value in found["cosines"].items()]
+    validation = found["validation"]
+    if validation is None:
+        return Group(*map(Text, facts))
+    sites, select = validation["sites"], validation["select"]
+    table = Table(f"scale, by {select}", *sites, "mean", title="validation images", title_justify="left")
+    for name, mean in validation["means"].items():
+        chosen = " <- chosen" if name == f"{found['scale']:.6g}" else ""
+        table.add_row(name, *(estimate(rows[name][select]) for rows in sites.values()), f"{mean:.3f}{chosen}")
+    return Group(*map(Text, facts), table)
+
+
 def comparison(runs: Sequence[Path]) -> Table:
     """Test metrics of runs side by side, with their references and the majority class; mean over the sites."""
     names = ("balanced_accuracy", "macro_auroc")

@@ -1,4 +1,5 @@
-"""Composition: use of a finished run. In: a run folder and images. Out: one row of probabilities per image."""
+"""Composition: use of a finished run. In: a run folder, or an exported one, and images. Out: a row of probabilities per
+image."""
 
 from __future__ import annotations
 
@@ -10,12 +11,13 @@ from typing import cast
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
 
 from consilium import checkpoint, config, experiment, members, registry
 from consilium.data import Examples, UInt8Array
 from consilium.engines.state import sealed
-from consilium.errors import DataError, StateError
+from consilium.errors import BackboneError, ConfigError, DataError, StateError
 from consilium.local import predict as inference
 from consilium.run_folder import CONFIG
 from consilium.sealing import Seal, read_key
@@ -25,6 +27,7 @@ from consilium.tensors import Tensors
 from consilium.tuners.compose import TunedModel
 
 CHUNK = 256  # images in memory at a time
+ADAPTER = "adapter.safetensors"  # of a folder that is a model without its run
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,14 @@ class Trained:
     name: str  # of the site, or "global"
 
 
-def load_trained(run: Path, site: str | None = None, device: str = "auto") -> Trained:
-    """Rebuild the model of a finished run; StateError where there is none, or for another backbone."""
+def load_trained(run: Path, site: str | None = None, device: str = "auto", weights: str | None = None) -> Trained:
+    """Rebuild the model of a finished run, or of a folder that `export --format safetensors` or `merge` wrote, whose
+    backbone may be a file, `weights`. StateError where there is none, or for another backbone."""
+    if (run / ADAPTER).is_file():
+        return _named(load_exported(run / ADAPTER, weights, device), run, site)
+    if weights is not None:
+        what = "a run names its own weights: this belongs to an exported or merged folder"
+        raise ConfigError(what, where="--weights", received=weights)
     if not (run / CONFIG).is_file():
         raise StateError("this is no run folder", where=str(run), remedy="give the folder that `consilium run` wrote")
     stored = checkpoint.read_json(run / CONFIG)
@@ -48,6 +57,29 @@ def load_trained(run: Path, site: str | None = None, device: str = "auto") -> Tr
         key = read_key(settings.engine.state_key_file, settings.engine.state_key_variable)
         seal = sealed("model", key, stored["agreement_hash"], site)
     return rebuild(settings, stored["classes"], _adapter(run, site), site or "global", device, seal)
+
+
+def load_exported(file: Path, weights: str | None = None, device: str = "auto") -> Trained:
+    """The model of an exported file. `weights`: a file with the backbone's, left out: where the run had them from."""
+    _, manifest = checkpoint.load(file)
+    if "settings" not in manifest:
+        raise StateError("this file is no exported model", where=str(file), remedy="export with --format safetensors")
+    backbone = manifest["settings"]["backbone"]
+    chosen = {**backbone, "weights": backbone["weights"] if weights is None else weights}
+    settings = config.from_dict({**manifest["settings"], "backbone": chosen})
+    try:
+        return rebuild(settings, manifest["classes"], file, manifest["model"], device)
+    except BackboneError as error:
+        remedy = error.remedy if weights else "name the file of the backbone's weights, with --weights"
+        raise BackboneError(error.what, where=str(file), received=error.received, remedy=remedy) from error
+
+
+def _named(trained: Trained, folder: Path, site: str | None) -> Trained:
+    if site not in (None, trained.name):
+        raise StateError(
+            "this folder has no model of this name", where=str(folder), allowed=trained.name, received=site
+        )
+    return trained
 
 
 def rebuild(
@@ -74,16 +106,16 @@ def rebuild(
     model = cast(TunedModel, pieces.model)
     if missing := sorted(model.specs.keys() - members.names(variables)):
         raise StateError("the adapter lacks tensors of the model", where=str(adapter), received=missing[:3])
-    return Trained(pieces, model, variables, name)
+    return Trained(pieces, model, {n: v.float() if v.dtype == torch.float64 else v for n, v in variables.items()}, name)
 
 
-def predict(run: Path, images: Sequence[Path], site: str | None = None) -> pd.DataFrame:
+def predict(run: Path, images: Sequence[Path], site: str | None = None, weights: str | None = None) -> pd.DataFrame:
     """One row per image, in the order given: id, p.<class>, predicted, error.
 
     A folder stands for the images in it. An unreadable image has an error and no numbers. DataError where none can be
     read, or there is none.
     """
-    trained = load_trained(run, site)
+    trained = load_trained(run, site, weights=weights)
     paths = list(_expand(images))
     if not paths:
         raise DataError("there are no images to predict", received=", ".join(map(str, images)) or "nothing")

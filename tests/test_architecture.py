@@ -23,9 +23,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "consilium"
 STAGES = ("sites", "backbones", "tasks", "tuners", "local", "filters", "strategies", "engines", "report")
-ENTRANCES = ("__init__", "__main__", "cli", "cli_data", "cli_deploy", "cli_study", "cli_unseen")
+ENTRANCES = ("__init__", "__main__", "cli", "cli_data", "cli_deploy", "cli_merge", "cli_study", "cli_unseen")
 COMPOSITION = ("experiment", "exchange", "coordinator", "keeping", "results", "run", "check", "predict", "export")
-COMPOSITION += ("deployment", "mechanism", "references", "study", "unseen")
+COMPOSITION += ("deployment", "mechanism", "merging", "references", "study", "unseen")
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = {"torch", "torchvision", "timm", "pandas", "numpy", "sklearn", "pyarrow", "pydantic", "PIL", "matplotlib"}
 READING_PATH = ("protocols.py", "run.py", "tuners/lora.py", "strategies/fedavg.py")

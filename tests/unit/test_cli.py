@@ -148,7 +148,7 @@ def test_predict_prints_a_table_json_or_csv(called: Any, capsys: pytest.CaptureF
     predict = called("consilium.predict", "predict", table)
     assert _call("predict", "run", "a.png", "--site", "north") == 0
     assert "0.250" in capsys.readouterr().out
-    assert predict.call_args.args == (Path("run"), [Path("a.png")], "north")
+    assert predict.call_args.args == (Path("run"), [Path("a.png")], "north", None)
     assert _call("predict", "run", "a.png", "--json") == 0
     assert json.loads(capsys.readouterr().out) == [{"image": "a.png", "p.nv": 0.25}]
     assert _call("predict", "run", "a.png", "--csv") == 0
@@ -192,3 +192,37 @@ def test_data_split_prints_where_it_wrote(called: Any, file: str, capsys: pytest
     assert _call("data", "split", file, "--out", "split.parquet") == 0
     assert write.call_args.args[1] == Path("split.parquet")
     assert capsys.readouterr().out == "split.parquet: split 0f3a\n"
+
+
+def test_keys_and_merge_as_words(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.signed_hospitals import hospital
+
+    monkeypatch.chdir(tmp_path)
+    assert _call("keys", "mine.key") == 0
+    assert "mine.pub: public, for --trust" in capsys.readouterr().out
+    assert _call("keys", "mine.key") == 1
+    assert "a key is there already" in capsys.readouterr().err
+    east, west = (hospital(tmp_path, name, at) for at, name in enumerate(("east", "west")))
+    both = [str(east.adapter.parent), str(west.adapter), "--trust", east.trust, "--trust", west.trust]
+    assert _call("merge", *both, "--out", "merged", "--scale", "0.5", "--rank", "3") == 0
+    shown = capsys.readouterr().out
+    assert "merged: mean of east (" in shown
+    assert "cut to rank 3, off by 0." in shown
+    assert _call("merge", *both, "--out", "exact", "--scale", "0.5", "--json") == 0
+    assert [term["site"] for term in json.loads(capsys.readouterr().out)["terms"]] == ["east", "west"]
+    less = ["merge", "exact", "--subtract", str(west.adapter), "--trust", west.trust, "--out", "left"]
+    assert _call(*less, "--rule", "sum") == 2
+    assert "the merged folder's own rule holds" in capsys.readouterr().err
+    assert _call(*less) == 0
+    assert "left: mean of east (" in capsys.readouterr().out
+    for words, code, text in (
+        (["--out", "merged", "--scale", "1"], 1, "not empty"),
+        (["--out", "other"], 2, "--validate"),
+        (["--out", "other", "--scale", "much"], 2, "no number"),
+        (["--out", "other", "--scale", "1", "--sign", "nowhere"], 2, "no private key"),
+    ):
+        assert _call("merge", *both, *words) == code
+        assert text in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
