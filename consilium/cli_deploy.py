@@ -58,6 +58,52 @@ def join(
         take_part(folder, show, _until_ended, node=not service)
 
 
+@site.command("check")
+def check(folder: Folder, json: Json = False) -> None:
+    """Data, splits, rules, disk, device, clock, connection and digests, before anybody waits; exit code 1 if bad."""
+    from consilium import listing, progress
+    from consilium.deployment.site_check import check as examine
+
+    with progress.quiet() as show:
+        found = examine(folder, show)
+    rows = [vars(each) for each in found]
+    print_json(rows) if json else listing.show(listing.rows(rows))
+    if any(each.verdict == "bad" for each in found):
+        raise typer.Exit(1)
+
+
+@site.command("approve")
+def approve(
+    folder: Folder,
+    by: Annotated[str, typer.Option(help="Who approves it.")],
+    digest: Annotated[str | None, typer.Option(help="Of the agreement; must be that of this folder.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Without asking.")] = False,
+) -> None:
+    """Look at what an agreement sends, and approve it for this hospital."""
+    from consilium import listing
+    from consilium.deployment import hospital
+
+    terms = hospital.terms(folder, digest)
+    listing.show(listing.outline(terms, title=f"agreement {terms['agreement'][:16]}"))
+    if not yes:
+        typer.confirm("Approve?", abort=True)
+    hospital.approve(folder, terms["agreement"], by)
+    print(f"approved by {by}: {terms['agreement']}")
+
+
+@site.command("audit-log")
+def audit_log(folder: Folder, json: Json = False) -> None:
+    """Verify the journal of all that left this hospital, and print it."""
+    from consilium import listing
+    from consilium.deployment.journal import Journal, table
+
+    entries = list(Journal(folder).entries())
+    if json:
+        return print_json(entries)
+    listing.show(listing.rows(table(entries)))
+    return print(f"{len(entries)} lines, whole and in order; the last one is {Journal(folder).last()}")
+
+
 @coordinator.command()
 def start(folder: Folder, json: Annotated[bool, typer.Option("--json", help="One object per event.")] = False) -> None:
     """Run the SuperLink that hospitals connect to, until Ctrl-C."""

@@ -80,6 +80,11 @@ def merged(found: Mapping[str, Any], where: str) -> RenderableType:
     return Group(*map(Text, facts), table)
 
 
+def rows(table: Sequence[Mapping[str, object]]) -> Table:
+    """Rows that share their keys, as they are."""
+    return _grid(dict(enumerate(table)))
+
+
 def comparison(runs: Sequence[Path]) -> Table:
     """Test metrics of runs side by side, with their references and the majority class; mean over the sites."""
     names = ("balanced_accuracy", "macro_auroc")

@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from consilium import checkpoint, config, config_file
 from consilium.config import Config
+from consilium.deployment.gate import GateConfig
 from consilium.errors import ConfigError, ConsiliumError, StateError
 from consilium.registry import Options, options_error
 
@@ -71,10 +72,11 @@ class Agreement:
 
 @dataclass(frozen=True)
 class SiteFile:
-    """What one hospital adds."""
+    """What one hospital adds, and its own rules of what may leave."""
 
     name: str
     config: Config
+    gate: GateConfig
     folder: Path
 
 
@@ -105,7 +107,7 @@ def read_site(folder: Path) -> SiteFile:
     """The agreement with one hospital's own tables in it; ConfigError where that would change what was agreed on."""
     agreement, path = read(folder), folder / SITE
     own = config_file.read(path)
-    name = own.pop("site", None)
+    name, rules = own.pop("site", None), own.pop("gate", {})
     if name not in agreement.deployment.sites:
         allowed = ", ".join(sorted(agreement.deployment.sites))
         raise ConfigError(
@@ -116,7 +118,8 @@ def read_site(folder: Path) -> SiteFile:
     for key, value in own.items():
         table[key] = {**table.get(key, {}), **value}
     table["sites"] = {**table.get("sites", {}), "only": name}
-    return SiteFile(str(name), config.from_dict(table, base=folder.resolve()), folder.resolve())
+    gate: GateConfig = _options(GateConfig, rules, f"gate in {path}")
+    return SiteFile(str(name), config.from_dict(table, base=folder.resolve()), gate, folder.resolve())
 
 
 def public_keys(folder: Path, agreement: Agreement) -> dict[str, bytes]:
@@ -134,7 +137,7 @@ def _only_own(own: Mapping[str, Any], path: Path) -> None:
     foreign = [key for key in own if key not in OWN]
     foreign += [f"backbone.{key}" for key in weights if key != "weights"] if isinstance(weights, dict) else ["backbone"]
     if foreign:
-        allowed = "site, [sites], [engine] and backbone.weights"
+        allowed = "site, [sites], [engine], [gate] and backbone.weights"
         remedy = "what all sites share stands in the federation's file, and changes for all at once"
         raise ConfigError(
             "a site cannot change the agreement", where=str(path), allowed=allowed, received=foreign, remedy=remedy

@@ -1,23 +1,29 @@
 """Composition: the service at a hospital. In: the site's folder. Out: replies, for as long as it runs.
 
 What is in the folder: `federation.toml`, `site.toml`, the secret, `state/` with what the site keeps of each run,
-`log.jsonl`. The service reads the images once, keeps the backbone warm, and listens on a socket in `socket/`, which the
-site's Flower node asks for every message.
+`log.jsonl`, and `journal.jsonl` with all that left. The service reads the images once, keeps the backbone warm, and
+listens on a socket in `socket/`, which the site's Flower node asks for every message.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from consilium import run
+from consilium import results, run
 from consilium.deployment import files, processes
+from consilium.deployment import gate as gating
 from consilium.deployment.files import SiteFile
-from consilium.deployment.log import Log
+from consilium.deployment.gate import Gate
+from consilium.deployment.guard import Guard
+from consilium.deployment.journal import Journal
+from consilium.deployment.log import Log, now
 from consilium.deployment.processes import Supervised
 from consilium.engines.relay import Listener
 from consilium.engines.resident import Resident, claimed
 from consilium.engines.site import Site
+from consilium.errors import ConfigError
 from consilium.experiment import assemble
 
 SOCKET, STATE, LOG = Path("socket") / "site", "state", "log.jsonl"
@@ -31,6 +37,40 @@ def open_site(own: SiteFile, show: Show) -> Site:
     return Site(pieces, prepared.sites[own.name], own.folder / STATE, files.secret(own.folder))
 
 
+def guarded(own: SiteFile, site: Site, tell: Show) -> Guard:
+    """The site behind its own rules; ConfigError where these would refuse every round."""
+    gate = Gate(own.gate, site.experiment, site.data, own.folder)
+    gating.check(gate)
+    return Guard(Resident(site, tell), gate, Journal(own.folder))
+
+
+def terms(folder: Path, digest: str | None = None) -> dict[str, Any]:
+    """What a person approves: who learns what, how, and what leaves. ConfigError where the digest is another's."""
+    own = files.read_site(folder)
+    pieces = assemble(own.config, own.config.task.classes or ())
+    found = pieces.handshake.agreement
+    if digest not in (None, found):
+        remedy = "ask the coordinator for the agreement that it means, and compare the files"
+        raise ConfigError("another agreement lies in this folder", allowed=found, received=digest, remedy=remedy)
+    config, (up, down) = own.config, results.both_ways(pieces)
+    return {
+        "agreement": found,
+        "backbone": {"name": pieces.backbone.name, "digest": pieces.handshake.backbone},
+        "task": {"name": config.task.name, "classes": list(pieces.task.classes)},
+        "method": {"tuner": [table.name for table in config.tuner], "strategy": config.strategy.name},
+        "rounds": config.train.rounds,
+        "looks_at_single_updates": pieces.strategy.declares.needs_individual_updates,
+        "leaves": results.wire(up, pieces.codec),
+        "arrives": {"tensors": len(down)},
+        "numbers": results.numbers(pieces),
+    }
+
+
+def approve(folder: Path, agreement: str, by: str) -> None:
+    """Note that a person at the site approves an agreement."""
+    gating.approve(folder, agreement, by, now())
+
+
 def serve(folder: Path, show: Show, until: Callable[[], None]) -> None:
     """Answer requests until `until` returns. StateError where another process serves this folder."""
     own = files.read_site(folder)
@@ -42,7 +82,16 @@ def serve(folder: Path, show: Show, until: Callable[[], None]) -> None:
 
     with claimed(own.folder / STATE):
         site = open_site(own, show)
-        with Listener(own.folder / SOCKET, Resident(site, tell).answer):
+        guard = guarded(own, site, tell)
+
+        def answer(data: bytes) -> bytes:
+            try:
+                return guard.answer(data)
+            except Exception as error:  # nothing leaves; why is said here
+                tell({"event": "fault", "message": f"{type(error).__name__}: {error}"})
+                raise
+
+        with Listener(own.folder / SOCKET, answer):
             tell({"event": "ready", "site": own.name, "images": len(site.data.train)})
             until()
 

@@ -1,0 +1,261 @@
+"""The hospital's own rules, and the journal of what left: a rule that is taken out must fail a test here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("flwr")
+
+from consilium.deployment import files, gate, hospital
+from consilium.deployment.gate import Gate, GateConfig
+from consilium.deployment.guard import Guard
+from consilium.deployment.journal import HEAD, JOURNAL, START, Journal
+from consilium.engines.resident import Resident
+from consilium.errors import ConfigError, StateError, WireError
+from consilium.messages import envelope_of
+from tests.hospitals_apart import SITES, Apart, made
+
+OPEN = GateConfig(min_patients=1, min_images=1)
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> Apart:
+    """A finished run: its requests can be asked again of a guard with other rules."""
+    found = made(tmp_path_factory.mktemp("gate"))
+    found.conduct()
+    return found
+
+
+def guard(apart: Apart, folder: Path, rules: GateConfig, site: str = "alpine") -> Guard:
+    """A guard over the site's own service; what it writes lies in `folder`."""
+    resident = Resident(apart.resident(site).site, lambda _: None)
+    found = resident.site
+    return Guard(resident, Gate(rules, found.experiment, found.data, folder, lambda: 1000.0), Journal(folder))
+
+
+def asked(apart: Apart, kind: str, site: str = "alpine") -> bytes:
+    """The newest request of a kind."""
+    return next(data for name, data, _ in reversed(apart.seen) if name == site and envelope_of(data)["kind"] == kind)
+
+
+def reply(apart: Apart, folder: Path, rules: GateConfig, kind: str = "round") -> dict[str, Any]:
+    return envelope_of(guard(apart, folder, rules).answer(asked(apart, kind)))
+
+
+def test_open_rules_change_nothing(apart: Apart, tmp_path: Path) -> None:
+    for kind in ("round", "finish"):
+        request = asked(apart, kind)
+        assert guard(apart, tmp_path, OPEN).answer(request) == apart.resident("alpine").answer(request)
+
+
+@pytest.mark.parametrize(
+    ("rules", "said"),
+    [
+        ({"strategies": ("fedprox", "ditto")}, "gate.strategies does not allow fedavg"),
+        ({"versions": ("9.*",)}, "gate.versions does not allow"),
+        ({"min_patients": 1000}, "fewer training patients here than gate.min_patients"),
+        ({"approval": True}, "nobody at the site has approved agreement"),
+        ({"tensors": ({"role": "head"},)}, "gate.tensors does not allow"),
+        ({"tensors": ({"part": "other"},)}, "gate.tensors does not allow"),
+        ({"tensors": ({"block": "0"}, {"role": "head"})}, "gate.tensors does not allow"),
+        ({"max_bytes": 1000}, "gate.max_bytes is 1000"),
+    ],
+)
+def test_each_rule_refuses_by_its_own_name(apart: Apart, tmp_path: Path, rules: dict[str, Any], said: str) -> None:
+    found = reply(apart, tmp_path, GateConfig.model_validate(rules))
+    assert said in found["failure"]["message"]
+    assert found["failure"]["code"] == "refused"
+    assert found["num_examples"] == 0
+    assert found["numbers"] == {}
+
+
+def test_a_refused_request_never_reaches_the_site(apart: Apart, tmp_path: Path) -> None:
+    door = guard(apart, tmp_path, GateConfig(strategies=("other",)))
+    heard: list[Any] = []
+    door = replace(door, resident=replace(door.resident, tell=heard.append))
+    door.answer(asked(apart, "round"))
+    assert heard == []
+
+
+def test_an_approval_is_for_one_agreement(apart: Apart, tmp_path: Path) -> None:
+    ours = apart.resident("alpine").site.experiment.handshake.agreement
+    rules = GateConfig(approval=True, min_patients=1)
+    gate.approve(tmp_path, "0" * 64, "someone", "then")
+    assert "nobody" in reply(apart, tmp_path, rules)["failure"]["message"]
+    gate.approve(tmp_path, ours, "someone", "now")
+    assert reply(apart, tmp_path, rules)["failure"] is None
+    assert gate.approved(tmp_path)[ours] == {"by": "someone", "when": "now"}
+    for wrong in ("", "g" * 64, ours[:10]):
+        with pytest.raises(WireError, match="no digest"):
+            gate.approve(tmp_path, wrong, "someone", "now")
+
+
+def test_what_a_person_approves_is_what_leaves(apart: Apart) -> None:
+    terms = hospital.terms(apart.at("alpine"))
+    site = apart.resident("alpine").site
+    assert terms["agreement"] == site.experiment.handshake.agreement
+    assert {row["name"] for row in terms["leaves"]} == set(site.experiment.up(1))
+    with pytest.raises(ConfigError, match="another agreement"):
+        hospital.terms(apart.at("alpine"), "0" * 64)
+
+
+def test_metrics_leave_by_name(apart: Apart, tmp_path: Path) -> None:
+    rules = GateConfig(min_patients=1, min_images=1, metrics=("accuracy", "balanced_*"))
+    numbers = reply(apart, tmp_path, rules, "finish")["numbers"]
+    tree = numbers["metrics"]["test"]["personal"]
+    known = {name for name, entry in tree.items() if entry["value"] is not None}
+    assert known <= {"accuracy", "balanced_accuracy", "balanced_accuracy_declared"}
+    assert "accuracy" in known
+    site = next(name for name in SITES if len(apart.resident(name).site.data.val))
+    door = guard(apart, tmp_path, rules, site)
+    val = envelope_of(door.answer(asked(apart, "round", site)))["numbers"]["val"]["incoming"]
+    assert {name for name, value in val.items() if value is not None} <= known
+    assert val["accuracy"] is not None
+
+
+def test_a_metric_from_few_images_is_blanked_and_said(apart: Apart, tmp_path: Path) -> None:
+    plain = reply(apart, tmp_path / "open", OPEN, "finish")["numbers"]["metrics"]["test"]["personal"]
+    counts = sorted({entry["n"] for entry in plain.values() if entry["value"] is not None})
+    rules = GateConfig(min_patients=1, min_images=counts[0] + 1)
+    tree = reply(apart, tmp_path / "shut", rules, "finish")["numbers"]["metrics"]["test"]["personal"]
+    for name, entry in plain.items():
+        small = entry["value"] is not None and entry["n"] <= counts[0]
+        assert tree[name] == ({"value": None, "low": None, "high": None, "n": 0} if small else entry) or (
+            entry["value"] is None and tree[name]["value"] is None
+        )
+    (line,) = Journal(tmp_path / "shut").entries()
+    assert line["blanked"]
+
+
+def test_few_validation_images_blank_the_quick_metrics(apart: Apart, tmp_path: Path) -> None:
+    rules = GateConfig(min_patients=1, min_images=1000)
+    val = reply(apart, tmp_path, rules)["numbers"]["val"]
+    assert all(value is None for table in val.values() for value in table.values())
+
+
+def test_rare_classes_do_not_leave_as_counts(apart: Apart, tmp_path: Path) -> None:
+    door = guard(apart, tmp_path, GateConfig(min_patients=1, min_images=1000))
+    from consilium.messages import Reply
+
+    assert door.gate._rare(Reply("alpine", 0, 9, numbers={"class_counts": [2000, 999]}))
+    assert not door.gate._rare(Reply("alpine", 0, 9, numbers={"class_counts": [2000, 0]}))
+
+
+def test_the_next_round_waits_for_its_time(apart: Apart, tmp_path: Path) -> None:
+    now = [0.0]
+    found = apart.resident("alpine").site
+    rules = GateConfig(min_seconds=60, min_patients=1)
+    door = Gate(rules, found.experiment, found.data, tmp_path, lambda: now[0])
+    fields = {"kind": "round", "round": 1, "handshake": {"version": "0.1.0"}}
+    assert door.refusal(fields) is None
+    now[0] = 10.0
+    assert door.refusal(fields) is None  # the same round, asked for again
+    assert "may come in 50 s" in str(door.refusal({**fields, "round": 2}))
+    assert door.refusal({**fields, "kind": "finish", "round": 2}) is None
+    now[0] = 60.0
+    assert door.refusal({**fields, "round": 2}) is None
+
+
+def test_an_agreement_that_the_rules_would_refuse_is_refused_at_the_start(apart: Apart, tmp_path: Path) -> None:
+    own = files.read_site(apart.at("alpine"))
+    shut = replace(own, gate=GateConfig.model_validate({"tensors": [{"role": "head"}]}), folder=tmp_path)
+    with pytest.raises(ConfigError, match="sends what this hospital forbids"):
+        hospital.guarded(shut, apart.resident("alpine").site, lambda _: None)
+
+
+def test_unknown_rules_are_no_rules(tmp_path: Path) -> None:
+    apart = made(tmp_path)
+    path = apart.at("alpine") / files.SITE
+    path.write_text(path.read_text() + "\n[gate]\nmin_patient = 4\n")
+    with pytest.raises(ConfigError, match="min_patient"):
+        files.read_site(apart.at("alpine"))
+
+
+def test_bytes_that_are_no_message_are_refused_and_written_down(apart: Apart, tmp_path: Path) -> None:
+    found = envelope_of(guard(apart, tmp_path, OPEN).answer(b"noise"))
+    assert found["failure"]["code"] == "refused"
+    (line,) = Journal(tmp_path).entries()
+    assert (line["kind"], line["request"]["bytes"]) == ("unreadable", 5)
+
+
+# ------------------------------------------------------------------------------------------------ the journal
+def test_every_tensor_and_number_that_leaves_is_written_down(apart: Apart, tmp_path: Path) -> None:
+    door = guard(apart, tmp_path, OPEN)
+    request = asked(apart, "round")
+    data = door.answer(request)
+    (line,) = Journal(tmp_path).entries()
+    specs = apart.resident("alpine").site.experiment.up(3)
+    assert {name for name, *_ in line["tensors"]} == set(specs)
+    assert sum(size for *_, size in line["tensors"]) == 4 * sum(
+        int(torch.Size([n or 0 for n in spec.shape]).numel()) for spec in specs.values()
+    )
+    assert line["reply"]["bytes"] == len(data)
+    assert "val.incoming.accuracy" in line["numbers"]
+    assert line["before"] == START
+
+
+def _filled(folder: Path, count: int = 4) -> list[bytes]:
+    for number in range(count):
+        Journal(folder).add({"what": number})
+    return (folder / JOURNAL).read_bytes().splitlines(keepends=True)
+
+
+@pytest.mark.parametrize("damage", ["changed", "taken out", "swapped", "cut", "added", "emptied", "no json"])
+def test_no_line_can_be_touched_unseen(tmp_path: Path, damage: str) -> None:
+    lines = _filled(tmp_path)
+    assert [entry["what"] for entry in Journal(tmp_path).entries()] == [0, 1, 2, 3]
+    after = {
+        "changed": [lines[0], lines[1].replace(b'"what":1', b'"what":7'), *lines[2:]],
+        "taken out": [lines[0], *lines[2:]],
+        "swapped": [lines[0], lines[2], lines[1], lines[3]],
+        "cut": lines[:-1],
+        "added": [*lines, lines[-1]],
+        "emptied": [],
+        "no json": [lines[0], b"oops\n", *lines[2:]],
+    }[damage]
+    (tmp_path / JOURNAL).write_bytes(b"".join(after))
+    with pytest.raises(StateError, match="not as it was written"):
+        list(Journal(tmp_path).entries())
+
+
+def test_the_last_line_is_pinned_by_its_head(tmp_path: Path) -> None:
+    lines = _filled(tmp_path)
+    (tmp_path / JOURNAL).write_bytes(b"".join(lines).replace(b'"what":3', b'"what":7'))
+    with pytest.raises(StateError, match="not as it was written"):
+        list(Journal(tmp_path).entries())
+
+
+def test_a_crash_between_line_and_head_is_no_tampering(tmp_path: Path) -> None:
+    _filled(tmp_path, 3)
+    before = (tmp_path / HEAD).read_text()
+    Journal(tmp_path).add({"what": 3})
+    (tmp_path / HEAD).write_text(before)
+    Journal(tmp_path).add({"what": 4})
+    assert [entry["what"] for entry in Journal(tmp_path).entries()] == [0, 1, 2, 3, 4]
+
+
+def test_a_journal_that_was_touched_takes_no_more_lines(tmp_path: Path) -> None:
+    lines = _filled(tmp_path)
+    (tmp_path / JOURNAL).write_bytes(b"".join(lines[:2]))
+    with pytest.raises(StateError, match="not as it was written"):
+        Journal(tmp_path).add({"what": 9})
+
+
+def test_nothing_leaves_that_could_not_be_written_down(apart: Apart, tmp_path: Path) -> None:
+    folder = tmp_path / "full"
+    folder.mkdir()
+    (folder / JOURNAL).mkdir()  # a file cannot be made here, as on a disk that is full
+    with pytest.raises((StateError, OSError)):
+        guard(apart, folder, OPEN).answer(asked(apart, "round"))
+
+
+def test_the_journal_holds_no_value_of_any_tensor_or_metric(apart: Apart, tmp_path: Path) -> None:
+    guard(apart, tmp_path, OPEN).answer(asked(apart, "finish"))
+    (line,) = Journal(tmp_path).entries()
+    assert "value" not in json.dumps(line["numbers"])
