@@ -242,8 +242,9 @@ def both_ways(experiment: Experiment) -> tuple[Specs, Specs]:
     return up, down
 
 
-def numbers(experiment: Experiment) -> list[dict[str, str]]:
-    """One row per number that leaves a site beside the tensors: name, when it is sent, what it says."""
+def numbers(experiment: Experiment, remote: bool = False) -> list[dict[str, str]]:
+    """One row per number that leaves a site beside the tensors: name, when it is sent, what it says. `remote`: sites
+    whose folders the coordinator cannot read, so that they send their metrics."""
     every, best = experiment.config.evaluation.every, experiment.config.evaluation.serve == "best"
     task, rounds = experiment.task, "every round"
     worked = f"{rounds}, and at the end"
@@ -258,11 +259,14 @@ def numbers(experiment: Experiment) -> list[dict[str, str]]:
         ("seconds", worked, "time that the site took"),
         ("val.incoming", f"{validated}{', and at the end' if best else ''}", f"the model as it came in, {about}"),
         ("val.outgoing", validated, f"the model as it was trained, {about}"),
-        ("models", "at the end", "names of the models that were tested; no result of a test"),
+        ("models", "at the end", f"names of the models that were tested{'' if remote else '; no result of a test'}"),
         ("failure", "where a request fails", "a code and a message; of a text that may name data, its digest"),
     ]
     if task.class_counts == "federation":
         rows.insert(1, ("class_counts", "once, before round 1", "number of training images of each class"))
+    if remote:
+        what = "every metric of the task on the site's validation and on its test images, with interval and n"
+        rows.append(("metrics", "at the end", what))
     own = experiment.strategy.declares.numbers
     rows += [(f"learned.{name}", rounds, what) for name, what in sorted(own.items())]
     return [dict(zip(("name", "sent", "what"), row, strict=True)) for row in rows]

@@ -62,7 +62,7 @@ def terms(folder: Path, digest: str | None = None) -> dict[str, Any]:
         "looks_at_single_updates": pieces.strategy.declares.needs_individual_updates,
         "leaves": results.wire(up, pieces.codec),
         "arrives": {"tensors": len(down)},
-        "numbers": results.numbers(pieces),
+        "numbers": results.numbers(pieces, remote=True),
     }
 
 

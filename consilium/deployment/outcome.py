@@ -38,7 +38,7 @@ def write(out: Path, experiment: Experiment, progress: Progress) -> None:
             "num_examples": progress.num_examples,
             "bytes": progress.ledger.summary(),
             "wire": {"up": results.wire(up, experiment.codec), "down": results.wire(down, experiment.codec)},
-            "numbers": results.numbers(experiment),
+            "numbers": results.numbers(experiment, remote=True),
             "untested": [site for site in sites if progress.tested.get(site) is None],
             "metrics": {
                 split: {site: tree[split] for site, tree in sorted(progress.tested.items()) if tree}

@@ -101,6 +101,7 @@ def test_what_a_person_approves_is_what_leaves(apart: Apart) -> None:
     site = apart.resident("alpine").site
     assert terms["agreement"] == site.experiment.handshake.agreement
     assert {row["name"] for row in terms["leaves"]} == set(site.experiment.up(1))
+    assert "metrics" in {row["name"] for row in terms["numbers"]}
     with pytest.raises(ConfigError, match="another agreement"):
         hospital.terms(apart.at("alpine"), "0" * 64)
 
