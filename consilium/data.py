@@ -36,6 +36,11 @@ class Examples:
         mine, theirs = ((getattr(e.images, "filename", id(e.images)), e.images.shape) for e in (self, other))
         return mine == theirs
 
+    def at(self, positions: IntArray) -> Examples:
+        """Some of the images."""
+        keys = ("rows", "labels", "ids", "groups", "origins")
+        return Examples(self.images, *(getattr(self, key)[positions] for key in keys))
+
     def and_(self, other: Examples) -> Examples:
         """The images of both, which must share a store."""
         keys = ("rows", "labels", "ids", "groups", "origins")

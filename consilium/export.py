@@ -15,7 +15,7 @@ import timm
 import torch
 from torch import Tensor
 
-from consilium import __version__, checkpoint, config, members, seeds, tensors
+from consilium import __version__, checkpoint, config, instances, members, seeds, tensors
 from consilium.backbones import timm_backbone
 from consilium.errors import ConfigError, StateError
 from consilium.merging import adapters
@@ -53,9 +53,9 @@ def export(
     if out.exists() and any(out.iterdir()):
         raise StateError("the folder to export into is not empty", where=str(out), remedy="choose another --out")
     trained = load_trained(run, site, "cpu", weights)
-    if members.averaged(trained.variables) is not None:
-        remedy = "use `consilium predict`, or export one of a run with strategy 'local'"
-        raise ConfigError("an ensemble is several models, and a format holds one", where="strategy", remedy=remedy)
+    if members.averaged(trained.variables) is not None or instances.MOST in trained.variables:
+        what = "an ensemble, and a model that is weighed image by image, are more than a format holds"
+        raise ConfigError(what, where="strategy", remedy="use `consilium predict`")
     if format != "safetensors" and trained.model.head.config.kind != "linear":
         raise ConfigError(
             "timm classifiers are linear; this run has another head",

@@ -18,13 +18,13 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from consilium import checkpoint, members
+from consilium import checkpoint, instances, members, seeds
 from consilium.data import Examples, SiteData
 from consilium.engines import failures
 from consilium.engines.state import SiteState, StateFolder, sealed
 from consilium.errors import ConsiliumError, TrainingError, WireError
 from consilium.experiment import Experiment
-from consilium.local.predict import outputs
+from consilium.local.predict import outputs, pooled_features
 from consilium.local.prefix import FEW, Prefixes
 from consilium.local.seats import Seat
 from consilium.local.train import Setting, Trainer
@@ -170,12 +170,13 @@ class Site:
         numbers: Numbers = {"image_passes": 0, "seconds": 0.0}
         if _trains(request):
             started = perf_counter()
-            fitted = self._last_phase(request, models["personal"])
+            fitted = self._last_phase(request, instances.plain(models["personal"]))
             numbers = {"image_passes": fitted.image_passes, "seconds": perf_counter() - started}
-            models["personal"] = fitted.variables
+            models["personal"] = {**models["personal"], **fitted.variables}
         if held.sent:  # beside what it was trained with: the last sum may have changed more than what was sent
             before = self.experiment.strategy.deploy({**held.received, **held.sent}, held.personal)
             models["before_aggregation"] = before["personal"]
+        models = {name: self._with_features(variables) for name, variables in models.items()}
         tables: dict[str, pd.DataFrame] = {}
         for name, variables in models.items():
             same = next((known for known in tables if equal(models[known], variables)), None)
@@ -236,6 +237,17 @@ class Site:
         alone = replace(setting, config=config, trains=lambda tag, round: declares.finishes(tag))  # noqa: ARG005
         return self._trainer(request, alone, {}).fit(variables, epochs=declares.finish_epochs, purpose="finish")
 
+    def _with_features(self, variables: Tensors) -> Tensors:
+        """Where adapters are weighed by likeness to the site's images: with features of some, always the same ones."""
+        if instances.MOST not in variables:
+            return variables
+        setting, train = self.experiment.setting, self.data.train
+        draw = seeds.numpy_generator(setting.seed, site=self.data.name, purpose="instances")
+        chosen = train.at(np.sort(draw.permutation(len(train))[: self.experiment.strategy.declares.instances]))
+        model = instances.alone(setting.model.specs, variables)
+        found = pooled_features(setting.model, model, chosen, setting.preprocessing, setting.device)
+        return {**variables, instances.FEATURES: found}
+
     def _trainer(self, request: Request, setting: Setting, moments: dict[str, Any]) -> Trainer:
         counts = request.context["class_counts"] if self._counts_travel else self._class_counts()
         name, train = self.data.name, self.data.train
@@ -258,7 +270,7 @@ class Site:
         self, received: Tensors, personal: Personal, known: Mapping[str, Any], depth: int | None = None
     ) -> Mapping[str, Any]:
         """{"of": the digest of a model, "numbers": of its validation}; `known` where that is of this very model."""
-        variables = self.experiment.strategy.deploy(received, personal)["personal"]
+        variables = self._with_features(self.experiment.strategy.deploy(received, personal)["personal"])
         of = f"{digest_all(variables)}-{depth}"  # what is computed in two parts may have other last bits on a GPU
         return known if known.get("of") == of else {"of": of, "numbers": self._validate(variables, depth)}
 
@@ -278,7 +290,7 @@ class Site:
             prefix = None
             if self._prefixes is not None:
                 common = self._prefixes.lasting if depth is None else depth
-                prefix = self._prefixes.split(model, examples, common, precision)
+                prefix = self._prefixes.split(instances.plain(model), examples, common, precision)
             return outputs(setting.model, model, examples, image, setting.device, precision, prefix)
 
         return members.probabilities(variables, one, task.probabilities).numpy()

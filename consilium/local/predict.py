@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from consilium import instances
 from consilium.data import Examples, IntArray, Preprocessing
 from consilium.local.augment import normalise, to_float
 from consilium.protocols import Model
@@ -55,7 +56,7 @@ def outputs(
 
     def function(inputs: Prefix) -> Tensor:
         with autocast(device, precision):
-            return model.forward(here, inputs.tokens, inputs.depth)
+            return instances.forward(model, here, inputs.tokens, inputs.depth)
 
     return _rows(function, examples, preprocessing, device, prefix)
 

@@ -9,13 +9,15 @@ feddpa_t: in every round but the first a local phase trains the personal adapter
 feddpa_f: the shared adapter is trained and averaged in all rounds; after the last the personal one is trained on top
 of it.
     a -> local_weight    g, p -> parts shared, personal
+With combine = "instance" the model in use weighs its adapters image by image: a(x) = instance_weight times the mean
+cosine between features of x and of `instances` training images of the site, see `instances.py`; they stay at the site.
 Leaves the site: the shared factors and the head, trained as in FedIT, number of training images. Stays, and is kept:
-the personal factors (feddpa_t), how left factors are weighted.
-Departures: the model in use weights its adapters as the local phase does, and as W_0 + g before a site has had one;
-the paper weighs them image by image, by likeness to images of the site that have to be kept with the model. The shared
-head is trained in the global phase. feddpa_f sums both adapters. Not copied from the authors' code: its weight at
-inference, which grows for the shared adapter with likeness to local images, and a stop of gradients that also cuts off
-lower layers.
+the personal factors (feddpa_t), how left factors are weighted; in the served model, features of a few images.
+Departures: unless combine = "instance", which is the paper's, the model in use weights its adapters as the local phase
+does, and as W_0 + g before a site has had one; feddpa_f sums both. Weights by image are of pooled features, of images
+that are drawn once, and of features kept in their place; likeness speaks for the personal adapter, where the authors'
+code has it speak for the shared one (instance_of = "shared"). The shared head is trained in the global phase. Not
+copied: a stop of gradients that also cuts off lower layers.
 Identity: the shared tensors of both are FedIT's, bit by bit (feddpa_t: with uniform weights, as here by default).
 Family: dual LoRA
 Identity test: test_the_shared_adapter_is_fedits
@@ -27,13 +29,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from consilium.aggregation import SumOptions, Weighting
+from consilium.config import changed
 from consilium.data import Batch
+from consilium.instances import Of, weighed
 from consilium.orthogonality import couples
 from consilium.protocols import Declaration, Learned, LocalTraining, Part, Personal, Tag
 from consilium.registry import register
@@ -45,28 +50,49 @@ PARTS = (Part(), Part("personal", personal=True))
 
 
 class FedDpaOptions(SumOptions):
-    """Keys of `[strategy]` that feddpa_t and feddpa_f have in common."""
+    """Keys of `[strategy]` that feddpa_t and feddpa_f have in common; all but `weights` are of combine = "instance"."""
 
     weights: Weighting = "uniform"  # as in the authors' code
+    instances: int = Field(default=5, ge=1)  # images of the site that a new one is compared with; the authors' code
+    instance_weight: float = Field(default=0.5, gt=0, le=1)  # share at a likeness of one; the authors' code
+    instance_of: Of = "personal"  # which adapter likeness speaks for; shared: as the authors' code does
+
+    combine: str = "instance"
+
+    @model_validator(mode="after")
+    def _with_an_effect(self) -> FedDpaOptions:
+        given = changed(self) & {"instances", "instance_weight", "instance_of"}
+        if given and self.combine != "instance":
+            raise ValueError(f"{', '.join(sorted(given))}: of combine = 'instance' only")
+        return self
+
+    @property
+    def by_image(self) -> tuple[float, Of] | None:
+        """How adapters are weighed image by image, if so."""
+        return (self.instance_weight, self.instance_of) if self.combine == "instance" else None
 
 
 class FedDpaTOptions(FedDpaOptions):
     """Keys of `[strategy]` for feddpa_t."""
 
     local_weight: float = Field(default=0.5, gt=0, le=1)  # a, share of the personal adapter; the authors' code
+    combine: Literal["fixed", "instance"] = "fixed"  # in use: weighted by a; or by a(x), image by image
 
 
 class FedDpaFOptions(FedDpaOptions):
     """Keys of `[strategy]` for feddpa_f."""
 
     local_epochs: float = Field(default=1.0, gt=0)  # of the personal adapter, after the last round
+    combine: Literal["sum", "instance"] = "sum"  # in use: as it was trained; or weighted by a(x), image by image
 
 
 @dataclass(frozen=True)
 class FedDpa(Averaging):
-    """`local_weight`: a; None where no round has a local phase."""
+    """`local_weight`: a; None where no round has a local phase. `instance`: how a(x) is formed, if the model in use has
+    one."""
 
     local_weight: float | None = None
+    instance: tuple[float, Of] | None = None
 
     def learn(self, received: Tensors, personal: Personal, training: LocalTraining) -> Learned:
         """Local phase, then global phase; both begin with the shared tensors as they came."""
@@ -104,7 +130,8 @@ class FedDpa(Averaging):
     def deploy(self, received: Tensors, personal: Personal) -> Mapping[str, Tensors]:
         """Both adapters by weight, and the shared one alone unless the head is personal."""
         model = {**received, **{name: value for name, value in personal.tensors.items() if "/" not in name}}
-        models = {"personal": weighted(model, within(WEIGHT, personal.tensors))}
+        fixed = within(WEIGHT, personal.tensors)
+        models = {"personal": weighed(model, *self.instance) if self.instance else weighted(model, fixed)}
         alone = not any(name.startswith("head.") for name in personal.tensors)
         return {**models, "global": dict(received)} if alone else models
 
@@ -138,9 +165,11 @@ def feddpa_t(options: FedDpaTOptions) -> FedDpa:
         PARTS,
         trains=lambda tag, round: round > 1 or not own(tag),
         passes=lambda round: (None,) if round == 1 else (None, None),
+        instances=options.instances if options.by_image else 0,
     )
     summed = options.aggregation(of_factors=True)
-    return FedDpa(options.weights, declares=declares, aggregate=summed, local_weight=options.local_weight)
+    by = options.by_image
+    return FedDpa(options.weights, declares=declares, aggregate=summed, local_weight=options.local_weight, instance=by)
 
 
 @register(
@@ -158,5 +187,7 @@ def feddpa_f(options: FedDpaFOptions) -> FedDpa:
         trains=lambda tag, round: not own(tag),  # noqa: ARG005
         finish_epochs=options.local_epochs,
         finishes=lambda tag: tag.part == "personal",
+        instances=options.instances if options.by_image else 0,
     )
-    return FedDpa(options.weights, declares=declares, aggregate=options.aggregation(of_factors=True))
+    summed = options.aggregation(of_factors=True)
+    return FedDpa(options.weights, declares=declares, aggregate=summed, instance=options.by_image)
