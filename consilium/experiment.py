@@ -29,6 +29,7 @@ from consilium.messages import Handshake, envelope_of, rows
 from consilium.protocols import Backbone, Model, Selector, ServerState, Slot, Specs, Strategy, Tag, Task, Tuner
 from consilium.sealing import key_id, read_key
 from consilium.sites.store import default_folder
+from consilium.strategies.partial import is_top
 from consilium.tensors import Tensors, detach
 from consilium.tuners import base, compose
 
@@ -145,7 +146,7 @@ def join(config: Config, classes: Sequence[str], tuners: Sequence[Tuner], strate
     if config.engine.gradient_checkpointing:
         recompute.by_block(backbone.module)
     model: Model = compose.attach(backbone, tuners, config.head, task.num_outputs, strategy.declares, config.seed)
-    _check_blocks(strategy, backbone, where=f"strategy.{config.strategy.name}")
+    _check_blocks(strategy, backbone, model.specs, where=f"strategy.{config.strategy.name}")
     _check_pairing(config, model.specs, strategy)
     _check_selection(config, task, strategy)
     _check_counts(config, task, model.specs, strategy)
@@ -270,11 +271,17 @@ def _check_counts(config: Config, task: Task, specs: Specs, strategy: Strategy) 
         raise ConfigError("class counts would leave sites that share nothing", where="task.class_counts", remedy=remedy)
 
 
-def _check_blocks(strategy: Strategy, backbone: Backbone, where: str) -> None:
+def _check_blocks(strategy: Strategy, backbone: Backbone, specs: Specs, where: str) -> None:
     last = strategy.declares.last_block
     if last is not None and last >= backbone.num_blocks:
         allowed = f"0 to {backbone.num_blocks - 1} ({backbone.name})"
         raise ConfigError("the backbone has no such block", where=where, allowed=allowed, received=last)
+    tags = [spec.tag for spec in specs.values() if spec.tag.role != "head"]
+    if last and not any(is_top(tag, last) for tag in tags):
+        there = sorted({tag.block for tag in tags if tag.block is not None})
+        allowed = f"up to {there[-1]}, the last block in which something is trained" if there else "no block at all"
+        what = "nothing that is trained lies from this block on, so the key has no effect"
+        raise ConfigError(what, where=where, allowed=allowed, received=last)
 
 
 def _check_selection(config: Config, task: Task, strategy: Strategy) -> None:

@@ -22,7 +22,7 @@ Identity: the shared tensors of both are FedIT's, bit by bit (feddpa_t: with uni
 Family: dual LoRA
 Identity test: test_the_shared_adapter_is_fedits
 Slow reference of feddpa_t: test_feddpa_ts_rounds_are_the_formulas
-Slow reference of feddpa_f: test_feddpa_f_trains_the_personal_adapter_alone_and_last
+Slow reference of feddpa_f: test_round_by_round_the_factors_are_the_formulas
 """
 
 from __future__ import annotations

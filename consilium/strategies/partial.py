@@ -55,16 +55,17 @@ def below(personal_from_block: int | None) -> Selector:
     """Share everything but the head and, if a block is given, everything from that block on and behind the blocks."""
 
     start = personal_from_block
-    return lambda tag: tag.role != "head" and not (start is not None and _is_top(tag, start))
+    return lambda tag: tag.role != "head" and not (start is not None and is_top(tag, start))
 
 
 def above(shared_from_block: int | None) -> Selector:
     """Share the head and, if a block is given, everything from that block on and behind the blocks."""
     start = shared_from_block
-    return lambda tag: tag.role == "head" or (start is not None and _is_top(tag, start))
+    return lambda tag: tag.role == "head" or (start is not None and is_top(tag, start))
 
 
-def _is_top(tag: Tag, start: int) -> bool:
+def is_top(tag: Tag, start: int) -> bool:
+    """Whether a tensor lies in this block, above it or behind the blocks."""
     return tag.module.split(".")[0] in BEHIND_BLOCKS if tag.block is None else tag.block >= start
 
 

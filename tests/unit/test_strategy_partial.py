@@ -77,6 +77,24 @@ def test_with_everything_on_one_side_both_are_fedavg_or_local(tmp_path: Path) ->
     assert all(equal(alone.served(site), local.served(site)) for site in HOSPITALS)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "tuner"),
+    [
+        ({"name": "fedper", "personal_from_block": 3}, {"name": "lora", "blocks": [0, 2]}),
+        ({"name": "fedrep", "personal_from_block": 1}, {"name": "prompts", "length": 2}),
+        ({"name": "lg", "shared_from_block": 3}, {"name": "lora", "blocks": [0]}),
+        ({"name": "fedala", "mix_from_block": 1}, {"name": "linear"}),
+    ],
+    ids=lambda table: table["name"],
+)
+def test_a_block_from_which_nothing_is_trained_is_refused(strategy: dict[str, Any], tuner: dict[str, Any]) -> None:
+    """A selector that selects nothing: the model would silently be divided otherwise than was meant."""
+    with pytest.raises(ConfigError, match="nothing that is trained lies from this block on"):
+        _sent(strategy, tuner=[tuner])
+    (key,) = strategy.keys() - {"name"}
+    assert _sent({**strategy, key: 0}, tuner=[tuner]) is not None
+
+
 def test_a_block_that_is_not_there_and_a_head_that_is_frozen_are_refused() -> None:
     with pytest.raises(ConfigError, match="no such block"):
         _sent({"name": "lg", "shared_from_block": 6})
