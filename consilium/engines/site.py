@@ -56,7 +56,8 @@ class Site:
             self._agree(fields)
             request = decode_request(opened, self.experiment.wire("down", int(fields["round"]), self.data.name))
             self._accept(request)
-            self._stay_home()
+            if request.kind != "finish" or _trains(request):  # who took no part only looks at the model
+                self._stay_home()
         except WireError as error:  # the site's data are untouched: this speaks of the message alone
             return encode(self._failed(fields, "refused", str(error)), {})
         except Exception as error:

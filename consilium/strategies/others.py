@@ -48,6 +48,19 @@ class Others(Averaging):
         number = torch.tensor([float(len(sites))], dtype=torch.float64)
         return ServerState(0, tuple(sites), {**start, **under(START, factors), SITES: number})
 
+    def send(self, server: ServerState, site: str) -> Tensors:
+        """The same to all. A site that took no part gets the mean with the common start as its own, one of K + 1: what
+        is left without it is the mean of the K."""
+        if site in server.sites:
+            return server.shared
+        number, start = len(server.sites), within(START, server.shared)
+
+        def joined(mean: Tensor, mine: Tensor) -> Tensor:
+            return ((number * mean.double() + mine.double()) / (number + 1)).to(mean.dtype)
+
+        means = map_tensors(joined, select(server.shared, start), start)
+        return {**server.shared, **means, SITES: torch.tensor([number + 1.0], dtype=torch.float64)}
+
     def combine(self, server: ServerState, updates: Iterable[Update], specs: Specs) -> ServerState:
         """mean <- mean + sum of changes / K; the rest is averaged over the sites that trained it."""
         total: dict[str, Tensor] = {}

@@ -36,6 +36,7 @@ from consilium.unseen.shots import few
 
 RESULT, TABLE, GUESTS = "unseen.json", "unseen.parquet", "held_out"
 NOTHING = "the strategy leaves nothing for a site that took no part"
+ALONE = "nothing: the strategy leaves no model that a site could train on; the baseline stands alone"
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,13 @@ def measure(out: Path, experiment: Experiment, prepared: Federation, show: Displ
         local = assemble(references.reference_config(experiment.config, "local", {}), prepared.classes)
         guests = [_guest(out, experiment, local, server, data, options) for data in prepared.held_out.values()]
         parts = out / GUESTS / f"shots-{_key(experiment, options)}"
-        tables = [*map(_zero_shot, guests), *_work(guests, options, parts, show)]
+        zero = [_zero_shot(guest) for guest in guests]
+        tables = [*zero, *_work(guests, options, parts, show)]
     table = stack(tables)
     checkpoint.write_bytes(out / TABLE, table.to_parquet(index=False))
     evaluation, seed = experiment.config.evaluation, experiment.config.seed
     found = curves.rows(table, prepared.classes, evaluation.bootstrap, seed)
-    about = _about(out, experiment, guests, options)
+    about = _about(out, experiment, guests, options) | _said(zero[0], guests[0])
     checkpoint.write_json(out / RESULT, metrics.without_nan({**about, "rows": found}))
     shutil.rmtree(parts, ignore_errors=True)
 
@@ -167,17 +169,16 @@ def _work(guests: Sequence[Guest], options: UnseenConfig, parts: Path, show: Dis
 
 
 def _zero_shot(guest: Guest) -> pd.DataFrame:
-    """Of the model that a newcomer would use as it is, as the visit left them; none where its head is untrained."""
+    """Of what a newcomer would use as it is, as the visit left it: its own start of a model, or what answers for all
+    sites together (an ensemble); none where its head is untrained."""
     table = pd.read_parquet(guest.folder / "predictions.parquet")
-    rows = table[table["model"] == "personal"].assign(model=ZERO, shots=0, draw=0)
-    return rows if _not_measured(guest) == "" else rows.head(0)
+    rows = table[table["model"] == ("personal" if guest.way else "global")].assign(model=ZERO, shots=0, draw=0)
+    return rows.head(0) if guest.way and guest.joined.untrained else rows
 
 
-def _not_measured(guest: Guest) -> str:
+def _not_measured(zero: pd.DataFrame, guest: Guest) -> str:
     """Why there is no zero-shot model."""
-    if not guest.way:
-        return NOTHING
-    return "the head of a newcomer is untrained" if guest.joined.untrained else ""
+    return "" if len(zero) else "the head of a newcomer is untrained" if guest.way else NOTHING
 
 
 def _key(experiment: Experiment, options: UnseenConfig) -> str:
@@ -198,11 +199,15 @@ def _about(out: Path, experiment: Experiment, guests: Sequence[Guest], options: 
         "code": results.code_digest(),
         "options": options.model_dump(mode="json"),
         "earlier": _earlier(out / RESULT, options),
-        "trains": {"way": first.way, "what": SAID.get(first.way, NOTHING), **_trained(first, options)},
-        "zero_shot": {"measured": not _not_measured(first), "reason": _not_measured(first)},
+        "trains": {"way": first.way, "what": SAID.get(first.way, ALONE), **_trained(first, options)},
         "sites": {guest.data.name: _taken(guest.data, classes, experiment.config.seed, options) for guest in guests},
         "notes": [text for guest in guests for text in _fewer(guest.data, classes, options.shots)],
     }
+
+
+def _said(zero: pd.DataFrame, guest: Guest) -> dict[str, Any]:
+    reason = _not_measured(zero, guest)
+    return {"zero_shot": {"measured": not reason, "reason": reason}}
 
 
 def _earlier(path: Path, options: UnseenConfig) -> list[Any]:

@@ -20,7 +20,7 @@ from consilium.data import Examples
 from consilium.errors import ConfigError
 from consilium.experiment import Experiment
 from consilium.local.train import Trainer
-from consilium.protocols import Fitted, Objective, Personal, Selector, Tag
+from consilium.protocols import Fitted, Learned, Objective, Personal, Selector, Tag
 from consilium.tensors import Tensors, equal
 
 Way = Literal["finish", "own round", "own model", "head", "all"]
@@ -106,10 +106,11 @@ class Newcomer:
             return wanted
         if self.experiment.strategy.declares.finish_epochs > 0:
             return "finish"
-        one, tried = UnseenConfig(steps=1), (*(("own round",) if self.received else ()), "own model")
-        for way in tried:
-            if not equal(self.adapted(images, way, one), self.start):
-                return "own round" if way == "own round" else "own model"
+        still, free = self._moved(images, "own round"), self._moved(images, "own model")
+        if free - still or (free and not self.received):  # a model of the site's own goes by the names that it received
+            return "own model"
+        if still:
+            return "own round"
         if wanted == "personal":
             remedy = "use trains = 'head' or 'all', or leave it out"
             what = "the strategy keeps nothing personal that a newcomer could train"
@@ -118,13 +119,22 @@ class Newcomer:
 
     def adapted(self, images: Examples, way: str, options: UnseenConfig) -> Tensors:
         """The model after `options.steps` steps on these images."""
-        strategy = self.experiment.strategy
         if way in ("own round", "own model"):
-            still = frozenset(self.received) & self.experiment.model.specs.keys() if way == "own round" else frozenset()
-            learned = strategy.learn(self.received, self.personal, self._trainer(images, options, still, in_round=True))
-            return strategy.deploy(self.received, learned.personal)["personal"]
+            learned = self._learned(images, way, options)
+            own = learned.update if way == "own model" else {}  # which no mean of sites takes the place of
+            return self.experiment.strategy.deploy({**self.received, **own}, learned.personal)["personal"]
         trainer = self._trainer(images, options, frozenset(), in_round=False)
         return trainer.fit(self.start, only=self._chosen(way, trainer)).variables
+
+    def _moved(self, images: Examples, way: str) -> set[str]:
+        """Which tensors of the model one step changes, while the server sends the same."""
+        personal = self._learned(images, way, UnseenConfig(steps=1)).personal
+        return set(trained(self.start, self.experiment.strategy.deploy(self.received, personal)["personal"]))
+
+    def _learned(self, images: Examples, way: str, options: UnseenConfig) -> Learned:
+        still = frozenset(self.received) & self.experiment.model.specs.keys() if way == "own round" else frozenset()
+        trainer = self._trainer(images, options, still, in_round=True)
+        return self.experiment.strategy.learn(self.received, self.personal, trainer)
 
     def _chosen(self, way: str, trainer: Trainer) -> Selector:
         declares, rounds = self.experiment.strategy.declares, range(1, self.experiment.config.train.rounds + 1)

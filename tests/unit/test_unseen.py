@@ -5,29 +5,34 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from consilium import checkpoint, config, run
+from consilium import checkpoint, config, registry, run
 from consilium.check import check
+from consilium.config_unseen import UnseenConfig
 from consilium.data import Examples
 from consilium.engines.site import Site
 from consilium.errors import ConfigError, DataError, StateError
 from consilium.experiment import assemble
 from consilium.local.train import Trainer
 from consilium.predict import load_trained
+from consilium.protocols import ServerState
 from consilium.report.html import render
 from consilium.tensors import Tensors, digest_all, equal
+from consilium.unseen import measure
 from consilium.unseen.again import curves, unseen
-from consilium.unseen.newcomer import class_counts
+from consilium.unseen.newcomer import Newcomer, class_counts, trained
 from consilium.unseen.shots import few, order
-from tests import hospitals
+from tests import federation, hospitals, variants
 from tests.e2e.runs import contents, events, read
 
 GUEST = "summit"
@@ -426,3 +431,68 @@ def test_an_unseen_site_without_training_images_is_refused(tmp_path: Path) -> No
              "columns": hospitals.COLUMNS, "held_out": ["west"], "split": {"column": "split"}}  # fmt: skip
     with pytest.raises(DataError, match=r"no training images to draw from[\s\S]*west"):
         run.run(configure(sites=sites), tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------------------------ every strategy
+WAYS = {
+    "own round": {"apfl", "ditto", "dual_lora", "fedbn", "feddpa_t", "fedopal", "fedopal_representations",
+                  "fedopal_weights", "fedper", "fedrep", "fedsa", "lg", "pfedme"},
+    "own model": {"fedala", "fedalt", "local"},
+    "finish": {"fedavg_finetune", "fedbabu", "feddpa_f"},
+    "nothing": {"fedacs", "fedamp"},
+}  # fmt: skip
+
+
+def newcomer(strategy: str) -> tuple[Newcomer, ServerState, Examples]:
+    """Before round 1, with two rounds configured, and a few images; the server has moved every tensor a little."""
+    settings = variants.settings(strategy, train={"rounds": 2})
+    pieces = federation.assemble(settings)
+    server = pieces.strategy.init_server(pieces.initial(3), pieces.model.specs, ["a", "b"])
+    site = federation.hospital("new", 6)
+    return Newcomer(pieces, "new", measure.received(pieces, server, "new"), 5), server, site.train
+
+
+@pytest.mark.parametrize("strategy", sorted(registry.members("strategies")))
+def test_how_each_strategy_trains_a_newcomer(strategy: str) -> None:
+    found, _, images = newcomer(strategy)
+    expected = next((way for way, names in WAYS.items() if strategy in names), "all")
+    if strategy == "ensemble":  # a model each is all there is after the last round; before it, the common start
+        return
+    assert bool(found.start) == (expected != "nothing")
+    if expected == "nothing":
+        return
+    assert found.way(None, images) == expected
+    for wanted in ("head", "all"):
+        model = found.adapted(images, found.way(wanted, images), UnseenConfig(steps=2))
+        moved = set(trained(found.start, model))
+        heads = {name for name in found.experiment.model.specs if name.startswith("head.")}
+        assert moved == heads if wanted == "head" else moved > set() and moved <= model.keys()
+    if expected == "all":
+        with pytest.raises(ConfigError, match="nothing personal"):
+            found.way("personal", images)
+        return
+    assert found.way("personal", images) == expected
+    model = found.adapted(images, expected, UnseenConfig(steps=2))
+    moved = set(trained(found.start, model))
+    assert moved
+    if expected == "own round":
+        kept = found.received.keys() & {n for n in moved if "/" not in n}
+        own = {"apfl", "ditto", "pfedme", "feddpa_t"}  # a copy of the site's own, or a weight, stands in that place
+        assert not kept or strategy in own
+
+
+def test_a_newcomer_of_fedalt_has_the_mean_of_all_sites_beside_it() -> None:
+    found, server, _ = newcomer("fedalt")
+    moved = {name: value + 1 if name.startswith("blocks.") else value for name, value in server.shared.items()}
+    held = measure.received(found.experiment, replace(server, shared=moved), "new")
+    model = Newcomer(found.experiment, "new", held, 5).start
+    for name in (n for n in model if ".personal." in n and "lora" in n and "router" not in n):
+        shared = name.replace(".personal.", ".shared.")
+        torch.testing.assert_close(model[name], moved[shared], rtol=0, atol=1e-5)
+        assert torch.equal(model[shared], server.shared[f"start/{shared}"]), "its own adapter is the common start"
+
+
+@pytest.mark.parametrize(("strategy", "models"), [("ensemble", {"zero-shot", "local k-shot"}),
+                                                  ("pooled", {"zero-shot", "k-shot", "local k-shot"})])  # fmt: skip
+def test_references_have_something_for_a_newcomer_too(runs: Runs, strategy: str, models: set[str]) -> None:
+    assert set(pd.read_parquet(runs(strategy) / "unseen.parquet")["model"]) == models
