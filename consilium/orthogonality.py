@@ -105,6 +105,22 @@ def of_products(couple: tuple[LowRank, LowRank], floor: float) -> Tensor:
     return algebra.inner(g, p).square() / (sizes[0] * sizes[1])
 
 
+def of_weights(kind: str, side: str, pair: Couple, values: Tensors, floor: float) -> Tensor:
+    """One of `OF_SIDES`, or "product", of the couple as these values have it."""
+    g, p = (factors(product, values) for product in pair)
+    return of_products((g, p), floor) if kind == "product" else of_sides(kind, side, (g, p), floor)
+
+
+def require_trained(pairs: Collection[Couple], side: Sides, training: LocalTraining) -> None:
+    """ConfigError where neither part's tensors of this side are trained, so that a penalty on them moves nothing."""
+    sides = {"right": ("right",), "left": ("left",), "both": ("right", "left")}[side]
+    factors_of = {name: spec for name, spec in training.specs.items() if spec.factor and spec.factor.side in sides}
+    concerned = {name for pair in pairs for product in pair for name in (product.right, *product.left)}
+    if pairs and not any(training.active(factors_of[name].tag) for name in concerned & factors_of.keys()):
+        what, remedy = "the penalty moves nothing: the tuner trains no factor of this side", "choose another side"
+        raise ConfigError(what, where="strategy.side", received=side, remedy=remedy)
+
+
 # ------------------------------------------------------------------------------------------------ of representations
 def output(product: Product, values: Tensors, x: Tensor) -> Tensor:
     """u = s B A x for x [..., in]; [..., out]."""

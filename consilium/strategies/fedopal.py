@@ -76,11 +76,15 @@ class FedopalOptions(DualOptions):
     @model_validator(mode="after")
     def _act(self) -> FedopalOptions:
         given, weighs = changed(self), self.strength > 0 and self.penalty in OF_SIDES
-        fixed = self.gradient == "personal" or self.server in ("ffa", "fedsvd")  # the shared A; a design is too
+        rights, kept = weighs and self.side == "right", self.server in ("ffa", "fedsvd")  # kept: the shared A
         if self.personal_rank == 0 and (self.strength > 0 or self.hard):
             raise ValueError("personal_rank = 0 leaves nothing to be orthogonal: strength = 0, and hard left out")
-        if weighs and self.hard == "designed" and self.side == "right" and fixed:
+        if rights and self.hard == "designed" and (kept or self.gradient == "personal"):
             raise ValueError("the penalty moves nothing: its side is A's, of which one is designed and one fixed")
+        if rights and kept and "gradient" in given:
+            raise ValueError(f"gradient has no effect: the penalty is on A, and {self.server} trains no shared one")
+        if "floor" in given and self.penalty in ("entrywise", "frobenius"):
+            raise ValueError(f"floor has no effect with penalty = {self.penalty!r}, which divides by no norm")
         if "side" in given and not weighs and self.hard != "projected":
             raise ValueError(f"side is of weights, and has no effect with penalty = {self.penalty!r}")
         if self.strength == 0 and (idle := sorted(given & {"penalty", "warmup_rounds", "gradient", "floor"})):
@@ -107,7 +111,9 @@ class Penalty:
     options: FedopalOptions
 
     def __call__(self, training: LocalTraining, pairs: tuple[Couple, ...]) -> Objective:
-        """What is minimised in this round."""
+        """What is minimised in this round; ConfigError where the tuner trains nothing that the penalty moves."""
+        if self.options.penalty in OF_SIDES and (self.options.hard, self.options.server) != ("designed", "rolora"):
+            orthogonality.require_trained(pairs, self.options.side, training)
         share = min(1.0, training.round / self.options.warmup_rounds) if self.options.warmup_rounds else 1.0
         by_layer = self.options.penalty in ("cos_squared", "cos")
         layers = [shared.base[0].removesuffix(".weight") for shared, _ in pairs] if by_layer else []
@@ -128,17 +134,12 @@ class Penalty:
         shared = {n for n, spec in training.specs.items() if spec.tag.part == "shared"} if fixed else set()
         values = {name: value.detach() if name in shared else value for name, value in variables.items()}
         if self.options.penalty in WEIGHTS:
-            return torch.stack([self._of_weights(pair, values) for pair in pairs]).mean()
+            kind, side, floor = self.options.penalty, self.options.side, self.options.floor
+            return torch.stack([orthogonality.of_weights(kind, side, pair, values, floor) for pair in pairs]).mean()
         if self.options.penalty == "pooled":
             return self._of_pooled(training, values, batch, seen)
         inputs = {name: value.detach() if fixed else value for name, value in seen.items()}
         return torch.stack([self._of_layer(pair, values, inputs) for pair in pairs]).mean()
-
-    def _of_weights(self, pair: Couple, values: Tensors) -> Tensor:
-        g, p = (orthogonality.factors(product, values) for product in pair)
-        if self.options.penalty == "product":
-            return orthogonality.of_products((g, p), self.options.floor)
-        return orthogonality.of_sides(self.options.penalty, self.options.side, (g, p), self.options.floor)
 
     def _of_layer(self, pair: Couple, values: Tensors, inputs: Tensors) -> Tensor:
         x = inputs[pair[0].base[0].removesuffix(".weight")]

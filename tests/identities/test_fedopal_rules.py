@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from consilium import orthogonality, registry
+from consilium import keeping, orthogonality, registry
 from consilium.engines.state import StateFolder
 from consilium.errors import ConfigError
 from consilium.orthogonality import designed
@@ -306,12 +306,26 @@ def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_happened(tmp_path: Pat
         ({"hard": "designed", "server": "ffa"}, "the penalty moves nothing"),
         ({"hard": "designed", "server": "fedsvd"}, "the penalty moves nothing"),
         ({"hard": "designed", "strength": 0, "side": "left"}, "side is of weights"),
+        ({"server": "ffa", "gradient": "personal"}, "gradient has no effect"),
+        ({"penalty": "entrywise", "floor": 0.1}, "floor has no effect"),
+        ({"penalty": "frobenius", "floor": 0.1}, "floor has no effect"),
         ({"hard": "designed", "strength": 0, "personal_rank": 0}, "nothing to be orthogonal"),
     ],
 )
 def test_options_that_act_on_nothing_are_refused(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         _build(**options)
+
+
+@pytest.mark.parametrize(("side", "goes"), [("right", False), ("left", True), ("both", True)])
+def test_a_penalty_on_what_the_tuner_freezes_is_refused(tmp_path: Path, side: str, goes: bool) -> None:
+    tables = {"tuner": [{"name": "lora", "rank": 2, "freeze_a": True}], "train": {"rounds": 1}}
+    if goes:
+        assert _run(tmp_path, {"side": side}, **tables).progress.server.round == 1
+    else:
+        settings = federation.configure(strategy={"name": "fedopal", "side": side}, **tables)
+        with pytest.raises(ConfigError, match="the tuner trains no factor of this side"):
+            keeping.kept(federation.assemble(settings), SITES)
 
 
 def test_a_design_needs_a_layer_s_inputs() -> None:
