@@ -302,6 +302,17 @@ def test_at_the_start_where_b_is_zero_everything_is_finite(kind: str, side: str)
         assert all(torch.isfinite(torch.tensor(value)) for value in learned.numbers.values())
 
 
+def test_with_b_at_zero_the_first_step_moves_b_alone() -> None:
+    strategy = registry.build("strategies", "dual_lora", {})
+    known = toy.specs(strategy)
+    start = {n: 0 * v if n.endswith(".b") else v for n, v in toy.initial(known, 1).items()}
+    personal = strategy.init_site(start, known, "a")
+    received = {n: v for n, v in start.items() if n not in personal.tensors}
+    learned = strategy.learn(received, personal, toy.Toy(strategy, known, "a", steps=1))
+    moved = {n for n, v in {**learned.update, **learned.personal.tensors}.items() if not torch.equal(v, start[n])}
+    assert moved == {f"{G}.b", f"{P}.b", "head.weight"}
+
+
 def test_without_a_floor_the_start_would_have_no_gradient() -> None:
     zero = torch.zeros(4, requires_grad=True)
     cosine = (zero * torch.ones(4)).sum() / (zero.norm() * 2)

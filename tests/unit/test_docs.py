@@ -95,3 +95,16 @@ def test_the_architecture_names_the_files_of_a_run_folder_and_the_keys_of_harm()
     keys = metrics.sites_harmed(table, table, ("a", "b"), bootstrap=2).keys()
     (named,) = re.findall(r"`sites_harmed\.{(.*?)}`", page)
     assert set(named.split(",")) == keys
+
+
+def test_the_recipe_of_fedopal_names_every_option_and_tests_that_exist() -> None:
+    page = (ROOT / "docs" / "fedopal.md").read_text(encoding="utf-8")
+    keys = set(registry.get("strategies", "fedopal").options.model_fields)
+    assert {key for key in keys if f"`{key}" not in page} == set()
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name in set(re.findall(r"`(test_\w+)`", page)) if f"def {name}(" not in code] == []
+    fields = registry.get("strategies", "fedopal").options.model_json_schema()["properties"]
+    for key in ("penalty", "side", "head", "server", "hard"):
+        allowed = re.findall(r"'enum': \[(.*?)\]", str(fields[key]))
+        values = {value.strip(" '") for group in allowed for value in group.split(",")}
+        assert {v for v in values if f'"{v}"' not in page} - {"shared", "personal", "both"} == set(), key
