@@ -24,6 +24,7 @@ from consilium.errors import ConfigError
 from consilium.exchange import Display
 from consilium.experiment import Experiment, assemble, load_backbone
 from consilium.progress import one_at_a_time
+from consilium.sealing import read_key
 from consilium.sites import federation as sites
 from consilium.unseen import measure as unseen
 
@@ -65,6 +66,7 @@ def run(
 
 def prepare(config: Config, show: Display) -> sites.Federation:
     """Read, split and decode the data as the backbone wants its images."""
+    read_key(config.engine.state_key_file, config.engine.state_key_variable)  # refused before images are read
     preprocessing = load_backbone(config.backbone).preprocessing
 
     def tell(done: int, total: int) -> None:

@@ -134,6 +134,7 @@ split = { train = 0.7, val = 0.1, test = 0.2, seed = 0 }
 [engine]
 device = "auto"                        # the GPU where there is one
 threads = 4
+# state_key_file = "keys/state.key"    # encrypts what this hospital keeps between rounds; docs/encryption.md
 
 # [backbone]
 # weights = "weights/model.safetensors"  # if the file lies elsewhere here than the agreement says
