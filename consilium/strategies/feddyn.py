@@ -23,7 +23,7 @@ Slow reference: test_strategy_feddyn::test_it_is_the_papers_algorithm
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from pydantic import Field
@@ -32,7 +32,6 @@ from torch import Tensor
 from consilium.aggregation import Weighting
 from consilium.data import Batch
 from consilium.protocols import (
-    Declaration,
     Learned,
     LocalTraining,
     Objective,
@@ -57,40 +56,22 @@ class FedDynOptions(Options):
 
 
 @dataclass(frozen=True)
-class FedDyn:
-    """`plain` says what travels and how models are averaged."""
+class FedDyn(FedAvg):
+    """FedAvg with h and h_k."""
 
-    plain: FedAvg
-    alpha: float
-
-    @property
-    def declares(self) -> Declaration:
-        """As FedAvg."""
-        return self.plain.declares
-
-    def up(self, specs: Specs, round: int) -> Specs:
-        """The shared tensors that are trained."""
-        return self.plain.up(specs, round)
-
-    def down(self, specs: Specs, round: int) -> Specs:
-        """The shared tensors."""
-        return self.plain.down(specs, round)
+    alpha: float = field(kw_only=True)
 
     def init_server(self, initial: Tensors, specs: Specs, sites: Sequence[str]) -> ServerState:
         """h of zero."""
-        start = self.plain.init_server(initial, specs, sites)
+        start = super().init_server(initial, specs, sites)
         sums = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in start.shared.items()}
-        unknown = torch.full((len(sites),), 1.0 if self.plain.weights == "uniform" else torch.nan, dtype=torch.float64)
+        unknown = torch.full((len(sites),), 1.0 if self.weights == "uniform" else torch.nan, dtype=torch.float64)
         return replace(start, memory={**under(H, sums), IMAGES: unknown})
-
-    def send(self, server: ServerState, site: str) -> Tensors:
-        """Every site gets the same."""
-        return self.plain.send(server, site)
 
     def init_site(self, initial: Tensors, specs: Specs, site: str) -> Personal:
         """h_k of zero for each shared tensor, beside what is personal."""
-        own = self.plain.init_site(initial, specs, site).tensors
-        return Personal({**own, **under(H, {n: torch.zeros_like(initial[n]) for n in self.plain.shared(specs)})})
+        own = super().init_site(initial, specs, site).tensors
+        return Personal({**own, **under(H, {n: torch.zeros_like(initial[n]) for n in self.shared(specs)})})
 
     def learn(self, received: Tensors, personal: Personal, training: LocalTraining) -> Learned:
         """Train on the loss with both terms, then h_k <- h_k - a (w_k - x)."""
@@ -111,13 +92,13 @@ class FedDyn:
         def models() -> Iterator[Update]:
             for update in updates:
                 at = server.sites.index(update.site)
-                images[at] = 1.0 if self.plain.weights == "uniform" else update.num_examples
+                images[at] = 1.0 if self.weights == "uniform" else update.num_examples
                 for name, w in update.tensors.items():
                     step = w.double() - server.shared[name].double()
                     sums[name] = sums[name] - self.alpha * images[at] * step
                 yield update
 
-        after = self.plain.combine(replace(server, memory={}), models(), specs)
+        after = super().combine(replace(server, memory={}), models(), specs)
         news = {name: mean for name, mean in after.shared.items() if mean is not server.shared[name]}
         total = float(images.nanmean()) * len(images)
         moved = {n: (w.double() - sums[n] / total / self.alpha).to(w.dtype) for n, w in news.items()}
@@ -125,7 +106,7 @@ class FedDyn:
 
     def deploy(self, received: Tensors, personal: Personal) -> Mapping[str, Tensors]:
         """FedAvg's: h_k is no part of a model."""
-        return self.plain.deploy(received, Personal(without(H, personal.tensors)))
+        return super().deploy(received, Personal(without(H, personal.tensors)))
 
 
 def _regularised(training: LocalTraining, names: Sequence[str], alpha: float) -> Objective:
@@ -155,4 +136,4 @@ def _terms(variables: Tensors, name: str, alpha: float) -> Tensor:
 )
 def feddyn(options: FedDynOptions) -> FedDyn:
     """FedDyn, weighted uniformly or by examples."""
-    return FedDyn(FedAvg(options.weights), options.alpha)
+    return FedDyn(options.weights, alpha=options.alpha)

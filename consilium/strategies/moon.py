@@ -20,8 +20,8 @@ Slow reference: test_it_trains_on_the_papers_objective
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from pydantic import Field
@@ -30,15 +30,11 @@ from torch.nn import functional as F
 
 from consilium.data import Batch
 from consilium.protocols import (
-    Declaration,
     Fitted,
     Learned,
     LocalTraining,
     Objective,
     Personal,
-    ServerState,
-    Specs,
-    Update,
 )
 from consilium.registry import register
 from consilium.strategies.fedavg import FedAvg, FedAvgOptions, Fit
@@ -56,54 +52,24 @@ class MoonOptions(FedAvgOptions):
 
 
 @dataclass(frozen=True)
-class Moon:
-    """`plain` says what travels and how models are averaged."""
+class Moon(FedAvg):
+    """FedAvg with the term, once a site has a last model."""
 
-    plain: FedAvg
-    mu: float
-    temperature: float
-
-    @property
-    def declares(self) -> Declaration:
-        """As FedAvg."""
-        return self.plain.declares
-
-    def up(self, specs: Specs, round: int) -> Specs:
-        """The shared tensors that are trained."""
-        return self.plain.up(specs, round)
-
-    def down(self, specs: Specs, round: int) -> Specs:
-        """The shared tensors."""
-        return self.plain.down(specs, round)
-
-    def init_server(self, initial: Tensors, specs: Specs, sites: Sequence[str]) -> ServerState:
-        """As FedAvg."""
-        return self.plain.init_server(initial, specs, sites)
-
-    def send(self, server: ServerState, site: str) -> Tensors:
-        """Every site gets the same."""
-        return self.plain.send(server, site)
-
-    def init_site(self, initial: Tensors, specs: Specs, site: str) -> Personal:
-        """What is personal; there is no last model yet."""
-        return self.plain.init_site(initial, specs, site)
+    mu: float = field(kw_only=True)
+    temperature: float = field(kw_only=True)
 
     def learn(self, received: Tensors, personal: Personal, training: LocalTraining) -> Learned:
         """FedAvg's round with the term, and the model that it ends with is kept."""
         own, last = without(LAST, personal.tensors), within(LAST, personal.tensors)
         models = {**under(SHARED, {**received, **own}), **under(LAST, {**own, **last})}
-        plain = replace(self.plain, fit=self._contrasting(models)) if last else self.plain
-        learned = plain.learn(received, Personal(own), training)
+        how = replace(self, fit=self._contrasting(models)) if last else self
+        learned = FedAvg.learn(how, received, Personal(own), training)
         now = {**received, **learned.update} if self.mu > 0 else {}
         return replace(learned, personal=Personal({**learned.personal.tensors, **under(LAST, now)}))
 
-    def combine(self, server: ServerState, updates: Iterable[Update], specs: Specs) -> ServerState:
-        """As FedAvg."""
-        return self.plain.combine(server, updates, specs)
-
     def deploy(self, received: Tensors, personal: Personal) -> Mapping[str, Tensors]:
         """FedAvg's: the last model is no part of the next."""
-        return self.plain.deploy(received, Personal(without(LAST, personal.tensors)))
+        return super().deploy(received, Personal(without(LAST, personal.tensors)))
 
     def _contrasting(self, models: Tensors) -> Fit:
         def fit(training: LocalTraining, variables: Tensors, _: Objective | None, fixed: Tensors) -> Fitted:
@@ -141,4 +107,5 @@ def contrast(z: Tensor, shared: Tensor, last: Tensor, temperature: float) -> Ten
 )
 def moon(options: MoonOptions) -> Moon:
     """MOON, weighted by examples or uniformly."""
-    return Moon(FedAvg(options.weights, aggregate=options.aggregation()), options.mu, options.temperature)
+    summed = options.aggregation()
+    return Moon(options.weights, aggregate=summed, mu=options.mu, temperature=options.temperature)
