@@ -32,6 +32,7 @@ FAMILIES = (
     "personal models",
     "federated LoRA",
     "dual LoRA",
+    "robust sums",
     "one-shot",
 )
 PINS = ("Family", "Identity test", "Slow reference")
