@@ -12,6 +12,8 @@ docs/aggregation.md.
     residual     factors get their means, what these miss goes into the frozen base (FedEx-LoRA, arXiv 2410.09432)
     corrected    factors get their means, the left one also what it can make good of what they miss (LoRA-FAIR,
                  arXiv 2411.14961)
+    padded, padded_by_size   the mean of factors of any ranks, filled with zeros, by weight or by the product's size
+                 (HetLoRA, arXiv 2401.06432)
     median, trimmed_mean   by coordinate, every site counts once: a few wild sites cannot pull it far (arXiv 1803.01498)
 
 Before any of them, updates that are longer than `clip` can be shortened to it (Sun et al., arXiv 1911.07963).
@@ -33,7 +35,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from consilium.errors import ConfigError
-from consilium.product_sums import Terms, corrected, product_svd, refactored, residual, stack
+from consilium.product_sums import Terms, corrected, padded, product_svd, refactored, residual, stack
 from consilium.products import Product, products
 from consilium.protocols import Declaration, Spec, Specs
 from consilium.registry import Options
@@ -41,7 +43,7 @@ from consilium.tensors import Tensors, weighted_mean
 
 Weighting = Literal["examples", "uniform"]
 Offered = Literal["mean", "refactor", "product_svd", "stack", "residual", "median", "trimmed_mean"]  # by any strategy
-Kind = Offered | Literal["corrected"]
+Kind = Offered | Literal["corrected", "padded", "padded_by_size"]
 
 
 # ------------------------------------------------------------------------------------------------ tensor by tensor
@@ -81,6 +83,8 @@ def _middle(values: Sequence[Tensor], cut: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------ the choice
 _BY_PRODUCT: Mapping[str, Callable[[Sequence[Product], Terms, Tensors], dict[str, Tensor]]] = {
     "product_svd": product_svd,
+    "padded": padded,
+    "padded_by_size": partial(padded, by_size=True),
     "stack": stack,
     "residual": residual,
 }

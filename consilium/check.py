@@ -2,7 +2,8 @@
 
 The bytes are those of the serialised tensors, computed from the declared shapes and the same draws of sites that the
 run will make, so they equal what the run then measures. A tensor that training or a sum leaves as it was to the last
-bit (the base under `residual`, where one site replied or a factor is frozen) is not sent again: then they are a bound.
+bit (the base under `residual`, where one site replied or a factor is frozen) is not sent again, and a site that prunes
+its rank sends and gets less: then they are a bound.
 Nothing is trained.
 """
 

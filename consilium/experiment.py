@@ -56,7 +56,7 @@ class Experiment:
     @cached_property
     def common(self) -> Tensors:
         """What every site has before anything is sent: shared tensors that start alike whatever the seed."""
-        first, other, specs = self.model.initial(0), self.model.initial(1), self.model.specs
+        first, other, specs = self.model.initial(0), self.model.initial(1), self.at(None)
         names = [name for name, spec in self.down(1).items() if spec == specs.get(name)]
         return {name: first[name] for name in names if torch.equal(first[name], other[name])}
 
@@ -70,15 +70,13 @@ class Experiment:
 
     def at(self, site: str | None) -> Specs:
         """The model's variables as a site has them, see `ranks.py`; None: at the tuner's rank."""
-        specs = self.model.specs
-        return specs if site is None else ranks.at(specs, self.strategy.declares.parts, site)
+        declares, specs = self.strategy.declares, self.model.specs
+        own = specs if site is None else ranks.at(specs, declares.parts, site)
+        return ranks.shrinking(own) if declares.prunes else own
 
     def send(self, server: ServerState, site: str) -> Tensors:
         """All that a site should know now, at its own rank."""
-        found, limit = self.strategy.send(server, site), server.memory.get(f"{ranks.RANK}{site}")
-        if limit is None and self.like(site) is None:
-            return found
-        return ranks.cut(found, self.at(site), None if limit is None else int(limit))
+        return ranks.sent(self.strategy, server, self.model.specs, site)
 
     @cached_property
     def state_key(self) -> bytes | None:
@@ -167,7 +165,7 @@ def _never_stacked(config: Config, device: str, tuners: Sequence[Tuner], strateg
     alone = [type(tuner).__name__ for tuner in tuners if not getattr(tuner, "stackable", False)]
     if alone:
         return f"{', '.join(alone)}, with these options, cannot act on several sites in one batch"
-    if any(part.ranks for part in strategy.declares.parts):
+    if any(part.ranks for part in strategy.declares.parts) or strategy.declares.prunes:
         return "sites have ranks of their own"
     return "the strategy changes frozen weights, which stacked sites share" if strategy.declares.changes_base else ""
 

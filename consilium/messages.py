@@ -85,6 +85,7 @@ def check(tensors: Tensors, allowed: Specs, where: str) -> None:
                 remedy="the strategy's up() and down() declare what leaves and what arrives",
             )
         _check_form(name, tensor.shape, str(tensor.dtype), allowed[name], where)
+    _check_ranks(tensors, allowed, where)
     broken = non_finite(tensors)
     if broken:
         raise TrainingError(f"{len(broken)} tensors hold NaN or infinity", where=where, received=", ".join(broken[:4]))
@@ -92,13 +93,23 @@ def check(tensors: Tensors, allowed: Specs, where: str) -> None:
 
 def _check_form(name: str, shape: tuple[int, ...], dtype: str, spec: Spec, where: str) -> None:
     fits = len(shape) == len(spec.shape) and all(
-        want in (None, have) for want, have in zip(spec.shape, shape, strict=True)
+        want in (None, have) or (at == spec.shrinks and 0 < have < want)
+        for at, (want, have) in enumerate(zip(spec.shape, shape, strict=True))
     )
     if not fits or dtype != str(spec.dtype):
         allowed, received = f"{spec.shape} {spec.dtype}", f"{tuple(shape)} {dtype}"
         raise WireError(
             f"tensor {name!r} has another form than declared", where=where, allowed=allowed, received=received
         )
+
+
+def _check_ranks(tensors: Tensors, allowed: Specs, where: str) -> None:
+    """WireError where factors that may come at a smaller rank come at several."""
+    along = {name: allowed[name].shrinks for name in tensors}
+    sizes = sorted({tensors[name].shape[at] for name, at in along.items() if at is not None})
+    if len(sizes) > 1:
+        what = "factors of one site come at several ranks"
+        raise WireError(what, where=where, allowed="one rank in a message", received=sizes)
 
 
 def pack(message: Request | Reply, allowed: Specs) -> bytes:

@@ -5,7 +5,7 @@ Both ends know what may travel in a direction and a round, so names, types and f
     format                1 byte
     digest                8 bytes: of the sorted names, shapes and types that may travel
     which of them are here   1 bit each, in sorted order, the lowest bit first
-    free dimensions       4 bytes each, of the tensors that are here, in sorted order
+    free dimensions       4 bytes each, of the tensors that are here, in sorted order; so are those that may shrink
     values                little-endian, the widest types first, in sorted order within a width, nothing between
 
 No tensors, no bytes.
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from consilium.errors import WireError
-from consilium.protocols import Specs
+from consilium.protocols import Spec, Specs
 from consilium.tensors import Tensors, raw
 
 FORMAT = 1
@@ -66,11 +66,11 @@ def loads(data: bytes | memoryview, declared: Specs, where: str = "") -> dict[st
 
 
 def num_bytes(declared: Specs, names: Iterable[str]) -> int:
-    """Length of a payload of these of the declared tensors; a free dimension counts as 0."""
+    """Length of a payload of these of the declared tensors; free dimensions count as 0, one that may shrink in full."""
     here = {name: tuple(size or 0 for size in declared[name].shape) for name in names}
     if not here:
         return 0
-    free = sum(declared[name].shape.count(None) for name in here)
+    free = sum(len(_open(declared[name])) for name in here)
     return _HEAD.size + _num_bytes(declared) + free * _FREE.size + _num_values_bytes(declared, here)
 
 
@@ -111,12 +111,12 @@ def _read_head(data: bytes | memoryview, declared: Specs, where: str) -> tuple[d
 def _shapes(
     view: memoryview, declared: Specs, here: list[str], start: int, where: str
 ) -> tuple[dict[str, tuple[int, ...]], int]:
-    count = sum(declared[name].shape.count(None) for name in here)
+    count = sum(len(_open(declared[name])) for name in here)
     end = start + count * _FREE.size
     if len(view) < end:
         raise _broken("this payload is cut off", where, f"at least {end} bytes", f"{len(view)} bytes")
     free = iter([size for (size,) in _FREE.iter_unpack(view[start:end])])
-    shapes = {name: tuple(next(free) if n is None else n for n in declared[name].shape) for name in here}
+    shapes = {name: _sizes(declared[name], free) for name in here}
     wanted = end + _num_values_bytes(declared, shapes)
     if len(view) != wanted:
         raise _broken(
@@ -130,7 +130,17 @@ def _broken(what: str, where: str, allowed: object, received: object) -> WireErr
 
 
 def _free(declared: Specs, name: str, shape: tuple[int, ...]) -> list[int]:
-    return [have for want, have in zip(declared[name].shape, shape, strict=True) if want is None]
+    return [shape[at] for at in _open(declared[name])]
+
+
+def _open(spec: Spec) -> list[int]:
+    """The dimensions whose size a message has to say."""
+    return [at for at, size in enumerate(spec.shape) if size is None or at == spec.shrinks]
+
+
+def _sizes(spec: Spec, told: Iterator[int]) -> tuple[int, ...]:
+    found = _open(spec)
+    return tuple(next(told) if at in found else size or 0 for at, size in enumerate(spec.shape))
 
 
 def _num_bytes(declared: Specs) -> int:
@@ -148,5 +158,9 @@ def _laid_out(declared: Specs, names: Iterable[str]) -> list[str]:
 
 
 def _digest(declared: Specs) -> bytes:
-    forms = [[name, spec.shape, str(spec.dtype)] for name, spec in sorted(declared.items())]
+    forms = [[name, spec.shape, str(spec.dtype), *_shrinks(spec)] for name, spec in sorted(declared.items())]
     return hashlib.sha256(json.dumps(forms).encode()).digest()[:8]
+
+
+def _shrinks(spec: Spec) -> list[int]:
+    return [] if spec.shrinks is None else [spec.shrinks]

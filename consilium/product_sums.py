@@ -8,11 +8,13 @@ No dense sum is formed but where a base takes it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from consilium.algebra import LowRank, squared_norm
 from consilium.errors import WireError
 from consilium.products import Product
 from consilium.ranks import filled
@@ -95,6 +97,26 @@ def residual(products: Sequence[Product], terms: Terms, start: Tensors) -> dict[
             lefts = torch.cat([share * (own - left) for share, own, _ in pairs], dim=1)
             found |= _added(product, lefts @ torch.cat([own - right for _, _, own in pairs]), found)
     return _news(found, start)
+
+
+def padded(products: Sequence[Product], terms: Terms, start: Tensors, by_size: bool = False) -> dict[str, Tensor]:
+    """Factors: means of what sites of any rank sent, filled with zeros up to the coordinator's rank in `start`. With
+    `by_size` a site counts in a product by ||L_k R_k||, the size of its own; by its weight where all are zero."""
+    found: dict[str, Tensor] = {}
+    for product in products:
+        if held := _held(product, terms, start):
+            sizes = [_size(product, tensors) if by_size else 0.0 for _, tensors in held]
+            shares = sizes if any(sizes) else [weight for weight, _ in held]
+            sent = sorted(_sent(product, terms))
+            filled_up = [{n: filled(tensors[n], start[n]) for n in sent} for _, tensors in held]
+            found |= weighted_mean(zip(shares, filled_up, strict=True))
+    return found
+
+
+def _size(product: Product, tensors: Tensors) -> float:
+    """||L R||, from matrices as small as the rank."""
+    squared = squared_norm(LowRank(_left(product, tensors), tensors[product.right].double()))
+    return math.sqrt(max(float(squared), 0.0))
 
 
 def corrected(products: Sequence[Product], terms: Terms, start: Tensors, ridge: float) -> dict[str, Tensor]:

@@ -50,13 +50,17 @@ class Factor:
 
 @dataclass(frozen=True)
 class Spec:
-    """Shape, type and tag of one named tensor; None in a shape is a free dimension."""
+    """Shape, type and tag of one named tensor; None in a shape is a free dimension.
+
+    `shrinks`: a dimension that may come shorter in a message, by as much in all tensors of it: the rank of a site.
+    """
 
     shape: tuple[int | None, ...]
     tag: Tag
     dtype: torch.dtype = torch.float32
     scale: float = 1.0  # alpha / r of a low-rank factor: W x + scale * B A x
     factor: Factor | None = None  # of a product: only scale * left @ right acts, so a mean of factors is no mean of it
+    shrinks: int | None = None
 
 
 Specs = Mapping[str, Spec]
@@ -346,6 +350,7 @@ class Declaration:
     changes_base: bool = False  # `initial` then also holds the frozen weights, under the backbone's own names
     last_block: int | None = None  # the highest block it speaks of, which the backbone must have
     trains: Trains = lambda tag, round: True  # what is trained at all: freezing or alternating a factor  # noqa: ARG005
+    prunes: bool = False  # sites may come down to smaller ranks by themselves: `ranks.py`
     restarts_factors: bool = False  # factors of products come back in another basis, so moments of them are dropped
     refactors: Callable[[int], bool] = lambda round: False  # after it all of them are new, sent or not  # noqa: ARG005
     plain_sgd: bool = False  # it reads gradients off the way that was gone: no other optimiser, no momentum

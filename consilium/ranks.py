@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from consilium.errors import ConfigError
-from consilium.protocols import Part, Spec, Specs
+from consilium.protocols import Part, ServerState, Spec, Specs, Strategy
 from consilium.tensors import Tensors
 
 RANK = "rank/"  # in front of a site's name in the server's memory: the rank to which it has come down by itself
@@ -35,6 +35,32 @@ def dimension(spec: Spec) -> int:
 def resized(spec: Spec, rank: int) -> Spec:
     """The same factor of another rank."""
     return replace(spec, shape=(spec.shape[0], rank) if dimension(spec) else (rank, *spec.shape[1:]))
+
+
+def shrinking(specs: Specs) -> dict[str, Spec]:
+    """The same with factors that may come at a smaller rank, one for all of them. ConfigError where theirs differ."""
+    found = {n: replace(spec, shrinks=dimension(spec)) if spec.factor else spec for n, spec in specs.items()}
+    sizes = sorted({spec.shape[spec.shrinks] or 0 for spec in found.values() if spec.shrinks is not None})
+    if len(sizes) > 1:
+        what, remedy = "a site that prunes has one rank for all layers", "gamma = 1, or leave [[tuner]] ranks out"
+        raise ConfigError(what, where="strategy.gamma", received=f"ranks {sizes}", remedy=remedy)
+    return found
+
+
+def rank_of(tensors: Tensors, specs: Specs) -> int | None:
+    """Of the factors among these tensors; None where there are none."""
+    sizes = [value.shape[dimension(specs[n])] for n, value in tensors.items() if n in specs and specs[n].factor]
+    return min(sizes, default=None)
+
+
+def sent(strategy: Strategy, server: ServerState, specs: Specs, site: str) -> Tensors:
+    """All that a site should know now, at its own rank, or at the one to which it has come down."""
+    found, own, limit = (
+        strategy.send(server, site),
+        at(specs, strategy.declares.parts, site),
+        server.memory.get(f"{RANK}{site}"),
+    )
+    return found if own is specs and limit is None else cut(found, own, None if limit is None else int(limit))
 
 
 def cut(tensors: Tensors, specs: Specs, limit: int | None = None) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from consilium import ranks
 from consilium.data import Batch
 from consilium.protocols import (
     Factor,
@@ -180,7 +181,7 @@ class Outcome:
 
     def model(self, strategy: Strategy, site: str, which: str = "personal") -> Tensors:
         """What a site would use now."""
-        known = {**self.received[site], **strategy.send(self.server, site)}
+        known = {**self.received[site], **ranks.sent(strategy, self.server, specs(strategy), site)}
         return strategy.deploy(known, self.personal[site])[which]
 
 
@@ -223,7 +224,7 @@ def play(
         there = sorted((drawn or {}).get(number, SITES))
         found: dict[str, Learned] = {}
         for site in there:
-            received[site] = {**received[site], **strategy.send(server, site)}
+            received[site] = {**received[site], **ranks.sent(strategy, server, known, site)}
             found[site] = strategy.learn(received[site], personal[site], make(site, number))
             personal[site] = found[site].personal
             assert found[site].update.keys() <= strategy.up(known, number).keys()

@@ -12,7 +12,7 @@ what the strategy goes on from, so that both ends compute with the same bits.
 
 Only float32 tensors of slot parameter are coded, where that is shorter. Integers and float64 are counts and sums whose
 exactness is the point; control variates and statistics are no steps, so that errors would not be made good by later
-ones; a changed base must be the same matrix that the sum was formed with.
+ones; a changed base must be the same matrix that the sum was formed with; what comes in another shape is no step.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class Codec:
 
 
 def _pays(spec: Spec, width: Width) -> bool:
-    if spec.dtype != torch.float32 or spec.tag.slot != "parameter":
+    if spec.dtype != torch.float32 or spec.tag.slot != "parameter" or spec.shrinks is not None:
         return False
     known = tuple(size for size in spec.shape if size is not None)
     whole = 4 * torch.Size(known).numel()

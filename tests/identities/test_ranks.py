@@ -324,4 +324,4 @@ def test_sites_of_other_ranks_do_not_train_as_one_batch() -> None:
 
 def test_only_members_that_declare_it_take_ranks() -> None:
     taking = {name for name, member in registry.members("strategies").items() if "ranks" in member.options.model_fields}
-    assert taking == {"flora", "flexlora"}
+    assert taking == {"flora", "flexlora", "hetlora"}
