@@ -50,17 +50,14 @@ class Factor:
 
 @dataclass(frozen=True)
 class Spec:
-    """Shape, type and tag of one named tensor; None in a shape is a free dimension.
-
-    `shrinks`: a dimension that may come shorter in a message, by as much in all tensors of it: the rank of a site.
-    """
+    """Shape, type and tag of one named tensor; None in a shape is a free dimension."""
 
     shape: tuple[int | None, ...]
     tag: Tag
     dtype: torch.dtype = torch.float32
     scale: float = 1.0  # alpha / r of a low-rank factor: W x + scale * B A x
     factor: Factor | None = None  # of a product: only scale * left @ right acts, so a mean of factors is no mean of it
-    shrinks: int | None = None
+    shrinks: int | None = None  # a dimension that may come shorter, to one size in a message: the rank of a site
 
 
 Specs = Mapping[str, Spec]
