@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from consilium import keeping, payload, ranks, references, results, run
+from consilium import keeping, payload, ranks, references, results, run, stage_results, stages
 from consilium.config import Config
 from consilium.coordinator import drawn_sites, predicted_passes
 from consilium.engines import stacked
@@ -50,6 +51,7 @@ class Check:
     split_hash: str
     leakage: Mapping[str, Any]
     warnings: tuple[str, ...]
+    stages: tuple[Table, ...] = ()  # a row each; what stands above is of the last, bytes and image passes of all
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -59,37 +61,64 @@ class Check:
 def check(config: Config) -> Check:
     """Everything a run does before training, and nothing after; raises what `run` would raise."""
     prepared = run.prepare(config, lambda _: None)
-    run.check_serving(config, prepared)
+    each = [one for one, _ in stages.steps(config, Path())]
+    for one in each:
+        references.check_serving(one, prepared)
     gathered = references.gathered(config, prepared)
-    experiment = stacked.resolved(assemble(config, prepared.classes), len(gathered))
+    every = [stacked.resolved(assemble(one, prepared.classes), len(gathered)) for one in each]
+    experiment, names = every[-1], sorted(gathered)
     unseen.check(experiment, prepared)
-    names = sorted(gathered)
     first = _Book(experiment, names)
     for site in names:
         first.count("down", site, 1, experiment.down(1).keys() - first.made, set())
         first.have[site] |= dict.fromkeys(experiment.down(1), 0)
         first.reply(site, config.train.rounds if experiment.strategy.declares.once else 1)
-    sent, received = results.both_ways(experiment)
-    passes = predicted_passes(config, {name: len(data.train) for name, data in gathered.items()})
+    wires = [(results.both_ways(one), one.codec) for one in every]
+    images = {name: len(data.train) for name, data in gathered.items()}
+    effort = [(predicted_bytes(one, names), _totalled(predicted_passes(one.config, images))) for one in every]
+    passes = stage_results.by_site(worked for _, worked in effort)["per_site"]
     return Check(
         name=config.name,
         parameters=results.parameters(experiment),
         site_parameters=results.site_parameters(experiment, names),
         bytes_per_round=first.table(),
-        bytes=predicted_bytes(experiment, names),
+        bytes={way: stage_results.by_site(sent[way] for sent, _ in effort) for way in ("up", "down")},
         image_passes=passes,
         stacked_sites=stacked.size(experiment.config),
         memory_bytes=memory(experiment),
-        wire={"up": results.wire(sent, experiment.codec), "down": results.wire(received, experiment.codec)},
+        wire={
+            way: stage_results.union([results.wire(both[at], codec) for both, codec in wires])
+            for at, way in enumerate(("up", "down"))
+        },
         kept_at_site=results.wire(keeping.kept(experiment, names)),
-        numbers=results.numbers(experiment),
+        numbers=stage_results.union([results.numbers(one) for one in every]),
         state_key=experiment.state_key_id,
         individual_updates=experiment.strategy.declares.needs_individual_updates,
         sites={name: results.site_table(data, prepared.classes) for name, data in prepared.sites.items()},
         split_hash=prepared.split_hash,
         leakage=audit.audit(prepared.split, prepared.hashes, prepared.corrupt).to_dict(),
         warnings=(*results.warnings(experiment, prepared), *results.never_drawn(passes)),
+        stages=tuple(_stage(*row) for row in zip(every, effort, strict=True)) if config.stages else (),
     )
+
+
+def _totalled(per_site: Mapping[str, int]) -> Table:
+    return {"total": sum(per_site.values()), "per_site": per_site}
+
+
+def _stage(experiment: Experiment, effort: tuple[Mapping[str, Table], Table]) -> Table:
+    """What one stage trains, exchanges and leaves as it is, in scalars; its bytes both ways; its work."""
+    config, (sent, passes) = experiment.config, effort
+    return {
+        "name": config.stages[-1].name,
+        "rounds": config.train.rounds,
+        "tuner": " + ".join(table.name for table in config.tuner),
+        "strategy": config.strategy.name,
+        **results.parameters(experiment),
+        "sent": sent["up"]["total"],
+        "received": sent["down"]["total"],
+        "image_passes": passes["total"],
+    }
 
 
 def predicted_bytes(experiment: Experiment, sites: Iterable[str]) -> dict[str, Table]:
@@ -97,7 +126,7 @@ def predicted_bytes(experiment: Experiment, sites: Iterable[str]) -> dict[str, T
     config, names = experiment.config, sorted(sites)
     book, rounds = _Book(experiment, names), config.train.rounds
     for number in range(1, rounds + 1):
-        drawn = drawn_sites(config.train.participation, names, config.seed, number)
+        drawn = drawn_sites(config.train.participation, names, config.draws, number)
         for site in drawn:
             book.request(site, number)
         for site in drawn:
@@ -193,7 +222,7 @@ def _sent_alike(experiment: Experiment, names: Sequence[str]) -> Set[str]:
     coded, strategy = experiment.codec.coded(experiment.down(1)).keys(), experiment.strategy
     if not coded:
         return frozenset()
-    server = strategy.init_server(experiment.initial(experiment.config.seed), experiment.model.specs, names)
+    server = strategy.init_server(experiment.initial(experiment.config.draws), experiment.model.specs, names)
     sent = strategy.send(server, names[0])
     return {n for n in coded & sent.keys() & server.shared.keys() if torch.equal(sent[n], server.shared[n])}
 

@@ -16,68 +16,17 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from consilium import config_file, paths, registry
+from consilium import config_file, config_stages, paths, registry, seeds
 from consilium.config_engine import EngineConfig
+from consilium.config_sites import Partition, Split
+from consilium.config_sites import changed as changed
 from consilium.config_unseen import UnseenConfig
 from consilium.data import Preprocessing
 from consilium.errors import ConfigError
-from consilium.registry import Options, options_error
+from consilium.registry import Options, model_at, options_error
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
-
-
-def changed(model: BaseModel) -> set[str]:
-    """Keys whose value is not the default; unlike pydantic's set fields it survives writing out and reading again."""
-    return {name for name, field in type(model).model_fields.items() if getattr(model, name) != field.default}
-
-
-class Partition(Options):
-    """How a set becomes a federation; a group is never divided."""
-
-    kind: Literal["natural", "iid", "dirichlet", "quantity"] = "natural"
-    num_sites: int | None = Field(default=None, ge=1)
-    alpha: float | None = Field(default=None, gt=0)
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _complete(self) -> Partition:
-        needed = {
-            "natural": set(),
-            "iid": {"num_sites"},
-            "dirichlet": {"num_sites", "alpha"},
-            "quantity": {"num_sites"},
-        }
-        optional = {"quantity": {"alpha"}}.get(self.kind, set())
-        given = {key for key in ("num_sites", "alpha") if getattr(self, key) is not None}
-        if not needed[self.kind] <= given or not given <= needed[self.kind] | optional:
-            raise ValueError(
-                f"partition kind {self.kind!r} takes {sorted(needed[self.kind] | optional) or 'no numbers'}"
-            )
-        if self.kind == "natural" and "seed" in changed(self):
-            raise ValueError("partition kind 'natural' draws nothing, so a seed has no effect")
-        return self
-
-
-class Split(Options):
-    """Shares of train, val and test by group; or a column of the table; or a file written by `consilium data split`."""
-
-    train: float = Field(default=0.7, ge=0, le=1)  # share of the groups of a site
-    val: float = Field(default=0.1, ge=0, le=1)
-    test: float = Field(default=0.2, ge=0, le=1)
-    seed: int = 0  # of the draw
-    column: str | None = None  # of the table, that says train, val or test
-    file: Path | None = None  # written by `consilium data split`
-
-    @model_validator(mode="after")
-    def _whole(self) -> Split:
-        if abs(self.train + self.val + self.test - 1) > 1e-9:
-            raise ValueError("train + val + test must be 1")
-        if self.column and self.file:
-            raise ValueError("a split comes from a column or from a file, not both")
-        if (self.column or self.file) and changed(self) & {"train", "val", "test", "seed"}:
-            raise ValueError("shares and seed have no effect beside a given column or file")
-        return self
 
 
 class _Member(BaseModel):
@@ -212,26 +161,48 @@ class WireConfig(Options):
         return self
 
 
-class EvaluationConfig(Options):
-    """What is measured and compared."""
+class SelectionConfig(Options):
+    """Which round is served."""
 
-    references: tuple[Literal["local", "pooled"], ...] = ()
     serve: Literal["last", "best"] = "last"
     select: str = "balanced_accuracy"  # validation metric for serve = "best"
-    bootstrap: int = Field(default=1000, ge=0)
     every: int = Field(default=1, ge=1)  # rounds between validations
 
     @model_validator(mode="after")
-    def _selects(self) -> EvaluationConfig:
+    def _selects(self) -> SelectionConfig:
         if self.serve != "best" and "select" in changed(self):
             raise ValueError("select has an effect with serve = 'best' only")
         return self
+
+
+class EvaluationConfig(SelectionConfig):
+    """What is measured and compared."""
+
+    references: tuple[Literal["local", "pooled"], ...] = ()
+    bootstrap: int = Field(default=1000, ge=0)
 
 
 def _one_or_many(value: object) -> object:
     """A table, a name, or several of either: `tuner = ["lora", "prompts"]`."""
     many = value if isinstance(value, (list, tuple)) else [value]
     return [{"name": each} if isinstance(each, str) else each for each in many]
+
+
+Tuners = Annotated[tuple[TunerConfig, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
+
+
+class StageConfig(Options):
+    """A stage of a run, which begins with what the one before ended with, whose other tensors stay: docs/stages.md."""
+
+    name: str = Field(pattern=r"^\w[\w -]*$")  # names a folder too; left out: stage-1, stage-2, ...
+    part: str | None = Field(default=None, pattern=r"^[a-z_]\w*$")  # the tuners add adapters of this name, beside those
+    merge: bool = Field(default=False, strict=True)  # adapters of the stages before are folded into the backbone first
+    tuner: Tuners = (TunerConfig(),)
+    head: HeadConfig = HeadConfig()
+    strategy: StrategyConfig = StrategyConfig()
+    train: TrainConfig = TrainConfig()
+    wire: WireConfig = WireConfig()
+    evaluation: SelectionConfig = SelectionConfig()
 
 
 class Config(BaseModel):
@@ -241,10 +212,11 @@ class Config(BaseModel):
 
     name: str = "quick-start"  # names the run folder too
     seed: int = Field(default=0, ge=0)
+    stages: tuple[StageConfig, ...] = ()  # the last one's tables become the configuration's own: its errors come after
     sites: SitesConfig = SitesConfig()
     task: TaskConfig = TaskConfig()
     backbone: BackboneConfig = BackboneConfig()
-    tuner: Annotated[tuple[TunerConfig, ...], BeforeValidator(_one_or_many), Field(min_length=1)] = (TunerConfig(),)
+    tuner: Tuners = (TunerConfig(),)
     head: HeadConfig = HeadConfig()
     strategy: StrategyConfig = StrategyConfig()
     train: TrainConfig = TrainConfig()
@@ -252,6 +224,11 @@ class Config(BaseModel):
     evaluation: EvaluationConfig = EvaluationConfig()
     unseen: UnseenConfig | None = None  # a table, be it empty: measure sites.held_out with a few images of their own
     engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_stages(cls, table: Any) -> Any:
+        return config_stages.filled(table)
 
     @field_validator("name")
     @classmethod
@@ -268,35 +245,71 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _several_to_choose_from(self) -> Config:
-        rounds, every = self.train.rounds, self.evaluation.every
-        if self.evaluation.serve == "best" and every > rounds:  # only the last round would be validated
-            raise ValueError(f"serve = 'best' has nothing to choose from with every = {every} of {rounds} rounds")
+        for each in self.stages or (self,):
+            rounds, every = each.train.rounds, each.evaluation.every
+            if each.evaluation.serve == "best" and every > rounds:  # only the last round would be validated
+                raise ValueError(f"serve = 'best' has nothing to choose from with every = {every} of {rounds} rounds")
         return self
 
     @model_validator(mode="after")
     def _somebody_is_unseen(self) -> Config:
-        if self.unseen is not None and not self.sites.held_out:
-            raise ValueError("[unseen] has an effect with sites.held_out only")
+        if self.unseen is not None and (not self.sites.held_out or len(self.stages) > 1):
+            raise ValueError("[unseen] has an effect with sites.held_out, and without several [[stages]], only")
         return self
+
+    @model_validator(mode="after")
+    def _stages_follow(self) -> Config:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError(f"stages have names of their own, not {', '.join(names)}")
+        if self.stages and self.stages[0].merge:
+            raise ValueError("there is nothing to merge before the first stage")
+        heads = {(stage.head.kind, stage.head.hidden) for stage in self.stages}
+        if len(heads) > 1:
+            raise ValueError("all stages have one head: kind and hidden belong into the configuration's own [head]")
+        return self
+
+    @property
+    def draws(self) -> int:
+        """The seed of all that is drawn: that of the run, from the second stage on with its number."""
+        at = len(self.stages)
+        return self.seed if at < 2 else seeds.derive(self.seed, purpose=f"stage {at}")
+
+    @property
+    def title(self) -> str:
+        """The name, and that of the stage."""
+        return f"{self.name}, stage {self.stages[-1].name}" if self.stages else self.name
+
+    def at(self, number: int) -> Config:
+        """The run up to its stage of this number, from 0."""
+        stage = self.stages[number]
+        tables = {key: getattr(stage, key) for key in ("tuner", "head", "strategy", "train", "wire")}
+        evaluation = self.evaluation.model_copy(update=stage.evaluation.model_dump())
+        return self.model_copy(update={**tables, "evaluation": evaluation, "stages": self.stages[: number + 1]})
 
     def members(self) -> list[tuple[registry.Kind, str, _Member]]:
         """(kind, name, table) of every registered member this run uses."""
-        tuners: list[tuple[registry.Kind, str, _Member]] = [("tuners", t.name, t) for t in self.tuner]
-        return [
+        common: list[tuple[registry.Kind, str, _Member]] = [
             ("sources", self.sites.source, self.sites),
             ("tasks", self.task.name, self.task),
-            *tuners,
-            ("strategies", self.strategy.name, self.strategy),
         ]
+        each: list[Config | StageConfig] = [self, *self.stages]
+        return [*common, *(member for one in each for member in _learners(one))]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values of every key, defaults filled in for the members too."""
         plain: dict[str, Any] = self.model_dump(mode="json")
-        targets = [plain["sites"], plain["task"], *plain["tuner"], plain["strategy"]]
+        learners = (target for each in (plain, *plain["stages"]) for target in (*each["tuner"], each["strategy"]))
+        targets = [plain["sites"], plain["task"], *learners]
         for (kind, name, table), target in zip(self.members(), targets, strict=True):
             options = registry.parse_options(registry.get(kind, name), table.options())
             target.update(options.model_dump(mode="json"))
         return plain
+
+
+def _learners(config: Config | StageConfig) -> list[tuple[registry.Kind, str, _Member]]:
+    tuners: list[tuple[registry.Kind, str, _Member]] = [("tuners", t.name, t) for t in config.tuner]
+    return [*tuners, ("strategies", config.strategy.name, config.strategy)]
 
 
 AGREED = (
@@ -307,6 +320,7 @@ AGREED = (
     "strategy",
     "train",
     "wire",
+    "stages",
 )  # what all sites must share, beside the backbone's digest
 NO_EFFECT = ("workers", "pool", "cache", "gradient_checkpointing", "state_key_file", "state_key_variable")  # of engine
 
@@ -356,15 +370,4 @@ def from_dict(table: Mapping[str, Any], base: Path | None = None) -> Config:
 
 def _config_error(error: ValidationError) -> ConfigError:
     first = error.errors()[0]
-    return options_error("configuration", error, _model_at(first["loc"]))
-
-
-def _model_at(location: Sequence[int | str]) -> type[BaseModel]:
-    model: type[BaseModel] = Config
-    for part in location[:-1]:
-        field = model.model_fields.get(str(part))
-        kind = field.annotation if field is not None else None
-        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
-            break
-        model = kind
-    return model
+    return options_error("configuration", error, model_at(Config, first["loc"]))

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from consilium import metrics, registry, rounds, seeds
+from consilium import metrics, registry, rounds, seeds, stages
 from consilium.config import Config
 from consilium.errors import TrainingError
 from consilium.exchange import Display, Exchange, Partners, Transport, Updates, status
@@ -45,6 +45,7 @@ class Coordinator:
     display: Display
     explain: Callable[[Failure], str] = lambda failure: failure.message  # a simulation can read what stayed at a site
     remote: bool = False  # sites whose disks cannot be read: they send their metrics, and may be away at the end
+    ends: bool = True  # no stage follows, so sites read their test split
 
     def run(self) -> Progress:
         """All rounds, from the newest checkpoint if there is one; then the finish. Raises TrainingError, StateError."""
@@ -56,7 +57,8 @@ class Coordinator:
     # -------------------------------------------------------------------------------------------- rounds
     def _start(self) -> Progress:
         specs, sites = self.experiment.model.specs, self.transport.sites()
-        initial = self.experiment.initial(self.experiment.config.seed)
+        left = stages.start(self.folder, self.experiment)
+        initial = {**self.experiment.initial(self.experiment.config.draws), **left}
         progress = Progress(self.experiment.strategy.init_server(initial, specs, sites))
         if self.experiment.task.class_counts == "federation":
             replies = self._ask(progress, "describe", 0, sites)
@@ -85,7 +87,7 @@ class Coordinator:
 
     def _drawn(self, number: int) -> tuple[str, ...]:
         config = self.experiment.config
-        return drawn_sites(config.train.participation, self.transport.sites(), config.seed, number)
+        return drawn_sites(config.train.participation, self.transport.sites(), config.draws, number)
 
     def _context(self, progress: Progress, number: int) -> dict[str, Any]:
         return {
@@ -126,7 +128,7 @@ class Coordinator:
             progress.best = {"round": judged, "value": mean, "builds_on": dict(progress.builds_on)}
 
     def _finish(self, progress: Progress) -> Progress:
-        """Serve the last round, or the best validated one; every site reads its test split once."""
+        """Serve the last round, or the best validated one; sites read their test split once, when no stage follows."""
         if self.experiment.config.evaluation.serve == "best":
             sites = self.transport.sites()
             self._judge(progress, self._ask(progress, "evaluate", progress.server.round, sites))
@@ -135,6 +137,7 @@ class Coordinator:
         last = self.experiment.strategy.declares.finish_epochs > 0  # a last local phase
         context = {"train": True, **self._counts(progress)} if last else {}
         context |= {"metrics": True} if self.remote else {}
+        context |= {} if self.ends else {"test": False}
         replies = self._ask(progress, "finish", progress.server.round, self.transport.sites(), context)
         for reply in replies if last else ():
             self._add_work(progress, reply)
@@ -226,7 +229,7 @@ def predicted_passes(config: Config, images: Mapping[str, int]) -> dict[str, int
     declares = registry.build("strategies", config.strategy.name, config.strategy.options()).declares
     passes: Counter[tuple[str, float | None]] = Counter()
     for number in rounds:
-        for site in drawn_sites(train.participation, names, config.seed, number):
+        for site in drawn_sites(train.participation, names, config.draws, number):
             passes.update((site, epochs) for epochs in declares.passes(number))
     passes.update((site, declares.finish_epochs) for site in names if declares.finish_epochs)
     found = dict.fromkeys(names, 0)

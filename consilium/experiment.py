@@ -11,13 +11,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import timm
 import torch
 
-from consilium import ranks, registry
+from consilium import ranks, registry, stages
 from consilium.backbones import compiled, recompute, timm_backbone
 from consilium.config import BackboneConfig, Config, agreement_hash
 from consilium.engines import pools
@@ -46,18 +46,33 @@ class Experiment:
     handshake: Handshake
     setting: Setting
     never_stacked: str = ""  # why sites cannot train as one batch, if so
+    begins: stages.Left | None = None  # what the stage before left, if there was one
+    hung: tuple[stages.Hung, ...] = ()  # adapters in the backbone, of this stage and those before
 
     def initial(self, seed: int) -> Tensors:
         """Start values for the strategy: all variables and, where it changes the base, the frozen weights."""
-        names = self.setting.frozen if self.strategy.declares.changes_base else ()
-        frozen = {name: self.backbone.module.get_parameter(name) for name in names}
+        names = self.setting.frozen.keys() - self.frozen.keys() if self.strategy.declares.changes_base else ()
+        frozen = {name: self.backbone.module.get_parameter(name) for name in sorted(names)}
         return {**detach(frozen), **self.model.initial(seed)}
+
+    @cached_property
+    def frozen(self) -> Specs:
+        """What the stages before left and this one does not train."""
+        left = self.begins.specs if self.begins is not None else {}
+        return {name: spec for name, spec in left.items() if name not in self.model.specs}
+
+    @cached_property
+    def still(self) -> Tensors:
+        """A frozen head as it was drawn."""
+        head = cast(compose.TunedModel, self.model).head_start
+        return detach({name: value for name, value in head.items() if name not in self.model.specs})
 
     @cached_property
     def common(self) -> Tensors:
         """What every site has before anything is sent: shared tensors that start alike whatever the seed."""
         first, other, specs = self.model.initial(0), self.model.initial(1), self.at(None)
-        names = [name for name, spec in self.down(1).items() if spec == specs.get(name)]
+        left = self.begins.specs if self.begins is not None else {}
+        names = [name for name, spec in self.down(1).items() if spec == specs.get(name) and name not in left]
         return {name: first[name] for name in names if torch.equal(first[name], other[name])}
 
     def common_at(self, site: str) -> Tensors:
@@ -96,7 +111,7 @@ class Experiment:
 
     def active(self, round: int, site: str) -> Selector:
         """What is trained in this round at this site: the tuners' choice, and of it what the strategy leaves."""
-        chosen, trains = self.model.active(round, site, self.config.seed), self.strategy.declares.trains
+        chosen, trains = self.model.active(round, site, self.config.draws), self.strategy.declares.trains
         return lambda tag: chosen(tag) and trains(tag, round)
 
     def sent(self, round: int, site: str) -> Specs:
@@ -127,14 +142,26 @@ class Experiment:
 
 
 def assemble(config: Config, classes: Sequence[str]) -> Experiment:
-    """Build every piece of a run for these classes; ConfigError where two pieces do not fit together."""
+    """Build every piece of a run, of one with stages the last, for these classes; ConfigError where two pieces do not
+    fit together, or a stage cannot follow the one before."""
+    left = None
+    if len(config.stages) > 1:
+        before = assemble(config.at(len(config.stages) - 2), classes)
+        left = stages.left_by(before)
+        left = stages.merged(left, before) if config.stages[-1].merge else left
     tuners = [registry.build("tuners", table.name, table.options()) for table in config.tuner]
     strategy = registry.build("strategies", config.strategy.name, config.strategy.options())
-    return join(config, classes, tuners, strategy)
+    return join(config, classes, tuners, strategy, left)
 
 
-def join(config: Config, classes: Sequence[str], tuners: Sequence[Tuner], strategy: Strategy) -> Experiment:
-    """The same with tuners and a strategy in hand, whatever the configuration names."""
+def join(
+    config: Config,
+    classes: Sequence[str],
+    tuners: Sequence[Tuner],
+    strategy: Strategy,
+    left: stages.Left | None = None,
+) -> Experiment:
+    """The same with tuners and a strategy in hand, whatever the configuration names, and what a stage begins with."""
     pools.check(config)
     device = pick_device(config.engine.device, config.train.precision)
     task: Task = registry.build("tasks", config.task.name, config.task.options()).with_classes(classes)
@@ -143,20 +170,26 @@ def join(config: Config, classes: Sequence[str], tuners: Sequence[Tuner], strate
         compiled.by_block(backbone.module, device)
     if config.engine.gradient_checkpointing:
         recompute.by_block(backbone.module)
-    model: Model = compose.attach(backbone, tuners, config.head, task.num_outputs, strategy.declares, config.seed)
+    declares = stages.declared(config, strategy)
+    own, earlier, hung = stages.placed(config, tuners, declares, left or stages.Left())
+    model = compose.attach(backbone, own, config.head, task.num_outputs, declares, config.draws, earlier)
+    strategy = stages.continued(strategy, declares, model.specs, left)
     _check_blocks(strategy, backbone, model.specs, where=f"strategy.{config.strategy.name}")
     _check_pairing(config, model.specs, strategy)
     _check_selection(config, task, strategy)
     _check_counts(config, task, model.specs, strategy)
     handshake = Handshake(agreement_hash(config, backbone.digest, classes, backbone.preprocessing), backbone.digest)
-    trains, frozen = strategy.declares.trains, _frozen(backbone, model.specs)
+    trains, frozen = strategy.declares.trains, _frozen(backbone, model.specs, left or stages.Left())
     anew = {n for n, spec in model.specs.items() if spec.factor is not None and strategy.declares.restarts_factors}
     kept = _kept(config, backbone, device)
     setting = Setting(
-        model, task, config.train, backbone.preprocessing, config.seed, device, frozen, trains, anew, kept
+        model, task, config.train, backbone.preprocessing, config.draws, device, frozen, trains, anew, kept
     )
     alone = _never_stacked(config, device, tuners, strategy)
-    return Experiment(config, backbone, model, task, strategy, handshake, setting, alone)
+    there = stages.hanging(model, hung, own)
+    made = Experiment(config, backbone, model, task, strategy, handshake, setting, alone, left, there)
+    stages.check(made)
+    return made
 
 
 def _never_stacked(config: Config, device: str, tuners: Sequence[Tuner], strategy: Strategy) -> str:
@@ -167,6 +200,8 @@ def _never_stacked(config: Config, device: str, tuners: Sequence[Tuner], strateg
         return f"{', '.join(alone)}, with these options, cannot act on several sites in one batch"
     if any(part.ranks for part in strategy.declares.parts) or strategy.declares.prunes:
         return "sites have ranks of their own"
+    if len(config.stages) > 1:
+        return "what stages before left is different at every site"
     return "the strategy changes frozen weights, which stacked sites share" if strategy.declares.changes_base else ""
 
 
@@ -182,12 +217,14 @@ def _kept(config: Config, backbone: Backbone, device: str) -> Kept | None:
     return Kept(folder, json.dumps([backbone.digest, asdict(backbone.preprocessing), versions], sort_keys=True))
 
 
-def _frozen(backbone: Backbone, specs: Specs) -> dict[str, Tag]:
-    """Tags of what nobody trains: the rest of the backbone, and what products of factors are added to."""
+def _frozen(backbone: Backbone, specs: Specs, left: stages.Left) -> dict[str, Tag]:
+    """Tags of what nobody trains: the rest of the backbone, what products of factors are added to, and what the stages
+    before left."""
     slot: Slot = "base"
     own = {name: base.tag(backbone, name, "base") for name in base.parameters(backbone.module) if name not in specs}
     below = {name: spec.tag for spec in specs.values() if spec.factor is not None for name in spec.factor.base}
-    tags = {**{name: replace(tag, role="offset", part="base") for name, tag in below.items()}, **own}
+    still = {name: spec.tag for name, spec in left.specs.items() if name not in specs}
+    tags = {**{name: replace(tag, role="offset", part="base") for name, tag in below.items()}, **own, **still}
     return {name: replace(tag, slot=slot) for name, tag in tags.items()}
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
+from consilium.continued import FROZEN
 from consilium.data import Examples
 from consilium.experiment import Experiment
 from consilium.local.train import Trainer, original
@@ -30,6 +31,7 @@ def kept(experiment: Experiment, sites: Sequence[str]) -> dict[str, Spec]:
     specs, declares = experiment.model.specs, experiment.strategy.declares
     found = {name: _spec(specs, name, value) for name, value in _personal(experiment, sites).items()}
     last = [name for name, spec in specs.items() if declares.finish_epochs > 0 and declares.finishes(spec.tag)]
+    found |= {f"{FROZEN}/{name}": spec for name, spec in experiment.frozen.items()}
     return {**found, **{f"{SERVED}{name}": specs[name] for name in last if name not in found}}
 
 

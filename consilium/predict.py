@@ -16,11 +16,10 @@ from torch import Tensor
 
 from consilium import checkpoint, config, experiment, members, registry
 from consilium.data import Examples, UInt8Array
-from consilium.engines.state import sealed
 from consilium.errors import BackboneError, ConfigError, DataError, StateError
 from consilium.local import predict as inference
 from consilium.run_folder import CONFIG
-from consilium.sealing import Seal, read_key
+from consilium.sealing import Seal, read_key, sealed
 from consilium.sites import images as files
 from consilium.sites.store import transform_pixels
 from consilium.tensors import Tensors
@@ -104,7 +103,7 @@ def rebuild(
         what = "the backbone's preprocessing is not the one this run was trained with"
         raise StateError(what, where=str(adapter), allowed=meta["preprocessing"], received=ours)
     model = cast(TunedModel, pieces.model)
-    if missing := sorted(model.specs.keys() - members.names(variables)):
+    if missing := sorted((model.specs.keys() | pieces.frozen.keys()) - members.names(variables)):
         raise StateError("the adapter lacks tensors of the model", where=str(adapter), received=missing[:3])
     return Trained(pieces, model, {n: v.float() if v.dtype == torch.float64 else v for n, v in variables.items()}, name)
 

@@ -10,6 +10,7 @@ from consilium import registry
 from consilium.config import Config, EvaluationConfig, StrategyConfig, WireConfig
 from consilium.coordinator import predicted_passes
 from consilium.data import SiteData
+from consilium.errors import ConfigError
 from consilium.sites import federation as sites
 
 
@@ -29,7 +30,16 @@ def reference(config: Config, name: str, prepared: sites.Federation) -> tuple[Co
 def reference_config(config: Config, name: str, images: Mapping[str, int]) -> Config:
     """The same training without a federation, on as many images: a site alone trains in the rounds it is drawn in, as
     much longer as the strategy's phases are, the pool in every round on its share of what the run's sites see in all
-    (`images`: of each site)."""
+    (`images`: of each site). With stages, in each of them."""
+    if not config.stages:
+        return _reference_config(config, name, images)
+    each = [_reference_config(config.at(number), name, images) for number in range(len(config.stages))]
+    tables = [{key: getattr(one, key) for key in ("head", "strategy", "train", "wire")} for one in each]
+    stages = tuple(stage.model_copy(update=own) for stage, own in zip(config.stages, tables, strict=True))
+    return each[-1].model_copy(update={"stages": stages})
+
+
+def _reference_config(config: Config, name: str, images: Mapping[str, int]) -> Config:
     in_all = sum(predicted_passes(config, images).values())
     changed: dict[str, object] = {"quorum": 1.0}
     if name == "pooled":
@@ -62,3 +72,13 @@ def _epochs(wanted: int, images: int) -> float:
     """The share of `images` that gives so many, in spite of rounding."""
     share = wanted / images
     return share if math.ceil(share * images) == wanted else (wanted - 0.5) / images
+
+
+def check_serving(config: Config, prepared: sites.Federation) -> None:
+    """ConfigError where serve = "best" could not be decided."""
+    if config.evaluation.serve == "best" and min(config.train.participation, config.train.quorum) < 1:
+        remedy = "use serve = 'last', or participation = 1 and quorum = 1"
+        what = "serve = 'best' needs every site's validation in every round"
+        raise ConfigError(what, remedy=remedy, where="evaluation.serve")
+    if config.evaluation.serve == "best" and not any(len(data.val) for data in prepared.sites.values()):
+        raise ConfigError("serve = 'best' needs validation images", where="evaluation.serve")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from types import UnionType
@@ -110,6 +110,20 @@ def options_error(where: str, error: ValidationError, model: type[BaseModel]) ->
         told = [first["msg"].removeprefix("Value error, "), *(each["msg"].removeprefix(_OPENING) for each in others)]
         allowed = " or ".join(told)
     return ConfigError(what, where=where, allowed=allowed, received=_shortened(repr(first["input"])))
+
+
+def model_at(model: type[BaseModel], location: Sequence[int | str]) -> type[BaseModel]:
+    """The model of the table in which a value lies."""
+    for part in location[:-1]:
+        if isinstance(part, int):  # a place in a list, whose tables were found with its name
+            continue
+        field = model.model_fields.get(part)
+        kinds = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        found = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if found is None:
+            break
+        model = found
+    return model
 
 
 def _alternatives(error: ValidationError, model: type[BaseModel]) -> tuple[list[ErrorDetails], tuple[int | str, ...]]:

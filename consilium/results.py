@@ -18,15 +18,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from consilium import __version__, checkpoint, keeping, members, metrics
+from consilium import __version__, checkpoint, keeping, members, metrics, stage_results, stages
 from consilium.data import Examples, SiteData
 from consilium.engines.site import stack
-from consilium.engines.state import sealed
 from consilium.experiment import Experiment
 from consilium.filters.codec import Codec
-from consilium.protocols import Personal, Specs
+from consilium.protocols import Specs
 from consilium.rounds import Progress
-from consilium.sealing import Seal
+from consilium.sealing import Seal, sealed
 from consilium.sites.federation import Federation
 from consilium.tensors import Tensors
 
@@ -48,7 +47,7 @@ def collect(folder: Path, experiment: Experiment, progress: Progress) -> None:
 
 def close(folder: Path, experiment: Experiment, progress: Progress) -> None:
     """What a coordinator knows without any site's disk: the global adapter. summary.json comes last."""
-    models = experiment.strategy.deploy(progress.server.shared, Personal())
+    models = experiment.strategy.deploy(progress.server.shared, stages.frozen(folder, experiment))
     if "global" in models and members.names(models["global"]) >= experiment.model.specs.keys():
         _save_adapter(folder / "adapters" / "global.safetensors", models["global"], experiment, "global")
     passes = {site: progress.passes.get(site, 0) for site in sorted(progress.server.sites)}
@@ -78,8 +77,9 @@ def _save_adapter(path: Path, tensors: Tensors, experiment: Experiment, name: st
     checkpoint.save(path, tensors, meta, seal)
 
 
-def write(out: Path, experiment: Experiment, federation: Federation, plans: Sequence[str]) -> None:
-    """Compute every number of result.json from the files of the run folder and write it."""
+def write(out: Path, places: Sequence[stages.Place], federation: Federation, plans: Sequence[str]) -> None:
+    """Compute every number of result.json from the files of the run folder and write it. `places`: of every stage."""
+    experiment = places[-1].experiment
     table = pd.read_parquet(out / "predictions.parquet")
     summary = checkpoint.read_json(out / "summary.json")
     config, names = experiment.config, sorted(federation.sites)
@@ -116,7 +116,33 @@ def write(out: Path, experiment: Experiment, federation: Federation, plans: Sequ
     result |= _compared(out, experiment, federation, table, [name for name in plans if name in ("local", "pooled")])
     if federation.held_out:
         result["held_out"] = _held_out(out, experiment, federation)
+    if experiment.config.stages:
+        result |= stage_results.summed(result, [_stage(place, names) for place in places])
     checkpoint.write_json(out / "result.json", metrics.without_nan(result))
+
+
+def _stage(place: stages.Place, names: Sequence[str]) -> dict[str, Any]:
+    """What result.json says of one stage."""
+    folder, experiment = place.folder, place.experiment
+    up, down = both_ways(experiment)
+    told = {name: checkpoint.read_json(path / "summary.json") for name, path in _with_references(folder).items()}
+    table = pd.read_parquet(folder / "predictions.parquet")
+    return {
+        "name": experiment.config.stages[-1].name,
+        "rounds": experiment.config.train.rounds,
+        "parameters": parameters(experiment),
+        **told["run"],
+        "references": {name: summary for name, summary in told.items() if name != "run"},
+        "wire": {"up": wire(up, experiment.codec), "down": wire(down, experiment.codec)},
+        "numbers": numbers(experiment),
+        "frozen": wire(experiment.frozen),
+        "metrics": {"val": trees(table, experiment, names)["val"]},
+    }
+
+
+def _with_references(folder: Path) -> dict[str, Path]:
+    found = {path.name: path for path in sorted((folder / "references").glob("*")) if (path / "summary.json").is_file()}
+    return {"run": folder, **found}
 
 
 def trees(table: pd.DataFrame, experiment: Experiment, names: Sequence[str]) -> dict[str, Any]:
@@ -198,7 +224,8 @@ def outcome(out: Path) -> dict[str, Any]:
 def parameters(experiment: Experiment) -> dict[str, int]:
     """Scalars of the backbone, and of what a site trains and sends in a round (the first: tuners may choose anew; the
     last, of a strategy that sends in no other)."""
-    return {"backbone": experiment.backbone.num_parameters, **_of_site(experiment, "")}
+    found = {"backbone": experiment.backbone.num_parameters, **_of_site(experiment, "")}
+    return {**found, "frozen": _count(experiment.frozen)} if experiment.config.stages else found  # of stages before
 
 
 def site_parameters(experiment: Experiment, names: Sequence[str]) -> dict[str, dict[str, int]]:

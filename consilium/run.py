@@ -13,14 +13,13 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from consilium import references, results, run_folder
+from consilium import references, results, run_folder, stages
 from consilium.config import Config, config_hash
 from consilium.coordinator import Coordinator
 from consilium.data import SiteData
 from consilium.engines import stacked
 from consilium.engines.simulate import Federation, Recorder, Simulation, num_workers, secrets_of
 from consilium.engines.state import check_room
-from consilium.errors import ConfigError
 from consilium.exchange import Display
 from consilium.experiment import Experiment, assemble, load_backbone
 from consilium.progress import one_at_a_time
@@ -38,6 +37,11 @@ class Plan:
     data: Federation
     experiment: Experiment
 
+    @property
+    def place(self) -> stages.Place:
+        """Where its stage, or the whole of it, lies."""
+        return stages.Place(self.data.folder, self.experiment)
+
 
 def run(
     config: Config, out: Path, *, resume: bool = False, display: Display | None = None, record: Recorder | None = None
@@ -52,13 +56,15 @@ def run(
         show({"event": "warning", "text": f"there is no run to resume in {out}: starting one"})
     with run_folder.claimed(out, resume):
         prepared = prepare(config, show)
-        plans = make_plans(config, prepared, out)
-        for plan in plans.values():
+        steps = [make_plans(each, prepared, folder) for each, folder in stages.steps(config, out)]
+        for plan in (plan for plans in reversed(steps) for plan in plans.values()):
             _open(plan, prepared)
         if not (out / "result.json").is_file():
-            _train(plans, prepared, show, record)
-            unseen.measure(out, plans[MAIN].experiment, prepared, show)
-            results.write(out, plans[MAIN].experiment, prepared, list(plans))
+            for number, plans in enumerate(steps):  # one, unless the configuration has [[stages]]
+                _hand_over(steps[number - 1] if number else {}, plans, prepared)
+                _train(plans, prepared, show, record, ends=plans is steps[-1])
+            unseen.measure(out, steps[-1][MAIN].experiment, prepared, show)
+            results.write(out, [plans[MAIN].place for plans in steps], prepared, list(steps[-1]))
         results.report(out)
         show({"event": "finish", **results.outcome(out)})
     return out
@@ -81,7 +87,7 @@ def prepare(config: Config, show: Display) -> sites.Federation:
 
 def make_plans(config: Config, prepared: sites.Federation, out: Path) -> dict[str, Plan]:
     """The run and the references it asks for, by name."""
-    check_serving(config, prepared)
+    references.check_serving(config, prepared)
     plans = {MAIN: _plan(config, prepared, references.gathered(config, prepared), out)}
     unseen.check(plans[MAIN].experiment, prepared)
     for name in config.evaluation.references:
@@ -90,19 +96,9 @@ def make_plans(config: Config, prepared: sites.Federation, out: Path) -> dict[st
     return plans
 
 
-def check_serving(config: Config, prepared: sites.Federation) -> None:
-    """ConfigError where serve = "best" could not be decided."""
-    if config.evaluation.serve == "best" and min(config.train.participation, config.train.quorum) < 1:
-        remedy = "use serve = 'last', or participation = 1 and quorum = 1"
-        what = "serve = 'best' needs every site's validation in every round"
-        raise ConfigError(what, remedy=remedy, where="evaluation.serve")
-    if config.evaluation.serve == "best" and not any(len(data.val) for data in prepared.sites.values()):
-        raise ConfigError("serve = 'best' needs validation images", where="evaluation.serve")
-
-
 def _plan(config: Config, prepared: sites.Federation, data: dict[str, SiteData], folder: Path) -> Plan:
     experiment = stacked.resolved(assemble(config, prepared.classes), len(data))
-    federation = Federation(experiment.config, prepared.classes, data, folder, secrets_of(config.seed, data))
+    federation = Federation(experiment.config, prepared.classes, data, folder, secrets_of(config.draws, data))
     return Plan(federation, experiment)
 
 
@@ -127,21 +123,29 @@ def _open(plan: Plan, prepared: sites.Federation) -> None:
     run_folder.open_run(plan.data.folder, _identity(plan, prepared), facts, prepared.split.to_parquet(index=False))
 
 
-def _train(plans: Mapping[str, Plan], prepared: sites.Federation, show: Display, record: Recorder | None) -> None:
+def _hand_over(before: Mapping[str, Plan], after: Mapping[str, Plan], prepared: sites.Federation) -> None:
+    for name, plan in before.items():
+        stages.hand_over(plan.place, after[name].place, prepared.held_out if name == MAIN else ())
+
+
+def _train(
+    plans: Mapping[str, Plan], prepared: sites.Federation, show: Display, record: Recorder | None, *, ends: bool
+) -> None:
     engine = plans[MAIN].data.config.engine
-    todo = {name: plan for name, plan in plans.items() if name == MAIN or not _is_there(plan, name, prepared, show)}
+    todo = {name: plan for name, plan in plans.items() if not _is_there(plan, name, prepared, show)}
     federations = {name: plan.data for name, plan in todo.items()}
-    federations |= unseen.visited(plans[MAIN].data, prepared)
+    visit = bool(prepared.held_out) and ends
+    federations |= unseen.visited(plans[MAIN].data, prepared) if visit else {}
     with Simulation(federations, num_workers(engine.workers, len(prepared.sites)), record) as simulation:
 
         def one(name: str) -> None:
-            _federate(simulation, todo[name], name, bool(prepared.held_out), show)
+            _federate(simulation, todo[name], name, visit, ends, show)
 
         if simulation.workers == 1:
             for name in todo:
                 one(name)
             return
-        with ThreadPoolExecutor(len(todo)) as threads:  # they only wait for the worker processes
+        with ThreadPoolExecutor(max(len(todo), 1)) as threads:  # they only wait for the worker processes
             try:
                 running = {threads.submit(one, name) for name in todo}
                 while running:  # without a pause, an interrupt that another thread catches would never be heard here
@@ -153,16 +157,17 @@ def _train(plans: Mapping[str, Plan], prepared: sites.Federation, show: Display,
                 raise
 
 
-def _federate(simulation: Simulation, plan: Plan, name: str, visit: bool, show: Display) -> None:
+def _federate(simulation: Simulation, plan: Plan, name: str, visit: bool, ends: bool, show: Display) -> None:
     here = show if name == MAIN else _as_reference(name, show)
     folder, transport = plan.data.folder, simulation.transport(name)
-    facts = {"name": plan.data.config.name, "sites": transport.sites(), "rounds": plan.data.config.train.rounds}
+    facts = {"name": plan.data.config.title, "sites": transport.sites(), "rounds": plan.data.config.train.rounds}
     here({"event": "start", **facts, "out": str(folder)})
-    coordinator = Coordinator(plan.experiment, transport, folder, here, simulation.explain(name))
+    coordinator = Coordinator(plan.experiment, transport, folder, here, simulation.explain(name), ends=ends)
     progress = coordinator.run()
     if visit and name == MAIN:
         guests, explain = simulation.transport(unseen.GUESTS), simulation.explain(unseen.GUESTS)
         replace(coordinator, transport=guests, explain=explain).visit(progress)
+    stages.close(folder, plan.experiment, progress.server, ends)
     results.collect(folder, plan.experiment, progress)
 
 
@@ -177,9 +182,9 @@ def _as_reference(name: str, show: Display) -> Callable[[Mapping[str, object]], 
 
 
 def _is_there(plan: Plan, name: str, prepared: sites.Federation, show: Display) -> bool:
-    """Whether a reference is finished already, here or in a neighbouring run folder, from where it is copied."""
-    if run_folder.is_done(plan.data.folder):
-        return True
+    """Whether a plan is finished here already, or a reference in a neighbouring run folder, from where it is copied."""
+    if name == MAIN or run_folder.is_done(plan.data.folder):
+        return run_folder.is_done(plan.data.folder)
     if (origin := run_folder.take_over(plan.data.folder, _identity(plan, prepared))) is not None:
         show({"event": "reference", "name": name, "kind": "reused", "from": str(origin)})
     return origin is not None

@@ -20,6 +20,7 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
@@ -87,6 +88,13 @@ class Seal:
     def _cipher(self, salt: bytes) -> ChaCha20Poly1305:
         info = b"consilium file " + json.dumps(dict(self.place), sort_keys=True).encode()
         return ChaCha20Poly1305(_derived(self.key, info, KEY, salt))
+
+
+def sealed(
+    what: Literal["state", "model", "start"], key: bytes | None, agreement: str, site: str, round: int = 0
+) -> Seal | None:
+    """How a site's file is encrypted, if it is: as that of this run, this site and, of a state, this round alone."""
+    return Seal(key, {"what": what, "run": agreement, "site": site, "round": round}) if key else None
 
 
 def opened(data: bytes, seal: Seal | None, where: str) -> bytes:

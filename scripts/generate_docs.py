@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from consilium import registry
-from consilium.config import Config
+from consilium.config import Config, SelectionConfig, StageConfig
 from scripts import strategy_table
 
 TARGET = Path(__file__).parent.parent / "docs" / "configuration.md"
@@ -33,7 +33,7 @@ TABLES = {"tuners": "[[tuner]]", "strategies": "[strategy]", "tasks": "[task]", 
 
 def render() -> str:
     """The whole page."""
-    return "\n".join([OPENING, *_section("", Config), *_members()])
+    return "\n".join([OPENING, *_section("", Config), *_stages(), *_members()])
 
 
 def _section(path: str, model: type[BaseModel]) -> Iterator[str]:
@@ -43,7 +43,17 @@ def _section(path: str, model: type[BaseModel]) -> Iterator[str]:
         yield f"## `[{path}]`\n\n{_first_line(model)}\n"
     yield from _table(model, plain)
     for name, found in inner.items():
-        yield from _section(f"{path}.{name}" if path else name, found)
+        if found is not StageConfig:
+            yield from _section(f"{path}.{name}" if path else name, found)
+
+
+def _stages() -> Iterator[str]:
+    inner = [name for name, field in StageConfig.model_fields.items() if _model_of(field)]
+    yield f"## `[[stages]]`\n\n{_first_line(StageConfig)}\n"
+    yield from _table(StageConfig, {n: field for n, field in StageConfig.model_fields.items() if n not in inner})
+    tables = ", ".join(f"`{name}`" for name in inner)
+    keys = ", ".join(f"`{name}`" for name in SelectionConfig.model_fields)
+    yield f"And these tables, with their keys as above: {tables}; of `evaluation` only {keys}.\n"
 
 
 def _members() -> Iterator[str]:

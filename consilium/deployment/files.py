@@ -100,6 +100,9 @@ def read_text(path: Path) -> Agreement:
     if agreed.evaluation.references:
         remedy = "leave evaluation.references out; every hospital can run its own with strategy 'local'"
         raise ConfigError("references need all images in one place", where=str(path), remedy=remedy)
+    if len(agreed.stages) > 1:
+        remedy = "run its first stage; a later one begins with what a simulation hands on"
+        raise ConfigError("a deployment has one stage", where=f"stages in {path}", remedy=remedy)
     return Agreement(agreed, deployment, table, folder)
 
 

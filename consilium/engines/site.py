@@ -18,10 +18,10 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from consilium import checkpoint, instances, members, seeds
+from consilium import checkpoint, instances, members, seeds, stages
 from consilium.data import Examples, SiteData
 from consilium.engines import failures
-from consilium.engines.state import SiteState, StateFolder, sealed
+from consilium.engines.state import SiteState, StateFolder
 from consilium.errors import ConsiliumError, TrainingError, WireError
 from consilium.experiment import Experiment
 from consilium.local.predict import outputs, pooled_features
@@ -31,6 +31,7 @@ from consilium.local.train import Setting, Trainer
 from consilium.messages import Reply, Request, check_learned, decode_request, encode, is_count, open_message
 from consilium.metrics import without_nan
 from consilium.protocols import Failure, Fitted, Learned, Personal
+from consilium.sealing import sealed
 from consilium.tensors import Tensors, digest_all, equal, non_finite
 
 Numbers = dict[str, Any]
@@ -165,7 +166,8 @@ class Site:
         return Reply(self.data.name, request.round, len(self.data.train), numbers=numbers)
 
     def _finish(self, request: Request) -> Reply:
-        """Read the test split, once, with the models that will be used, and leave them on the site's disk."""
+        """Read the test split, once, with the models that will be used, and leave them on the site's disk; where
+        another stage follows, it stays unread."""
         held, state = self._held(request), self._state(request)
         models = dict(self.experiment.strategy.deploy(state.received, state.personal))
         numbers: Numbers = {"image_passes": 0, "seconds": 0.0}
@@ -181,7 +183,7 @@ class Site:
         tables: dict[str, pd.DataFrame] = {}
         for name, variables in models.items():
             same = next((known for known in tables if equal(models[known], variables)), None)
-            tables[name] = self.predicted(variables) if same is None else tables[same]
+            tables[name] = self.predicted(variables, _tests(request)) if same is None else tables[same]
         self.folder.mkdir(parents=True, exist_ok=True)
         table = stack([rows.assign(model=name) for name, rows in tables.items()])
         checkpoint.write_bytes(self.folder / "predictions.parquet", table.to_parquet(index=False))
@@ -212,7 +214,8 @@ class Site:
         """The state this request builds on."""
         if request.builds_on:
             return self._states.load(request.builds_on)
-        initial, specs = self.experiment.initial(self.secret), self.experiment.model.specs
+        initial = {**self.experiment.initial(self.secret), **stages.start(self.folder, self.experiment, self.data.name)}
+        specs = self.experiment.model.specs
         personal = self.experiment.strategy.init_site(initial, specs, self.data.name)
         return SiteState(0, self.experiment.common_at(self.data.name), personal)
 
@@ -296,8 +299,10 @@ class Site:
 
         return members.probabilities(variables, one, task.probabilities).numpy()
 
-    def predicted(self, variables: Tensors) -> pd.DataFrame:
-        """What a model says of the validation and test images: split, site, id, group, label, p.<class>."""
+    def predicted(self, variables: Tensors, both: bool = True) -> pd.DataFrame:
+        """What a model says of validation and, if `both`, test images: split, site, id, group, label, p.<class>."""
+        if not both:
+            return self._predictions("val", self.data.val, self._probabilities(variables, self.data.val))
         val, test, joint = self.data.val, self.data.test, self._joint
         if joint is not None:
             found = self._probabilities(variables, joint)
@@ -335,6 +340,11 @@ class Site:
 def _trains(request: Request) -> bool:
     """Whether the end of a run brings a last local phase; guests, who took no part, are not asked for one."""
     return request.kind == "finish" and bool(request.context.get("train"))
+
+
+def _tests(request: Request) -> bool:
+    """Whether the run is at its end; not so where another stage begins with what this one ends with."""
+    return bool(request.context.get("test", True))
 
 
 def stack(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:

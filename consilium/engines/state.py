@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from consilium import checkpoint, ranks
 from consilium.errors import StateError
 from consilium.experiment import Experiment
 from consilium.protocols import Personal, Specs
-from consilium.sealing import Seal
+from consilium.sealing import Seal, sealed
 from consilium.tensors import Tensors
 
 
@@ -98,13 +98,6 @@ class StateFolder:
         return self.folder / f"state-{round:05d}.safetensors"
 
 
-def sealed(
-    what: Literal["state", "model"], key: bytes | None, agreement: str, site: str, round: int = 0
-) -> Seal | None:
-    """How a site's file is encrypted, if it is: as that of this run, this site and, of a state, this round alone."""
-    return Seal(key, {"what": what, "run": agreement, "site": site, "round": round}) if key else None
-
-
 def _part(flat: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
     return {name.removeprefix(f"{part}/"): tensor for name, tensor in flat.items() if name.startswith(f"{part}/")}
 
@@ -136,7 +129,7 @@ def least_bytes(experiment: Experiment, site: str) -> int:
     moments = 0 if train.moments == "reset" else 2 if train.optimizer == "adamw" else 1 if train.momentum else 0
     halves = [experiment.sent(number, site) for number in (1, 2)]  # some strategies send halves in turn
     sent = min(_num_bytes({name: each[name] for name in each.keys() & specs.keys()}) for each in halves)
-    return _num_bytes(specs) + (1 + moments) * sent
+    return _num_bytes(specs) + _num_bytes(experiment.frozen) + (1 + moments) * sent
 
 
 def _num_bytes(specs: Specs) -> int:

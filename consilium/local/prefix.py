@@ -142,7 +142,8 @@ class Prefixes:
         if deepest is None:
             deepest = self.model.halves.deepest if self.model.halves is not None else 0
         spec = self.model.specs.get(name)
-        return deepest if spec is not None and spec.tag.role == "head" else place(name, deepest)
+        on_top = spec.tag.role == "head" if spec is not None else name.startswith("head.")  # one of an earlier stage
+        return deepest if on_top else place(name, deepest)
 
     def _depth(self, names: Iterable[str]) -> int:
         if self._lowest(names := list(names)) == 0:

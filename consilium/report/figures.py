@@ -24,6 +24,7 @@ from consilium.report.marks import (
     name_text,
     padded,
     polyline,
+    stage_marks,
     svg,
     whisker,
     whole_ticks,
@@ -38,10 +39,12 @@ def learning_curves(
     last_round: int,
     span: Pair,
     level: float | None = None,
+    begins: Sequence[tuple[int, str]] = (),
 ) -> Markup:
-    """Lines over rounds, one per series [(round, value)]; a missing value breaks the line. `level` is drawn dotted."""
+    """Lines over rounds, one per series [(round, value)]; a missing value breaks the line. `level` is drawn dotted;
+    `begins`: the rounds after which stages begin, with their names."""
     x, y = Axis(0, max(last_round, 1), 38, 292), Axis(*span, 160, 10)
-    parts = [grid_y(y, 38, 292), axis_x(x, 160, whole_ticks(last_round), whole)]
+    parts = [grid_y(y, 38, 292), axis_x(x, 160, whole_ticks(last_round), whole), *stage_marks(x, 10, 160, begins)]
     if level is not None:
         parts.append(f'<line class="diagonal" x1="38" x2="292" y1="{y(level):.1f}" y2="{y(level):.1f}"/>')
     for number, points in enumerate(series.values()):
@@ -108,13 +111,20 @@ def reliability(title: str, confidence: Sequence[float], accuracy: Sequence[floa
     return svg(300, 338, title, parts)
 
 
-def bars(title: str, rounds: Sequence[int], series: Mapping[str, Sequence[float]], width: float) -> Markup:
-    """Bytes per round, one bar per series."""
+def bars(
+    title: str,
+    rounds: Sequence[int],
+    series: Mapping[str, Sequence[float]],
+    width: float,
+    begins: Sequence[tuple[int, str]] = (),
+) -> Markup:
+    """Bytes per round, one bar per series. `begins`: the rounds after which stages begin, with their names."""
     highest = max([v for values in series.values() for v in values] + [1])
     y, left = Axis(0, highest * 1.05, 160, 12), 62
     step = (width - left - 12) / max(len(rounds), 1)
     thick = max(min(step * 0.8, 48) / len(series), 0.8)
     parts = [grid_y(y, left, width - 10, bytes_text)]
+    parts += stage_marks(Axis(0, max(len(rounds), 1), left + 2, left + 2 + step * len(rounds)), 12, 160, begins)
     for number, (name, values) in enumerate(series.items()):
         for index, value in enumerate(values):
             at = left + 2 + step * (index + 0.5) + thick * (number - len(series) / 2)

@@ -143,6 +143,19 @@ class BackboneFacts(Plain):
     preprocessing: dict[str, Any] = {}
 
 
+class Stage(Plain):
+    """One stage of a run; rounds are its own."""
+
+    name: str
+    rounds: int
+    served_round: int | None = None
+    parameters: dict[str, int] = {}
+    bytes: Traffic = Traffic()
+    image_passes: dict[str, Any] = {}
+    seconds: float | None = None
+    metrics: Metrics = Metrics()
+
+
 class Result(Plain):
     """result.json; what a run may lack has a default."""
 
@@ -175,6 +188,7 @@ class Result(Plain):
     sites_harmed: Harmed | None = None
     majority: dict[str, dict[str, Entry]] = {}
     held_out: HeldOut | None = None
+    stages: list[Stage] = []
 
 
 class _Named(BaseModel):
@@ -191,6 +205,7 @@ class Settings(BaseModel):
     tuner: list[_Named] = []
     strategy: _Named | None = None
     evaluation: dict[str, Any] = {}
+    stages: list[Settings] = []
 
 
 class Stored(Plain):
@@ -246,7 +261,7 @@ def load_run(folder: Path) -> Run:
         folder,
         result,
         parse(Stored, config, text_of(config)) if config.is_file() else Stored(),
-        _events(folder / "events.jsonl"),
+        _all_events(folder, result.stages),
         _table(folder / "predictions.parquet", ["split", "model", "site", "id", "group", "label"], result.classes),
         _table(folder / "split.parquet", ["site", "group", "split"], []),
     )
@@ -277,6 +292,18 @@ def parse(model: type[Model], path: Path, text: str) -> Model:
         key = ".".join(str(part) for part in first["loc"])
         what = f"a file of the run folder does not fit the schema: {key}"
         raise StateError(what, where=str(path), allowed=first["msg"], received=repr(first["input"])[:80]) from error
+
+
+def _all_events(folder: Path, stages: Sequence[Stage]) -> list[Event]:
+    """Of all stages; rounds go on from one to the next."""
+    found: list[Event] = []
+    for at, stage in enumerate(stages[:-1], start=1):
+        before = sum(each.rounds for each in stages[: at - 1])
+        own = _events(folder / "stages" / f"{at}-{stage.name}" / "events.jsonl")
+        found += [event.model_copy(update={"round": event.round + before}) for event in own]
+    before = sum(each.rounds for each in stages[:-1])
+    last = _events(folder / "events.jsonl")
+    return [*found, *(event.model_copy(update={"round": event.round + before}) for event in last)]
 
 
 def _events(path: Path) -> list[Event]:

@@ -109,6 +109,19 @@ def axis_x(axis: Axis, y: float, values: Sequence[float], text: Callable[[float]
     return f'<line class="axis" x1="{axis.start}" x2="{axis.stop}" y1="{y}" y2="{y}"/>{labels}'
 
 
+def stage_marks(axis: Axis, top: float, bottom: float, begins: Sequence[tuple[int, str]]) -> list[str]:
+    """A line where each stage begins, and its name to the right as far as there is room; the whole is its tooltip."""
+    parts = []
+    ends = [*(axis(at) for at, _ in begins[1:]), axis.stop]
+    for (at, name), end in zip(begins, ends, strict=False):
+        x, room = axis(at), int((end - axis(at) - 6) / 6)
+        if at:
+            parts.append(f'<line class="diagonal" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
+        cut = name if len(name) <= room else f"{name[: max(room - 1, 0)]}…" if room > 2 else ""
+        parts.append(f"<g><title>{escape(name)}</title>{word(x + 4, top + 10, cut, 'start')}</g>")
+    return parts
+
+
 def polyline(series: int, points: Sequence[Pair | None]) -> str:
     """A line that None breaks."""
     pieces, pen = [], "M"

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from markupsafe import Markup
 
 from consilium import metrics
-from consilium.report import figures, tables
+from consilium.report import figures, stages, tables
 from consilium.report.load import Entry, Harmed, Run, Value
 from consilium.report.marks import Point, padded
 from consilium.report.tables import NAMES, Cell, Table
-from consilium.report.text import UNDEFINED, bytes_text, count, duration, strategy_text, tuner_text
+from consilium.report.text import UNDEFINED, bytes_text, count, duration, recipe
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,7 +59,7 @@ def summary(run: Run) -> str:
     images = sum(size.train.n for size in result.sites.values())
     served = f"; served is round {result.served_round}" if result.served_round not in (None, result.rounds) else ""
     return (
-        f"{tuner_text(run)} on {result.backbone.name}, combined by {strategy_text(run)} over {len(result.sites)} sites "
+        f"{recipe(run.stored.config)} on {result.backbone.name} over {len(result.sites)} sites "
         f"with {count(images)} training images of {len(result.classes)} classes; {result.rounds} rounds{served}; "
         f"seed {result.seed}."
     )
@@ -105,6 +105,7 @@ def sections(run: Run) -> list[Section]:
     """The page of one run, from results to what is needed to run it again."""
     return [
         _results(run),
+        *([Section("Stages", [stages.table(run)])] if run.result.stages else []),
         *([_learning(run)] if run.events else []),
         *([_mistakes(run)] if run.predictions is not None else []),
         _traffic(run),
@@ -221,9 +222,9 @@ def _losses(run: Run, site: str) -> Curve:
 
 def _panels(run: Run, curves: Mapping[str, Mapping[str, Curve]], name: str) -> list[tuple[str, Markup]]:
     values = [v for series in curves.values() for curve in series.values() for _, v in curve if v is not None]
-    span, last = padded(values), run.events[-1].round
+    span, last, begins = padded(values), run.events[-1].round, stages.marks(run)
     return [
-        (site, figures.learning_curves(f"{name} at {site}: {told(series)}", series, last, span))
+        (site, figures.learning_curves(f"{name} at {site}: {told(series)}", series, last, span, begins=begins))
         for site, series in curves.items()
     ]
 
@@ -276,7 +277,9 @@ def _traffic(run: Run) -> Section:
         rounds = [e.round for e in run.events]
         title = f"Bytes per round: {_total(series)}"
         drawing = _both(
-            "Payload of all sites in each round", lambda w: figures.bars(title, rounds, series, w), list(series)
+            "Payload of all sites in each round",
+            lambda w: figures.bars(title, rounds, series, w, stages.marks(run)),
+            list(series),
         )
         blocks.insert(1, drawing)
     wire = run.result.wire

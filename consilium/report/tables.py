@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from consilium.report.load import Entry, MetricTree, Run, SplitSize, Value, WireTensor
-from consilium.report.text import UNDEFINED, bytes_text, count, duration, shape, strategy_text, tuner_text
+from consilium.report.text import UNDEFINED, bytes_text, count, duration, recipe, shape
 
 NAMES = {
     "balanced_accuracy": "Balanced accuracy",
@@ -267,8 +267,8 @@ def _run_row(number: int, run: Run) -> list[Cell]:
     numbers = [harmed, bytes_text(result.bytes.up.total + result.bytes.down.total)]
     numbers += [count(result.parameters.get(key)) for key in ("trainable", "exchanged")]
     numbers += [count(result.image_passes.get("total")), duration(result.seconds)]
-    recipe = f"{tuner_text(run)}, {strategy_text(run)}, seed {result.seed}\n{result.backbone.name}"
-    return [Cell(f"{number}. {result.name}", recipe), *measured, *map(Cell, numbers)]
+    told = f"{recipe(run.stored.config)}, seed {result.seed}\n{result.backbone.name}"
+    return [Cell(f"{number}. {result.name}", told), *measured, *map(Cell, numbers)]
 
 
 def interval(value: Value | None, detail: str = "") -> Cell:

@@ -1,10 +1,10 @@
-"""Stage 10, report. In: numbers and a `Run`. Out: how the page writes them."""
+"""Stage 10, report. In: numbers and a run's settings. Out: how the page writes them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from consilium.report.load import Run
+from consilium.report.load import Settings
 
 UNDEFINED = "\u2013"  # an en dash
 
@@ -47,13 +47,18 @@ def shape(sizes: Sequence[int | None]) -> str:
     return " \u00d7 ".join("any" if size is None else str(size) for size in sizes) or "scalar"
 
 
-def tuner_text(run: Run) -> str:
+def tuner_text(settings: Settings) -> str:
     """The tuners' names with their rank, if they have one."""
-    named = [(tuner.name, (tuner.model_extra or {}).get("rank")) for tuner in run.stored.config.tuner]
+    named = [(tuner.name, (tuner.model_extra or {}).get("rank")) for tuner in settings.tuner]
     return " + ".join(f"{name} r={rank}" if rank else name for name, rank in named) or UNDEFINED
 
 
-def strategy_text(run: Run) -> str:
+def strategy_text(settings: Settings) -> str:
     """The strategy's name."""
-    strategy = run.stored.config.strategy
-    return strategy.name if strategy else UNDEFINED
+    return settings.strategy.name if settings.strategy else UNDEFINED
+
+
+def recipe(settings: Settings) -> str:
+    """Tuners and strategy, of every stage."""
+    each = settings.stages or [settings]
+    return ", then ".join(f"{tuner_text(one)} combined by {strategy_text(one)}" for one in each)

@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 
 from consilium import registry
-from consilium.config import SitesConfig, changed
+from consilium.config import SitesConfig
+from consilium.config_sites import changed
 from consilium.data import Examples, Preprocessing, SiteData, Source
 from consilium.errors import ConfigError, DataError
 from consilium.sites import partition, splits

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from consilium import seeds
-from consilium.config import Partition
+from consilium.config_sites import Partition
 from consilium.data import IntArray
 from consilium.errors import ConfigError, DataError
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from consilium import seeds
-from consilium.config import Split
+from consilium.config_sites import Split
 from consilium.errors import DataError
 from consilium.sites.images import first_few
 

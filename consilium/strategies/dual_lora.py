@@ -29,7 +29,7 @@ from pydantic import Field, model_validator
 
 from consilium import orthogonality
 from consilium.aggregation import Aggregation, SumOptions
-from consilium.config import changed
+from consilium.config_sites import changed
 from consilium.protocols import Declaration, Part, Selector, Tag
 from consilium.registry import register
 from consilium.strategies.dual import Dual, LeaveOneOut

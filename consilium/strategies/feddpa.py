@@ -36,7 +36,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from consilium.aggregation import SumOptions, Weighting
-from consilium.config import changed
+from consilium.config_sites import changed
 from consilium.data import Batch
 from consilium.instances import Of, weighed
 from consilium.orthogonality import couples

@@ -43,7 +43,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from consilium import orthogonality
-from consilium.config import changed
+from consilium.config_sites import changed
 from consilium.data import Batch
 from consilium.orthogonality import OF_SIDES, PREPARE, Couple, Sides
 from consilium.protocols import LocalTraining, Objective

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from consilium import check, references, registry, results, run
+from consilium import check, references, registry, results, run, stages
 from consilium.config import Config, config_hash
 from consilium.coordinator import predicted_passes
 from consilium.engines import stacked
@@ -117,7 +117,7 @@ def _data(config: Config, show: Display) -> Federation | ConsiliumError:
 
 def _facts(config: Config, data: Federation) -> Facts | ConsiliumError:
     try:
-        run.check_serving(config, data)
+        references.check_serving(config, data)
         device = pick_device(config.engine.device, config.train.precision)
         experiment = assemble(_on_cpu(config), data.classes)
         there = replace(experiment, setting=replace(experiment.setting, device=device))
@@ -127,11 +127,13 @@ def _facts(config: Config, data: Federation) -> Facts | ConsiliumError:
     except (ConfigError, DataError) as error:
         return error
     images = {name: len(site.train) for name, site in data.sites.items()}
-    sent = check.predicted_bytes(experiment, sorted(gathered))
+    every, names = [each for each, _ in stages.steps(config, Path())], sorted(gathered)
+    sent = [check.predicted_bytes(assemble(_on_cpu(each), data.classes), names) for each in every]
+    trained = {name: len(site.train) for name, site in gathered.items()}
     return Facts(
         parameters=results.parameters(experiment),
-        bytes={way: sent[way]["total"] for way in ("up", "down")},
-        image_passes=sum(predicted_passes(config, {n: len(site.train) for n, site in gathered.items()}).values()),
+        bytes={way: sum(each[way]["total"] for each in sent) for way in ("up", "down")},
+        image_passes=sum(sum(predicted_passes(each, trained).values()) for each in every),
         memory_bytes=round(SAFETY * check.memory(experiment)["total"]) + PROCESS_BYTES,
         cores=config.engine.threads * num_workers(config.engine.workers, len(data.sites)),
         device=device,

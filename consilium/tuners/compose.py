@@ -24,6 +24,7 @@ from consilium.protocols import Attached, Backbone, Declaration, Selector, Specs
 from consilium.tensors import Tensors
 from consilium.tuners import base
 from consilium.tuners.head import RATE, Head
+from consilium.tuners.placed import EVERY, Placed, attached
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class TunedModel:
 
     def active(self, round: int, site: str, seed: int) -> Selector:
         """What any tuner trains among its own tensors, and the head unless it is frozen."""
-        pairs = [(tuner, each.specs) for tuner, each in zip(self.tuners, self.attached, strict=True)]
+        pairs = [(tuner, each.specs) for tuner, each in zip(self.tuners, self.attached, strict=True) if each.specs]
         choices = [(_tags(specs), tuner.active(specs, round, site, seed)) for tuner, specs in pairs]
         head = _tags(self.head.specs)
         return lambda tag: tag in head or any(tag in own and chosen(tag) for own, chosen in choices)
@@ -132,13 +133,16 @@ def attach(
     num_outputs: int,
     declaration: Declaration,
     seed: int,
+    earlier: Sequence[Placed] = (),
 ) -> TunedModel:
-    """Attach all tuners to the backbone and put a head on top.
+    """Attach all tuners to the backbone, those of earlier stages too, and put a head on top.
 
     Raises ConfigError where two tuners claim one tensor or nothing is left to train. `seed` draws a frozen head.
     """
-    tuners = sorted(tuners, key=lambda tuner: getattr(tuner, "precedence", 0))
-    added = tuple(tuner.attach(backbone, declaration.parts, declaration.combination) for tuner in tuners)
+    own = [Placed(tuner, declaration.parts, declaration.combination, EVERY) for tuner in tuners]
+    placed = sorted([*earlier, *own], key=lambda each: getattr(each.tuner, "precedence", 0))
+    tuners = [each.tuner for each in placed]
+    added = tuple(attached(each, backbone) for each in placed)
     still = not declaration.trains(Tag("head", "head"), 1)
     top = Head(head, backbone.num_features, num_outputs, still)
     specs = _union([*(each.specs for each in added), top.specs], [name for each in added for name in each.stands_for])

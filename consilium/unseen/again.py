@@ -60,6 +60,8 @@ def _config(stored: Mapping[str, Any], changes: Mapping[str, Any], folder: Path)
     if not config.sites.held_out:
         remedy = "run it again with sites.held_out"
         raise ConfigError("this run held no site out", where=str(folder), remedy=remedy)
+    if len(config.stages) > 1:
+        raise ConfigError("[unseen] is of runs without several stages", where=str(folder))
     own = {} if config.unseen is None else config.unseen.model_dump()
     try:
         options = UnseenConfig.model_validate({**own, **changes})

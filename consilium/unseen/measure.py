@@ -71,7 +71,7 @@ def visited(data: Answered, prepared: Federation) -> dict[str, Answered]:
     """The federation of those that took no part, which is asked for nothing but predictions; none without them."""
     if not prepared.held_out:
         return {}
-    secrets = secrets_of(data.config.seed, prepared.held_out)
+    secrets = secrets_of(data.config.draws, prepared.held_out)
     return {GUESTS: Answered(data.config, data.classes, prepared.held_out, data.folder / GUESTS, secrets)}
 
 

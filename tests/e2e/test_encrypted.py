@@ -14,11 +14,11 @@ import pytest
 
 from consilium import checkpoint, cli, config, run
 from consilium.check import check
-from consilium.engines.state import StateFolder, sealed
+from consilium.engines.state import StateFolder
 from consilium.errors import ConfigError, StateError, TrainingError
 from consilium.export import export
 from consilium.predict import load_trained
-from consilium.sealing import is_sealed, key_id
+from consilium.sealing import is_sealed, key_id, sealed
 from consilium.tensors import Tensors, digest_all, equal
 from tests import federation
 from tests.e2e import runs

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consilium.config import Partition
+from consilium.config_sites import Partition
 from consilium.errors import ConfigError, DataError
 from consilium.sites.partition import divide
 from tests import hospitals

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from consilium.config import Split
+from consilium.config_sites import Split
 from consilium.errors import DataError
 from consilium.sites import splits
 from tests import hospitals
