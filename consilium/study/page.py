@@ -16,7 +16,7 @@ from consilium.report import html
 from consilium.report.sections import Block, Section, Tile
 from consilium.report.tables import NAMES, Cell, Table
 from consilium.report.text import UNDEFINED
-from consilium.study import comparison, export, figures, groups, samples, selection, tables
+from consilium.study import comparison, export, figures, groups, samples, selection, tables, unseen
 from consilium.study.comparison import Findings, Ranking
 from consilium.study.groups import COSTS, Group
 from consilium.study.loading import Study, load, searched, with_references
@@ -145,7 +145,8 @@ def _sections(study: Study, compared: Compared, unit: str) -> list[Section]:
         return []
     parts = [_results(study, compared, unit), _against(study, compared, unit), _fronts(study, compared, unit)]
     harmed = _harmed(study, compared)
-    return [*parts, _by_site(compared, unit), *([harmed] if harmed.blocks else []), _tests(study, compared)]
+    parts += [_by_site(compared, unit), *([harmed] if harmed.blocks else []), _tests(study, compared)]
+    return [*parts, *unseen.sections(study, unit)]
 
 
 def _results(study: Study, compared: Compared, unit: str) -> Section:
