@@ -66,11 +66,9 @@ def main_table(found: Mapping[str, Any], runs: pd.DataFrame, axis: str) -> None:
     def cells(name: str, levels: Mapping[str, Any]) -> list[str]:
         harm, cost = harms.get(name), costs.loc[name] if name in costs.index else None
         count = harm["count"] if harm and not harm["refused"] else None
-        below = (
-            "-"
-            if not count or count["value"] is None
-            else f"{count['value']} ({count['low']:.0f} to {count['high']:.0f})"
-        )
+        known = count and count["value"] is not None
+        limits = f" ({count['low']:.0f} to {count['high']:.0f})" if known and count["low"] is not None else ""
+        below = f"{count['value']}{limits}" if known else "-"
         surely = "-" if not harm else ", ".join(harm["harmed"]) or "none"
         spent = (
             ["-"] * 3
