@@ -24,6 +24,7 @@ NUMBERS = {
     "overlap_received": "read, as received",
     "share_personal": "share of the personal part",
 }
+MODELS = {"global": "shared part alone", "before_aggregation": "before the last mean", "personal": "as served"}
 
 
 def table(head: Sequence[str], rows: Iterator[Sequence[str]] | Sequence[Sequence[str]]) -> None:
@@ -113,7 +114,11 @@ def pair_table(found: Mapping[str, Any], own: str, wanted: Sequence[tuple[str, s
 
 
 def mechanism_table(folder: Path, runs: pd.DataFrame, axis: str) -> None:
-    """What the runs logged of their two adapters in the last round: median over sites and seeds."""
+    """What the runs logged of their two adapters in the last round: median over sites and seeds; and what the models
+    reach without the personal part, before the last mean, and as they are served: all test images, mean over seeds."""
+    results = pd.read_parquet(folder / "results.parquet")
+    pooled = (results["split"] == "test") & (results["metric"] == "balanced_accuracy") & (results["level"] == "pooled")
+    reached = results[pooled].groupby([axis, "model"])["value"].mean()
     rows = []
     for name, own in runs.groupby(axis, sort=False):
         last = [json.loads((folder / run / "events.jsonl").read_text().splitlines()[-1]) for run in own["folder"]]
@@ -122,8 +127,9 @@ def mechanism_table(folder: Path, runs: pd.DataFrame, axis: str) -> None:
         if not learned or "share_personal" not in learned[0]:
             continue
         middle = [f"{statistics.median(each[key] for each in learned):.2f}" for key in NUMBERS]
-        rows.append([str(name), *middle])
-    table(["method", *NUMBERS.values()], rows)
+        models = [f"{reached[name, m]:.3f}" if (name, m) in reached.index else "-" for m in MODELS]
+        rows.append([str(name), *middle, *models])
+    table(["method", *NUMBERS.values(), *MODELS.values()], rows)
 
 
 def tried_table(path: Path) -> None:
@@ -154,6 +160,7 @@ def main(folder: Path, tuning: Path | None) -> None:
     """Print every table."""
     numbers = json.loads((folder / "statistics.json").read_text())
     runs = pd.read_parquet(folder / "runs.parquet")
+    print(f"{len(runs)} runs, {runs['seconds'].sum() / 3600:.1f} hours of rounds\n")
     done, axis = runs[runs["status"] == "done"], numbers["compare"]["method"]
     for name, found in numbers["groups"].items():
         print(f"## {name}, {len(done)} runs\n")
