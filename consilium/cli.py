@@ -207,7 +207,7 @@ def mechanism(run: RunFolder, json: Json = False) -> None:
     found = examine(run)
     if json:
         return print_json(found)
-    listing.show(listing.probes(found))
+    listing.show(listing.mechanism(found))
     return print(run / "report.html")
 
 

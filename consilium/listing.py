@@ -100,8 +100,19 @@ def comparison(runs: Sequence[Path]) -> Table:
     return table
 
 
-def probes(found: Mapping[str, Any]) -> Table:
-    """How well a probe tells the site of a validation image, by part, and paired differences."""
+def mechanism(found: Mapping[str, Any]) -> RenderableType:
+    """How well a probe tells the site of an image, and, where they differ, what models are worth at other sites."""
+    if not found["cross"]:
+        return _probes(found)
+    caption = "balanced accuracy on validation images [95 %]"
+    names = list(found["sites"])
+    table = Table("", *(f"images of {name}" for name in names), caption=caption)
+    for model, values in found["cross"].items():
+        table.add_row(f"model of {model}", *(estimate(values.get(name)) for name in names))
+    return Group(_probes(found), table)
+
+
+def _probes(found: Mapping[str, Any]) -> Table:
     images = sum(size["images"] for size in found["sites"].values())
     caption = (
         f"balanced accuracy over {len(found['sites'])} sites, {images} validation images; chance {found['chance']:.3f}"

@@ -6,7 +6,8 @@ site's personal part alone, and with a whole model; and by what a part alone add
 these tell sites apart before anything is trained. Every adapter is applied to the images of ALL sites: were each image
 shown to its own site's adapter, the probe would tell the adapters apart and not what they see. Beside them stands what
 the class label alone gives away, as sites differ in their classes, and the same probe for sites that were exchanged at
-random between patients. Simulation only: it needs the images of several sites in one process. No test image is read.
+random between patients. And, of models that differ: what each site's model is worth on every site's images.
+Simulation only: it needs the images of several sites in one process. No test image is read.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ from consilium.data import Examples
 from consilium.errors import DataError, StateError
 from consilium.exchange import Display
 from consilium.experiment import Experiment
-from consilium.local.predict import pooled_features
+from consilium.local.predict import outputs, pooled_features
 from consilium.probe import FOLDS, PENALTY, Array, Question, shuffled
 from consilium.run_folder import CONFIG
 from consilium.sites.federation import Federation
@@ -85,7 +87,8 @@ def examine(folder: Path, display: Display | None = None) -> dict[str, Any]:
         asked.append(_ask(question, shuffles, part, adapter, features))
         if part != "whole":
             asked.append(_ask(question, shuffles, f"{part}{ADDS}", adapter, features - plain))
-    found = {**_facts(settings, sites, left_out, images), **_summed(asked)}
+    cross = _cross(pieces, {site: each.variables for site, each in trained.items()}, images)
+    found = {**_facts(settings, sites, left_out, images), **_summed(asked), "cross": cross}
     checkpoint.write_json(folder / FILE, found)
     results.report(folder)
     return found
@@ -134,6 +137,28 @@ def _features(pieces: Experiment, variables: Tensors, images: Sequence[Examples]
 
 def _one_hot(images: Sequence[Examples], num: int) -> Tensor:
     return torch.nn.functional.one_hot(torch.from_numpy(np.concatenate([each.labels for each in images])), num).float()
+
+
+def _cross(pieces: Experiment, served: Mapping[str, Tensors], images: Sequence[Examples]) -> dict[str, Any]:
+    """{model of a site: {site of the images: balanced accuracy}}; nothing where all models are one."""
+    if len({digest_all(variables) for variables in served.values()}) == 1:
+        return {}
+    evaluation, seed = pieces.config.evaluation, pieces.config.seed
+    found = {}
+    for site, variables in sorted(served.items()):
+        table = pd.concat([_predictions(pieces, variables, each) for each in images], ignore_index=True)
+        tree = pieces.task.metrics(table, bootstrap=evaluation.bootstrap, seed=seed, sites=sorted(set(table["site"])))
+        found[site] = tree["balanced_accuracy"]["per_site"]
+    return found
+
+
+def _predictions(pieces: Experiment, variables: Tensors, images: Examples) -> pd.DataFrame:
+    setting = pieces.setting
+    device, precision = setting.device, "float32"
+    found = outputs(pieces.model, variables, images, setting.preprocessing, device, precision)
+    scores = pieces.task.probabilities(found).numpy()
+    rows = {"site": images.origins, "id": images.ids, "group": images.groups, "label": images.labels}
+    return pd.DataFrame({**rows, **{f"p.{name}": scores[:, at] for at, name in enumerate(pieces.task.classes)}})
 
 
 # ------------------------------------------------------------------------------------------------ numbers

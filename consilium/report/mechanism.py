@@ -50,6 +50,7 @@ class Mechanism(Plain):
     chance: float | None = None
     parts: Mapping[str, Probe] = Field(default_factory=dict)
     differences: Mapping[str, Value] = Field(default_factory=dict)
+    cross: Mapping[str, Mapping[str, Value]] = Field(default_factory=dict)  # model of a site -> images of a site
 
 
 def sections(run: Run) -> list[Section]:
@@ -123,7 +124,18 @@ def _probes(found: Mechanism) -> list[Block]:
     drawn = [figures.forest(f"Which site: {_words(found)}", rows, axis, width) for width in (720.0, 360.0)]
     caption = "Which site an image comes from, told by a linear probe, with 95\u00a0% intervals"
     figure = Figure(caption, [("", drawn[0])], ["probe", "sites exchanged at random"], drawn[1])
-    return [figure, *([_differences(found)] if found.differences else [])]
+    return [figure, *([_differences(found)] if found.differences else []), *([_cross(found)] if found.cross else [])]
+
+
+def _cross(found: Mechanism) -> Table:
+    def cell(value: Value | None) -> Cell:
+        shown = interval(value)
+        return Cell(shown.text, shown.detail, heat=value.value if value is not None else None)
+
+    names = list(found.sites)
+    rows = [[Cell(f"model of {model}"), *(cell(values.get(n)) for n in names)] for model, values in found.cross.items()]
+    title = "Balanced accuracy of each site's model on the validation images of every site"
+    return Table(title, ["", *(f"images of {name}" for name in names)], rows)
 
 
 def _words(found: Mechanism) -> str:

@@ -98,6 +98,19 @@ def test_features_are_those_of_all_sites_images_by_one_part(made: Made, monkeypa
     assert not torch.equal(features["shared", ""], features["backbone", ""])
 
 
+def test_each_site_s_model_is_measured_at_every_site(made: Made) -> None:
+    """On the diagonal stand the run's own numbers."""
+    folder = made('{name="fedopal"}')
+    found, result = mechanism.examine(folder), runs.read(folder / "result.json")
+    assert list(found["cross"]) == list(found["sites"])
+    own = result["metrics"]["val"]["personal"]["balanced_accuracy"]["per_site"]
+    for site, values in found["cross"].items():
+        assert list(values) == list(found["sites"])
+        assert values[site]["value"] == pytest.approx(own[site]["value"])
+    columns = [{site: values[at]["value"] for site, values in found["cross"].items()} for at in found["sites"]]
+    assert any(len(set(column.values())) > 1 for column in columns)
+
+
 def test_where_sites_have_shared_parts_of_their_own_each_is_asked(made: Made) -> None:
     found = mechanism.examine(made('{name="dual_lora", server="leave_one_out"}'))
     assert _adapters(found, "shared") == list(found["sites"])
@@ -107,8 +120,10 @@ def test_where_there_is_one_part_the_whole_model_is_asked(made: Made) -> None:
     found = mechanism.examine(made('{name="fedavg"}'))
     assert list(found["parts"]) == ["label", "backbone", "whole"]
     assert _adapters(found, "whole") == [""]
+    assert found["cross"] == {}, "one model"
     alone = mechanism.examine(made('{name="fedper"}'))
     assert _adapters(alone, "whole") == [""], "sites differ in their heads alone, of which features know nothing"
+    assert len(alone["cross"]) == 4
 
 
 def test_the_verb_prints_a_table_or_json_and_true_exit_codes(made: Made, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ FOUND = {
         "backbone": {"value": 0.81, "low": 0.7, "high": 0.9, "control": 0.48},
         "personal_adds": {"value": 0.66, "low": 0.6, "high": 0.7, "control": 0.51},
     },
+    "cross": {"aarhus": {"aarhus": {"value": 0.71}, "bern": {"value": 0.43, "low": 0.4, "high": 0.5}}},
     "differences": {"personal - backbone": {"value": -0.15, "low": -0.2, "high": -0.1}},
 }
 
@@ -75,6 +76,8 @@ def test_what_the_probe_told_is_drawn_and_its_differences_listed(folder: Path) -
     page = _page(folder)
     (told,) = set(_told(page, "Which site"))
     assert told == "Which site: backbone 0.810; what personal adds 0.660"
+    for text in ("model of aarhus", "images of bern", "0.400 to 0.500"):
+        assert text in page
     for text in (
         "with a personal part minus backbone",
         "-0.200 to -0.100",
