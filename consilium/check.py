@@ -132,8 +132,11 @@ def predicted_bytes(experiment: Experiment, sites: Iterable[str]) -> dict[str, T
         for site in drawn:
             book.reply(site, number)
     last = {name for name, version in book.version.items() if version == rounds}
+    choice = experiment.strategy.declares.choice
     for site in names:
-        book.request(site, rounds)
+        for _ in choice.candidates if choice else ():  # each goes out whole, and leaves nothing
+            book.count("down", site, rounds, book.lacking(site, rounds), set())
+        book.request(site, rounds, whole=choice is not None)
         if config.evaluation.serve == "best":  # the chosen round's tensors go out once more
             book.count("down", site, rounds, last, last & book.alike(site))
     return book.table()
@@ -170,13 +173,17 @@ class _Book:
         self.totals = {"up": dict.fromkeys(names, 0), "down": dict.fromkeys(names, 0)}
         self.latest: dict[Way, set[str]] = {"up": set(), "down": set()}
 
-    def request(self, site: str, number: int) -> None:
-        """The site gets what it lacks, as a step where it has what that starts from."""
-        have = self.have[site]
-        news = {name for name in self.experiment.down(number) if have.get(name) != self.version[name]}
-        steps = news & self.alike(site)
+    def request(self, site: str, number: int, whole: bool = False) -> None:
+        """The site gets what it lacks, as a step where it has what that starts from, unless `whole`."""
+        have, news = self.have[site], self.lacking(site, number)
+        steps = set() if whole else news & self.alike(site)
         self.count("down", site, number, news, {n for n in steps if have.get(n) == self.before[n]})
         have |= {name: self.version[name] for name in news}
+
+    def lacking(self, site: str, number: int) -> set[str]:
+        """What the coordinator has and the site has not."""
+        have = self.have[site]
+        return {name for name in self.experiment.down(number) if have.get(name) != self.version[name]}
 
     def alike(self, site: str) -> Set[str]:
         """Coded tensors of which the site is sent the coordinator's own, and not a part of them."""

@@ -134,6 +134,7 @@ class Coordinator:
             self._judge(progress, self._ask(progress, "evaluate", progress.server.round, sites))
             spent = {key: getattr(progress, key) for key in ("ledger", "passes", "site_seconds", "seconds")}
             progress = replace(self._load(progress.best["round"]), **spent)
+        progress = self._choose(progress)
         last = self.experiment.strategy.declares.finish_epochs > 0  # a last local phase
         context = {"train": True, **self._counts(progress)} if last else {}
         context |= {"metrics": True} if self.remote else {}
@@ -142,6 +143,25 @@ class Coordinator:
         for reply in replies if last else ():
             self._add_work(progress, reply)
         return replace(progress, tested={reply.site: reply.numbers.get("metrics") for reply in replies})
+
+    def _choose(self, progress: Progress) -> Progress:
+        """The state that the strategy's candidates are best in, by the unweighted mean of sites' validation."""
+        choice, specs = self.experiment.strategy.declares.choice, self.experiment.model.specs
+        if choice is None:
+            return progress
+        found: dict[str, float] = {}
+        for name in choice.candidates:
+            asked = replace(progress, server=choice.take(progress.server, specs, name))
+            replies = self._ask(asked, "evaluate", progress.server.round, self.transport.sites())
+            value = _means([reply.numbers["val"]["incoming"] for reply in replies]).get(choice.select)
+            if value is None:
+                remedy = "give sites validation images, choose another select, or fix what is to be chosen"
+                raise TrainingError(f"no site's validation images define {choice.select}", remedy=remedy)
+            found[name] = value
+        sign = -1 if choice.select in LOWER_IS_BETTER else 1
+        best = max(choice.candidates, key=lambda name: sign * found[name])
+        server = choice.take(progress.server, specs, best)
+        return replace(progress, server=server, chosen={"best": best, "select": choice.select, "candidates": found})
 
     def _counts(self, progress: Progress) -> dict[str, Any]:
         return {"class_counts": progress.class_counts} if self.experiment.task.class_counts == "federation" else {}

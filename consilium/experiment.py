@@ -327,6 +327,10 @@ def _check_selection(config: Config, task: Task, strategy: Strategy) -> None:
         remedy = "use serve = 'last'"
         raise ConfigError("nothing to choose from: the sites send once", where="evaluation.serve", remedy=remedy)
     known = task.validation(np.full((1, len(task.classes)), 1 / len(task.classes)), np.zeros(1, dtype=np.int64))
+    choice = strategy.declares.choice
+    if choice is not None and choice.select not in known:
+        allowed, where = ", ".join(sorted(known)), f"strategy.{config.strategy.name}.select"
+        raise ConfigError("no such validation metric", where=where, allowed=allowed, received=choice.select)
     if config.evaluation.serve == "best" and config.evaluation.select not in known:
         allowed, received = ", ".join(sorted(known)), config.evaluation.select
         raise ConfigError("no such validation metric", where="evaluation.select", allowed=allowed, received=received)

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from consilium.choice import Choice
 from consilium.data import Batch, IntArray, Preprocessing
 from consilium.halves import Halves
 from consilium.tensors import Tensors
@@ -333,10 +334,8 @@ class Failure:
 
 @dataclass(frozen=True)
 class Declaration:
-    """What a strategy says of itself before anything runs; pairings are checked against it.
-
-    `passes(round)`: how often `learn` goes through the images, so that a round's work is known before it.
-    """
+    """What a strategy says of itself before anything runs; pairings are checked against it. `passes(round)`: how often
+    `learn` goes through the images, so that a round's work is known before it."""
 
     parts: tuple[Part, ...] = (Part(),)
     combination: Combination = "sum"
@@ -357,6 +356,7 @@ class Declaration:
     instances: int = 0  # training images whose features, at the site, weigh the personal part image by image
     finish_epochs: float = 0.0  # a last local phase at every site: the personal model
     finishes: Selector = lambda tag: True  # what is trained in it, of all that the tuners train  # noqa: ARG005
+    choice: Choice | None = None  # states after the last round, of which sites' validation chooses
 
     @property
     def personal_parts(self) -> frozenset[str]:

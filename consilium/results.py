@@ -60,6 +60,7 @@ def close(folder: Path, experiment: Experiment, progress: Progress) -> None:
             "seconds": progress.seconds,  # on the clock, also while references or other programs run beside
             "site_seconds": {"total": sum(worked.values()), "per_site": worked},
             "served_round": progress.server.round,
+            **({"chosen": progress.chosen} if progress.chosen else {}),
         },
     )
 

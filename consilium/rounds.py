@@ -47,6 +47,7 @@ class Progress:
     site_seconds: dict[str, float] = field(default_factory=dict)  # site -> time it worked in rounds, as it said
     best: dict[str, Any] = field(default_factory=dict)  # round, value and builds_on of the best validated round
     seconds: float = 0.0
+    chosen: dict[str, Any] = field(default_factory=dict)  # after the last round, where a strategy has candidates
     broadcast: Broadcast = field(default_factory=Broadcast)
     tested: Mapping[str, Any] = field(default_factory=dict)  # site -> metrics, where sites send them; in no checkpoint
 

@@ -28,7 +28,7 @@ from consilium import algebra, seeds
 from consilium.algebra import LowRank
 from consilium.product_sums import truncated
 from consilium.products import Product
-from consilium.tensors import Tensors
+from consilium.tensors import Tensors, under, within
 
 Rule = Literal["mean", "sum", "ties", "dare"]
 LINEAR: tuple[Rule, ...] = ("mean", "sum")  # of which a site can be taken away again
@@ -95,6 +95,29 @@ def folded(vector: Vector, scale: float, products: Sequence[Product], base: Tens
         pieces = torch.split(scale * dense(vector.products[product.right]), rows)
         found |= {n: base[n].double() + piece for n, piece in zip(product.base, pieces, strict=True)}
     return found
+
+
+def cut(vector: Vector, scale: float, product: Product, start: Tensors) -> dict[str, Tensor]:
+    """start's product + scale * the vector's as the nearest factors of start's shapes, by their names."""
+    near, _ = at_rank(product_at(vector, scale, product, start), start[product.right])
+    pieces = torch.split(near.left / product.scale, [len(start[name]) for name in product.left])
+    return {product.right: near.right, **dict(zip(product.left, pieces, strict=True))}
+
+
+def packed(vector: Vector) -> dict[str, Tensor]:
+    """The vector as named tensors, for a state that holds nothing else."""
+    found = under("plain", vector.plain)
+    for name, value in vector.products.items():
+        pair = {"entries": value} if isinstance(value, Tensor) else {"left": value.left, "right": value.right}
+        found |= {f"{kind}/{name}": tensor for kind, tensor in pair.items()}
+    return found
+
+
+def unpacked(tensors: Tensors) -> Vector:
+    """The vector of `packed`."""
+    lefts, rights = within("left", tensors), within("right", tensors)
+    factors = {name: LowRank(lefts[name], rights[name]) for name in lefts}
+    return Vector(within("plain", tensors), {**within("entries", tensors), **factors})
 
 
 def at_rank(value: LowRank | Tensor, like: Tensor) -> tuple[LowRank, float]:

@@ -98,11 +98,11 @@ class Outcome:
         return checkpoint.load(self.folder / "sites" / site / "served.safetensors")[0]
 
     def sent(self, *ways: str) -> list[tuple[int, str, Tensors]]:
-        """(round, site, tensors) of the messages that held tensors, in order; ways: up, down, finish."""
+        """(round, site, tensors) of the messages that held tensors, in order; ways: up, down, finish, evaluate."""
         found = []
         for way, site, data in self.wire:
             message = self.decode(way, data)
-            kind = "finish" if way == "down" and message.kind == "finish" else way
+            kind = message.kind if way == "down" and message.kind in ("finish", "evaluate") else way
             if kind in ways and message.tensors:
                 found.append((message.round, site, message.tensors))
         return found
