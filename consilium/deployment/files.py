@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from consilium import checkpoint, config, config_file
+from consilium import checkpoint, config, config_file, registry
 from consilium.config import Config
 from consilium.deployment.gate import GateConfig
 from consilium.errors import ConfigError, ConsiliumError, StateError
@@ -103,6 +103,10 @@ def read_text(path: Path) -> Agreement:
     if len(agreed.stages) > 1:
         remedy = "run its first stage; a later one begins with what a simulation hands on"
         raise ConfigError("a deployment has one stage", where=f"stages in {path}", remedy=remedy)
+    name = agreed.strategy.name
+    if registry.build("strategies", name, agreed.strategy.options()).declares.pools_images:
+        remedy = "choose another strategy; a simulation may pool images"
+        raise ConfigError("images do not leave hospitals", where=f"strategy in {path}", received=name, remedy=remedy)
     return Agreement(agreed, deployment, table, folder)
 
 

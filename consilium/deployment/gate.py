@@ -106,7 +106,7 @@ class Gate:
             return self.refuse(fields, f"gate.tensors does not allow {', '.join(forbidden[:4])}"), []
         if len(data) > self.rules.max_bytes:
             return self.refuse(fields, f"the reply has {len(data)} bytes, gate.max_bytes is {self.rules.max_bytes}"), []
-        if self._rare(reply):
+        if self._rare(reply, specs):
             return self.refuse(fields, f"a class has fewer than gate.min_images = {self.rules.min_images} images"), []
         numbers, blanked = self._numbers(reply)
         return (encode(replace(reply, numbers=numbers), specs), blanked) if blanked else (data, [])
@@ -123,8 +123,11 @@ class Gate:
         site, counted = self.data.name, number if isinstance(number, int) and number >= 0 else 0
         return encode(Reply(site, counted, 0, failure=Failure(site, "refused", why)), {})
 
-    def _rare(self, reply: Reply) -> bool:
-        counts = reply.numbers.get("class_counts", [])
+    def _rare(self, reply: Reply, specs: Specs) -> bool:
+        """Class counts may be numbers of a reply, or tensors of the role "count"."""
+        counts = [*reply.numbers.get("class_counts", [])]
+        for name, value in reply.tensors.items():
+            counts += value.flatten().tolist() if specs[name].tag.role == "count" else []
         return any(0 < count < self.rules.min_images for count in counts)
 
     def _numbers(self, reply: Reply) -> tuple[Numbers, list[str]]:

@@ -41,6 +41,7 @@ from consilium.registry import Options, register
 from consilium.tensors import Tensors, digest
 
 WEIGHT, BIAS, SEED = "head.weight", "head.bias", "seed"
+COUNT = "mixture/count"  # a hospital's gate knows counts by their role
 PARTS = ("weight", "mean", "spread")
 DECLARED = Declaration(
     needs_individual_updates=True,
@@ -77,7 +78,8 @@ class FedPft:
         (classes, width), k = _shape(specs), self.options.components
         spread = mixtures.shape_of_spreads(self.options.covariance, width)
         shapes = {"count": (), "weight": (k,), "mean": (k, width), "spread": (k, *spread)}
-        return {f"mixture/{name}": Spec((classes, *shape), TAG) for name, shape in shapes.items()}
+        found = {f"mixture/{name}": Spec((classes, *shape), TAG) for name, shape in shapes.items()}
+        return {**found, COUNT: replace(found[COUNT], tag=replace(TAG, role="count"))}
 
     def down(self, specs: Specs, round: int) -> Specs:  # noqa: ARG002
         """The head, once it is made."""
@@ -107,7 +109,7 @@ class FedPft:
                 seed = seeds.derive(_seed(personal.tensors), site=training.site, purpose=f"mixture/{at}")
                 for name, value in self._fitted(x, seed).items():
                     sent[f"mixture/{name}"][at, : len(value)] = value.float()
-                sent["mixture/count"][at] = len(x)
+                sent[COUNT][at] = len(x)
         return Learned(sent, personal, math.nan, 0, 0)
 
     def _fitted(self, x: Tensor, seed: int) -> dict[str, Tensor]:
@@ -128,9 +130,9 @@ class FedPft:
         generator, rows, (classes, width) = torch.Generator(), [], _shape(specs)
         for at in range(classes):
             generator.manual_seed(seeds.derive(int(server.memory[SEED]), purpose=f"features/{at}"))
-            count = sum(int(tensors["mixture/count"][at]) for tensors in sent)
+            count = sum(int(tensors[COUNT][at]) for tensors in sent)
             each = [Mixture(*(tensors[f"mixture/{n}"][at].double() for n in PARTS)) for tensors in sent]
-            whole = mixtures.joined(each, [float(tensors["mixture/count"][at]) for tensors in sent])
+            whole = mixtures.joined(each, [float(tensors[COUNT][at]) for tensors in sent])
             number = (self.options.samples or count) if count else 0
             rows.append(mixtures.draw(whole, number, generator) if number else torch.zeros(0, width).double())
         labels = torch.repeat_interleave(torch.arange(classes), torch.tensor([len(each) for each in rows]))
@@ -158,7 +160,7 @@ def _seed(tensors: Tensors) -> int:
 
 def _checked(update: Update) -> Tensors:
     """TrainingError, with the site's name, for what no mixture is."""
-    count, weight = update.tensors["mixture/count"], update.tensors["mixture/weight"]
+    count, weight = update.tensors[COUNT], update.tensors["mixture/weight"]
     honest = bool((count >= 0).all() and (count == count.round()).all() and (weight >= 0).all())
     if not honest or bool((weight.sum(dim=1)[count > 0] <= 0).any()):
         received = f"counts {count.tolist()}, weights from {float(weight.min()):.3g}"

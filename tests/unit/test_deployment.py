@@ -28,6 +28,9 @@ CASES = {
     "fedopal": FEDERATION.replace('"fedavg"', '"fedopal_weights"'),
     "scaffold": FEDERATION.replace('"fedavg"', '"scaffold"').replace("[evaluation]", f"{SGD}\n[evaluation]"),
     "flora": FEDERATION.replace('"fedavg"', '"flora"'),
+    "ensemble": FEDERATION.replace('"fedavg"', '"ensemble"'),
+    "fedpft": FEDERATION.replace('"fedavg"', '"fedpft"').replace('name = "lora"\nrank = 2', 'name = "linear"'),
+    "feddpa": FEDERATION.replace('"fedavg"', '"feddpa_t"\ncombine = "instance"'),
     "stochastic_block": FEDERATION.replace('name = "lora"\nrank = 2', 'name = "stochastic_block"'),
 }
 
@@ -306,6 +309,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         (FEDERATION + '[sites]\nsource = "phantom"\n', "does not say where images lie"),
         (FEDERATION.replace("classes =", "# classes ="), "cannot see each other's classes"),
         (FEDERATION.replace("bootstrap = 20", 'references = ["local"]'), "references need all images"),
+        (FEDERATION.replace('"fedavg"', '"pooled"'), "images do not leave hospitals"),
         (FEDERATION.replace("deadline = 60", "deadlines = 60"), "deadlines"),
         (FEDERATION.replace("deadline = 60", "deadline = 0"), "deadline"),
         (FEDERATION.replace('"prairie"]', '"../x"]'), "names that can be a folder's"),

@@ -19,6 +19,7 @@ from consilium.deployment.journal import HEAD, JOURNAL, START, Journal
 from consilium.engines.resident import Resident
 from consilium.errors import ConfigError, StateError, WireError
 from consilium.messages import envelope_of
+from consilium.protocols import Spec, Tag
 from tests.hospitals_apart import SITES, Apart, made
 
 OPEN = GateConfig(min_patients=1, min_images=1)
@@ -144,8 +145,11 @@ def test_rare_classes_do_not_leave_as_counts(apart: Apart, tmp_path: Path) -> No
     door = guard(apart, tmp_path, GateConfig(min_patients=1, min_images=1000))
     from consilium.messages import Reply
 
-    assert door.gate._rare(Reply("alpine", 0, 9, numbers={"class_counts": [2000, 999]}))
-    assert not door.gate._rare(Reply("alpine", 0, 9, numbers={"class_counts": [2000, 0]}))
+    assert door.gate._rare(Reply("alpine", 0, 9, numbers={"class_counts": [2000, 999]}), {})
+    assert not door.gate._rare(Reply("alpine", 0, 9, numbers={"class_counts": [2000, 0]}), {})
+    specs = {"counts": Spec((2,), Tag("head", "count", slot="statistic"))}
+    assert door.gate._rare(Reply("alpine", 0, 9, {"counts": torch.tensor([2000.0, 999.0])}), specs)
+    assert not door.gate._rare(Reply("alpine", 0, 9, {"counts": torch.tensor([2000.0, 0.0])}), specs)
 
 
 def test_the_next_round_waits_for_its_time(apart: Apart, tmp_path: Path) -> None:
