@@ -11,11 +11,12 @@ fedacs: attention over sites, arXiv 2312.15148 (ICASSP 2024), whose exact attent
     w_i -> update    u_i -> received    a -> step    delta -> threshold (+ threshold_growth * round)    T -> temperature
 Leaves the site: all trained tensors, number of training images (which weighs nothing). Stays, and is kept: w_i. The
 server keeps every site's model: no secure sum can take its place.
-Departures: any optimiser; all is pulled that is trained. The papers' pull is lambda over a; here it is one number.
+Departures: any optimiser; all is pulled that is trained; a site that is first drawn later begins with its mean. The
+papers' pull is lambda over a; here it is one number.
 fedacs: delta grows by a fixed step, a site that no other is like keeps its own model, a model whose products are zero
 is like none.
-Identity: pull = 0 is local training from the common start; fedacs with threshold = -1 and a great T is the uniform
-mean; exchanging sites exchanges their models (tests/unit/test_strategy_attentive.py).
+Identity: pull = 0 is local training from the common start (of sites that are in round 1); fedacs with threshold = -1
+and a great T is the uniform mean; exchanging sites exchanges their models (tests/unit/test_strategy_attentive.py).
 Family: personal models
 Identity test of fedamp: test_strategy_attentive::test_without_a_pull_it_is_local_training
 Identity test of fedacs: test_fedacs_with_no_threshold_and_a_great_temperature_is_the_uniform_mean
