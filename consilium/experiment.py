@@ -180,7 +180,8 @@ def join(
     _check_counts(config, task, model.specs, strategy)
     handshake = Handshake(agreement_hash(config, backbone.digest, classes, backbone.preprocessing), backbone.digest)
     trains, frozen = strategy.declares.trains, _frozen(backbone, model.specs, left or stages.Left())
-    anew = {n for n, spec in model.specs.items() if spec.factor is not None and strategy.declares.restarts_factors}
+    factors = {n for n, s in model.specs.items() if s.factor and s.tag.part not in strategy.declares.personal_parts}
+    anew = factors if strategy.declares.restarts_factors else set[str]()
     kept = _kept(config, backbone, device)
     setting = Setting(
         model, task, config.train, backbone.preprocessing, config.draws, device, frozen, trains, anew, kept

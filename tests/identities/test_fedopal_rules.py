@@ -102,6 +102,15 @@ def test_a_change_of_basis_keeps_what_the_personal_part_stands_beside(tmp_path: 
     assert max(event["overlap_received"] for event in events[len(SITES) :]) < 1e-8
 
 
+def test_moments_of_the_personal_part_outlive_another_basis_of_the_shared_one(tmp_path: Path) -> None:
+    outcome = _run(tmp_path, {"server": "fedsvd"}, train={"rounds": 2, "moments": "keep"})
+    states = StateFolder(outcome.folder / "sites" / "a", outcome.experiment.handshake.agreement)
+    kept = {name.rpartition("/")[2] for name in states.load(2).moments}
+    known = outcome.experiment.model.specs
+    own = {n for n, spec in known.items() if spec.tag.part == "personal"}
+    assert kept == own | {n for n, spec in known.items() if spec.factor is None}
+
+
 # ------------------------------------------------------------------------------------------------ leave-one-out
 def test_leave_one_out_is_the_mean_of_the_other_sites_newest_formed_by_hand() -> None:
     """With sites that miss rounds; every site goes on from the others' mean, and is served it."""
