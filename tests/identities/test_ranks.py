@@ -24,7 +24,7 @@ from consilium.protocols import ServerState, Update
 from consilium.ranks import at, cut, filled
 from consilium.tensors import Tensors, equal
 from consilium.tuners import compose
-from tests import federation
+from tests import federation, toy
 
 SIZES = {"a": 9, "b": 14, "c": 12, "d": 7}
 SITES = federation.hospitals(*SIZES.values())
@@ -138,6 +138,53 @@ def test_flexlora_sends_every_site_its_own_top_triplets(tmp_path: Path) -> None:
             assert served[p.right].shape[0] == rank
             best = (u[:, :rank] * s[:rank]) @ v[:rank]
             torch.testing.assert_close(_dense(p, served), best, rtol=1e-3, atol=1e-5 * float(s[0]))
+
+
+DRAWN = {2: ("a", "c"), 3: ("c",), 4: ("b", "c")}  # a mean of full rank in every round: no basis is free
+SMALL = {"a": 1, "b": 3}
+
+
+def _descended(v: dict[str, Tensor], site: str) -> dict[str, Tensor]:
+    """Three steps of gradient descent of mean squares of H (W + s B A) x - y, all but W."""
+    x, y = toy.data(site)
+    for _ in range(3):
+        leaves = {n: t.detach().requires_grad_(n != "W") for n, t in v.items()}
+        error = x @ (leaves["W"] + toy.SCALE * leaves["B"] @ leaves["A"]).T @ leaves["H"].T - y
+        slopes = torch.autograd.grad((error**2).mean(), [leaves[n] for n in "ABH"])
+        v = {**v, **{n: v[n] - toy.RATE * slope for n, slope in zip("ABH", slopes, strict=True)}}
+    return v
+
+
+@pytest.mark.parametrize("name", ["flora", "flexlora"])
+def test_rounds_at_unequal_ranks_are_the_formulas(name: str) -> None:
+    """Slow reference in float64: sections of the first draw, or top triplets, dense products, a dense base; sites that
+    missed rounds hold what those hold that did not."""
+    member = registry.build("strategies", name, {"ranks": SMALL})
+    outcome = toy.federate(member, 5, drawn=DRAWN, rank=RANK, b_at_zero=True)
+    first = toy.initial(toy.specs(member, RANK), 1)
+    g = f"{toy.LAYER}.lora.shared"
+    start = {"A": first[f"{g}.a"], "B": first[f"{g}.b"] * 0, "H": first["head.weight"], "W": toy.frozen()}
+    now = start
+    for number in range(1, 6):
+        sites = DRAWN.get(number, toy.SITES)
+        own = {s: SMALL.get(s, RANK) for s in sites}
+        found = {s: _descended({**now, "A": now["A"][: own[s]], "B": now["B"][:, : own[s]]}, s) for s in sites}
+        shares = {s: toy.SIZES[s] / sum(toy.SIZES[each] for each in sites) for s in sites}
+        dense = torch.stack([shares[s] * v["B"] @ v["A"] for s, v in found.items()]).sum(0)
+        head = torch.stack([shares[s] * v["H"] for s, v in found.items()]).sum(0)
+        if name == "flora":
+            now = {**start, "W": now["W"] + toy.SCALE * dense, "H": head}
+        else:
+            u, values, vh = torch.linalg.svd(dense, full_matrices=False)
+            now = {**now, "B": u[:, :RANK] * values[:RANK], "A": vh[:RANK], "H": head}
+    close = {"rtol": 0, "atol": 1e-10}
+    for site in toy.SITES:
+        model, rank = outcome.model(member, site), SMALL.get(site, RANK)
+        assert model[f"{g}.a"].shape[0] == model[f"{g}.b"].shape[1] == rank
+        wanted = now["W"] + toy.SCALE * now["B"][:, :rank] @ now["A"][:rank]
+        acting = model.get(f"{toy.LAYER}.weight", toy.frozen()) + toy.SCALE * model[f"{g}.b"] @ model[f"{g}.a"]
+        torch.testing.assert_close(acting, wanted, **close)
+        torch.testing.assert_close(model["head.weight"], now["H"], **close)
 
 
 @pytest.mark.parametrize("name", ["flora", "flexlora"])
@@ -267,6 +314,18 @@ def test_a_run_that_was_stopped_goes_on_and_late_sites_catch_up(tmp_path: Path, 
     assert resumed.progress.ledger.payload == whole.progress.ledger.payload
     for site in SITES:  # whoever missed rounds has the newest base, and the newest factors at its own rank
         assert equal(whole.served(site), {**whole.served(site), **cut(whole.shared, whole.experiment.at(site))})
+
+
+@pytest.mark.parametrize("name", ["flora", "flexlora", "hetlora"])
+def test_prefixes_that_are_kept_change_no_bit(tmp_path: Path, name: str) -> None:
+    tuner = {**LORA, "blocks": [3]}
+    kept, anew = (
+        _run(tmp_path / str(cache), name, tuner=tuner, engine={"prefix_cache": cache, "cache": str(tmp_path / "cache")})
+        for cache in (True, False)
+    )
+    assert list((tmp_path / "cache" / "prefixes").iterdir()), "there was something to keep"
+    assert equal(kept.shared, anew.shared)
+    assert all(equal(kept.served(site), anew.served(site)) for site in SITES)
 
 
 def test_what_is_served_and_saved_has_the_sites_rank_and_is_a_whole_model(tmp_path: Path) -> None:

@@ -163,6 +163,21 @@ def test_right_factors_never_go_up_and_down_after_a_change_alone(tmp_path: Path,
     assert predicted_bytes(outcome.experiment, SITES) == {way: measured[way] for way in ("up", "down")}
 
 
+@pytest.mark.parametrize("codec", ["bfloat16", "int8"])
+def test_a_coded_change_of_basis_arrives_alike_everywhere_and_is_predicted(tmp_path: Path, codec: str) -> None:
+    settings = federation.configure(
+        strategy={"name": "fedsvd"}, wire={"codec": codec}, train={"rounds": 4, "participation": 0.5}
+    )
+    outcome = federation.run(tmp_path, settings, SITES)
+    measured = outcome.progress.ledger.summary()
+    assert predicted_bytes(outcome.experiment, SITES) == {way: measured[way] for way in ("up", "down")}
+    for p in products(outcome.experiment.model.specs):
+        for site in SITES:
+            assert torch.equal(outcome.served(site)[p.right], outcome.shared[p.right])
+        right = outcome.shared[p.right]
+        torch.testing.assert_close(right @ right.T, torch.eye(len(right)), rtol=0, atol=0.05)
+
+
 def test_one_site_trains_its_own_product(tmp_path: Path) -> None:
     settings = federation.configure(strategy={"name": "fedsvd"}, train={"rounds": 1})
     ffa = federation.configure(strategy={"name": "ffa"}, train={"rounds": 1})

@@ -190,6 +190,17 @@ def test_bytes_fall_with_the_ranks_and_stay_below_what_check_says(pruned: federa
         assert predicted["down"]["per_site"][site] >= measured["down"]["per_site"][site]
 
 
+def test_with_a_codec_factors_that_may_shrink_go_in_full_and_fixed_ranks_are_predicted(tmp_path: Path) -> None:
+    for options in ({"ranks": RANKS, "gamma": 1}, PRUNED):
+        settings = federation.configure(strategy={"name": "hetlora", **options}, wire={"codec": "int8"})
+        outcome = federation.run(tmp_path / str(options["gamma"]), settings, SITES)
+        measured, predicted = outcome.progress.ledger.summary(), predicted_bytes(outcome.experiment, SITES)
+        pairs = [(measured[w]["per_site"][s], predicted[w]["per_site"][s]) for w in ("up", "down") for s in SITES]
+        assert all(found <= bound for found, bound in pairs)
+        coded = {name for name in outcome.experiment.wire("up", 1) if ":" in name and ".lora." in name}
+        assert bool(coded) == all(found == bound for found, bound in pairs) == (options["gamma"] == 1)
+
+
 def test_a_rank_above_the_sites_or_several_in_one_message_are_refused(pruned: federation.Outcome) -> None:
     pieces = pruned.experiment
     declared = pieces.up(1, "a")
