@@ -79,13 +79,13 @@ class Answering:
 
     def _experiment(self, key: str) -> Experiment:
         if key not in self.experiments:
-            with _assembling:
+            with assembling:
                 made = assemble(self.federations[key].config, self.federations[key].classes)
             self.experiments[key] = replace(made, setting=replace(made.setting, go_on=self.go_on))
         return self.experiments[key]
 
 
-_assembling = Lock()  # loads a backbone once, and its modules draw from the process's random generator
+assembling = Lock()  # loads a backbone once, and its modules draw from the process's random generator
 
 
 @contextmanager

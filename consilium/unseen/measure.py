@@ -9,8 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,12 @@ import numpy as np
 import pandas as pd
 
 from consilium import checkpoint, metrics, references, results, rounds
+from consilium.config import Config
 from consilium.config_unseen import UnseenConfig
 from consilium.data import SiteData
+from consilium.engines import pools
 from consilium.engines.simulate import Federation as Answered
-from consilium.engines.simulate import secrets_of, threads
+from consilium.engines.simulate import assembling, num_workers, secrets_of, threads
 from consilium.engines.site import Site, stack
 from consilium.errors import DataError, StateError, TrainingError
 from consilium.exchange import Display
@@ -84,13 +89,19 @@ def measure(out: Path, experiment: Experiment, prepared: Federation, show: Displ
     options = experiment.config.unseen
     if options is None:
         return
+    server = _served(out, experiment)
+
+    def gather(own: Experiment) -> list[Guest]:
+        """A thread's own: modules cannot be used by two at once."""
+        local = assemble(references.reference_config(own.config, "local", {}), prepared.classes)
+        return [_guest(out, own, local, server, data, options) for data in prepared.held_out.values()]
+
+    parts = out / GUESTS / f"shots-{_key(experiment, options)}"
     with threads(experiment.config.engine.threads):
-        server = _served(out, experiment)
-        local = assemble(references.reference_config(experiment.config, "local", {}), prepared.classes)
-        guests = [_guest(out, experiment, local, server, data, options) for data in prepared.held_out.values()]
-        parts = out / GUESTS / f"shots-{_key(experiment, options)}"
-        zero = [_zero_shot(guest) for guest in guests]
-        tables = [*zero, *_work(guests, options, parts, show)]
+        guests = gather(experiment)
+    make = partial(_again, experiment.config, prepared.classes, gather)
+    zero = [_zero_shot(guest) for guest in guests]
+    tables = [*zero, *_work(guests, make, options, parts, show)]
     table = stack(tables)
     checkpoint.write_bytes(out / TABLE, table.to_parquet(index=False))
     evaluation, seed = experiment.config.evaluation, experiment.config.seed
@@ -133,7 +144,7 @@ def _guest(
     out: Path, experiment: Experiment, local: Experiment, server: ServerState, data: SiteData, options: UnseenConfig
 ) -> Guest:
     _check_images(data)
-    secret = secrets_of(experiment.config.seed, {data.name: data})[data.name]
+    secret = secrets_of(experiment.config.draws, {data.name: data})[data.name]
     joined = Newcomer(experiment, data.name, received(experiment, server, data.name), secret)
     alone = Newcomer(local, data.name, {}, secret)
     one = few(data.train, 1, experiment.config.seed, data.name, 0)
@@ -149,22 +160,51 @@ def received(experiment: Experiment, server: ServerState, site: str) -> Tensors:
 
 
 # ------------------------------------------------------------------------------------------------ jobs
-def _work(guests: Sequence[Guest], options: UnseenConfig, parts: Path, show: Display) -> list[pd.DataFrame]:
-    """Predictions of all jobs, those that are there already as they are."""
-    jobs = [
-        (guest, name, shots, draw)
-        for guest in guests
+Job = tuple[int, str, int, int]  # number of the guest, model, k, draw
+
+
+def _again(config: Config, classes: Sequence[str], gather: Callable[[Experiment], list[Guest]]) -> list[Guest]:
+    with assembling:
+        return gather(assemble(config, classes))
+
+
+def _work(
+    guests: Sequence[Guest], make: Callable[[], list[Guest]], options: UnseenConfig, parts: Path, show: Display
+) -> list[pd.DataFrame]:
+    """Predictions of all jobs in their order, those that are there already as they are. Workers are threads, whatever
+    the pool; where these cannot be (see `pools.kind_of`), one job follows another."""
+    jobs: list[Job] = [
+        (at, name, shots, draw)
+        for at, guest in enumerate(guests)
         for name in ((K_SHOT, LOCAL) if guest.way else (LOCAL,))
         for shots in options.shots
         for draw in range(options.draws)
     ]
-    tables = []
-    for number, (guest, name, shots, draw) in enumerate(jobs, start=1):
-        path = parts / guest.data.name / f"{name.replace(' ', '-')}-{shots}-{draw}.parquet"
+    config = guests[0].alone.experiment.config
+    workers = num_workers(config.engine.workers, len(jobs)) if pools.kind_of([config]) == "threads" else 1
+    own = threading.local()
+    own.guests = guests
+
+    def table(job: Job) -> pd.DataFrame:
+        at, name, shots, draw = job
+        path = parts / guests[at].data.name / f"{name.replace(' ', '-')}-{shots}-{draw}.parquet"
         if not path.is_file():
-            checkpoint.write_bytes(path, guest.predicted(name, shots, draw, options).to_parquet(index=False))
-        tables.append(pd.read_parquet(path))
-        show({"event": "prepare", "what": "trained on few images", "done": number, "total": len(jobs)})
+            if not hasattr(own, "guests"):
+                own.guests = make()
+            with threads(config.engine.threads):
+                found = own.guests[at].predicted(name, shots, draw, options)
+            checkpoint.write_bytes(path, found.to_parquet(index=False))
+        return pd.read_parquet(path)
+
+    with ThreadPoolExecutor(workers) as pool:
+        tables = []
+        try:
+            for found in map(table, jobs) if workers == 1 else pool.map(table, jobs):
+                tables.append(found)
+                show({"event": "prepare", "what": "trained on few images", "done": len(tables), "total": len(jobs)})
+        except BaseException:  # what is there stays, and what has not begun never does
+            pool.shutdown(cancel_futures=True)
+            raise
     return tables
 
 

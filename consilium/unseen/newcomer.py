@@ -106,7 +106,8 @@ class Newcomer:
             return wanted
         if self.experiment.strategy.declares.finish_epochs > 0:
             return "finish"
-        still, free = self._moved(images, "own round"), self._moved(images, "own model")
+        once = self.experiment.strategy.declares.once  # what sites have before they send is not what they have then
+        still, free = (set[str]() if once else self._moved(images, way) for way in ("own round", "own model"))
         if free - still or (free and not self.received):  # a model of the site's own goes by the names that it received
             return "own model"
         if still:

@@ -21,7 +21,7 @@ from consilium.check import check
 from consilium.config_unseen import UnseenConfig
 from consilium.data import Examples
 from consilium.engines.site import Site
-from consilium.errors import ConfigError, DataError, StateError
+from consilium.errors import ConfigError, DataError, StateError, TrainingError
 from consilium.experiment import assemble
 from consilium.local.train import Trainer
 from consilium.predict import load_trained
@@ -320,11 +320,30 @@ def test_killed_while_training_on_few_images_goes_on_to_the_same_bits(
     assert not list(out.glob("held_out/shots-*"))
 
 
+@pytest.mark.parametrize("strategy", ["fedavg", "dual_lora"])
+def test_bits_do_not_depend_on_the_number_of_workers(runs: Runs, tmp_path: Path, strategy: str) -> None:
+    engine = {"device": "cpu", "workers": 3}
+    out = run.run(configure(strategy={"name": strategy}, engine=engine), tmp_path / "out")
+    assert (out / "unseen.parquet").read_bytes() == (runs(strategy) / "unseen.parquet").read_bytes()
+
+
+def test_an_error_in_a_worker_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: measure.Guest, name: str, shots: int, draw: int, __: UnseenConfig) -> pd.DataFrame:
+        raise TrainingError(f"{name} {shots} {draw}")
+
+    monkeypatch.setattr(measure.Guest, "predicted", broken)
+    settings = configure(engine={"device": "cpu", "workers": 2}, unseen={"shots": [1, 2], "draws": 20, "steps": 1})
+    with pytest.raises(TrainingError, match="k-shot 1 0"):
+        run.run(settings, tmp_path / "out")
+    assert not (tmp_path / "out" / "result.json").exists()
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 @pytest.mark.parametrize(
     ("tables", "words"),
     [
-        ({"sites": {**TABLE["sites"], "held_out": []}}, "sites.held_out only"),
+        ({"sites": {**TABLE["sites"], "held_out": []}}, "has an effect with sites.held_out"),
+        ({"stages": [{"name": "one"}, {"name": "two"}]}, "several"),
         ({"unseen": {"shots": []}}, "at least 1"),
         ({"unseen": {"shots": [4, 4]}}, "given twice"),
         ({"unseen": {"shots": [0]}}, "greater than or equal to 1"),
@@ -405,6 +424,11 @@ def test_folders_that_cannot_be_measured_are_refused(runs: Runs, tmp_path: Path)
     (out / "result.json").write_text("{}")
     with pytest.raises(ConfigError, match="held no site out"):
         unseen(out)
+    several = [{"name": "one"}, {"name": "two"}]
+    staged = {**stored["config"], "unseen": None, "stages": several}
+    (out / "config.json").write_text(json.dumps({**stored, "config": staged}))
+    with pytest.raises(ConfigError, match="without several stages"):
+        unseen(out)
 
 
 @pytest.mark.parametrize(
@@ -456,8 +480,6 @@ def newcomer(strategy: str) -> tuple[Newcomer, ServerState, Examples]:
 def test_how_each_strategy_trains_a_newcomer(strategy: str) -> None:
     found, _, images = newcomer(strategy)
     expected = next((way for way, names in WAYS.items() if strategy in names), "all")
-    if strategy == "ensemble":  # a model each is all there is after the last round; before it, the common start
-        return
     assert bool(found.start) == (expected != "nothing")
     if expected == "nothing":
         return
