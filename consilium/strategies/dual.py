@@ -61,9 +61,11 @@ class Dual(Averaging):
         return whole_loss(training) if self.head == "both" else None
 
     def deploy(self, received: Tensors, personal: Personal) -> Mapping[str, Tensors]:
-        """Both parts, and the shared one alone unless the head is personal: a missing part adds nothing."""
+        """Both parts, and the shared one alone unless the head is personal: a missing part adds nothing, but a router
+        has been trained for two."""
         models = {"personal": whole(but({**received, **personal.tensors}, DESIGN))}
         alone = not any(name.startswith("head.") for name in personal.tensors) and self.head != "personal"
+        alone = alone and self.declares.combination == "sum"
         return {**models, "global": dict(received)} if alone else models
 
 

@@ -12,7 +12,8 @@ and four numbers on how the two adapters relate (`orthogonality.NUMBERS`). Stays
 or its share. Kept between rounds: these, at the site.
 Departures: not known which there are. Joint training has no gauge: nothing decides what goes into which adapter. s is
 alpha / r of the tuner's own rank for both parts. head = "both" adds a personal head to the shared one, weight by
-weight.
+weight. combine = "router" puts shares (r_g, r_p)(x) = softmax(R x) in front of the two, R trained and personal: no
+global model then, and none of the four numbers.
 Identity: personal_rank = 0 is FedIT, bit by bit; personal tensors never travel; shared + personal merged = both summed.
 Family: dual LoRA
 Identity test: test_without_a_personal_part_and_a_penalty_it_is_fedit
@@ -111,15 +112,34 @@ def but_head(tag: Tag) -> bool:
     return tag.role != "head"
 
 
+class DualLoraOptions(DualOptions):
+    """Keys of `[strategy]` for dual_lora."""
+
+    combine: Literal["sum", "router"] = (
+        "sum"  # router: mixed token by token by a softmax of the site's own, as in fedalt
+    )
+
+    @model_validator(mode="after")
+    def _two_to_mix(self) -> DualLoraOptions:
+        if self.combine == "router" and self.personal_rank == 0:
+            raise ValueError("a router mixes two adapters: personal_rank = 0 leaves one")
+        if self.combine == "router" and self.server != "mean":
+            raise ValueError("other rules for shared factors are of summed adapters: server = 'mean' with a router")
+        return self
+
+
 @register(
     "strategies",
     "dual_lora",
-    options=DualOptions,
+    options=DualLoraOptions,
     summary="a shared and a personal adapter on every layer, trained together and summed",
     source="Med-DualLoRA: arXiv 2603.10967 (additive form)",
     facts={"leaves the site": "shared factors and the head", "stays": "personal factors"},
 )
-def dual_lora(options: DualOptions) -> Dual:
+def dual_lora(options: DualLoraOptions) -> Dual:
     """No penalty: the ablation of fedopal."""
-    summed = options.aggregation()
-    return rule(options)(options.weights, shares(options), declared(options), summed, head=options.head)
+    summed, declares = options.aggregation(of_factors=options.combine == "sum"), declared(options)
+    if options.combine == "router":  # its shares differ from token to token, so B A is no product that is added to W_0
+        roles = declares.required_roles | {"router", "lora_a", "lora_b"}
+        declares = replace(declares, combination="router", required_roles=roles, numbers={})
+    return rule(options)(options.weights, shares(options), declares, summed, head=options.head)
