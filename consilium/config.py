@@ -212,6 +212,7 @@ class Config(BaseModel):
 
     name: str = "quick-start"  # names the run folder too
     seed: int = Field(default=0, ge=0)
+    start: Path | None = None  # folder of `merge` or `export --format safetensors` that shared tensors begin with
     stages: tuple[StageConfig, ...] = ()  # the last one's tables become the configuration's own: its errors come after
     sites: SitesConfig = SitesConfig()
     task: TaskConfig = TaskConfig()
@@ -249,6 +250,12 @@ class Config(BaseModel):
             rounds, every = each.train.rounds, each.evaluation.every
             if each.evaluation.serve == "best" and every > rounds:  # only the last round would be validated
                 raise ValueError(f"serve = 'best' has nothing to choose from with every = {every} of {rounds} rounds")
+        return self
+
+    @model_validator(mode="after")
+    def _starts_once(self) -> Config:
+        if self.start is not None and len(self.stages) > 1:
+            raise ValueError("start and several [[stages]] do not go together: a stage starts where the last one ended")
         return self
 
     @model_validator(mode="after")
@@ -328,13 +335,13 @@ NO_EFFECT = ("workers", "pool", "cache", "gradient_checkpointing", "state_key_fi
 def agreement_hash(config: Config, backbone_digest: str, classes: Sequence[str], preprocessing: Preprocessing) -> str:
     """Hash of what all sites must share; checked on the wire."""
     plain = config.to_dict()
-    agreed = {key: plain[key] for key in AGREED}
+    agreed = {key: plain[key] for key in AGREED} | {"start": config_file.digest_of_start(config.start)}
     return _hash({**agreed, "backbone": backbone_digest, "classes": list(classes), "image": asdict(preprocessing)})
 
 
 def config_hash(config: Config, backbone_digest: str, preprocessing: Preprocessing) -> str:
     """Hash of the whole configuration, without the engine keys that cannot change a result (workers, cache)."""
-    plain = config.to_dict()
+    plain = config.to_dict() | {"start": config_file.digest_of_start(config.start)}
     plain["engine"] = {key: value for key, value in plain["engine"].items() if key not in NO_EFFECT}
     return _hash({**plain, "backbone_digest": backbone_digest, "image": asdict(preprocessing)})
 

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import tomllib
 from pathlib import Path
 from typing import Any
 
 from consilium.errors import ConfigError
+
+START = "adapter.safetensors"  # in a folder that a run can start from
+
+
+def digest_of_start(folder: Path | None) -> str | None:
+    """Which values a run starts from; ConfigError where there are none."""
+    if folder is None:
+        return None
+    try:
+        return hashlib.sha256((folder / START).read_bytes()).hexdigest()
+    except OSError as error:
+        remedy = "give a folder that `consilium merge` or `consilium export --format safetensors` wrote"
+        what = "there is nothing to start from"
+        raise ConfigError(what, where="start", received=str(error), remedy=remedy) from error
 
 
 def read(path: Path) -> dict[str, Any]:

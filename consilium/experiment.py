@@ -17,7 +17,7 @@ import numpy as np
 import timm
 import torch
 
-from consilium import ranks, registry, stages
+from consilium import beginning, ranks, registry, stages
 from consilium.backbones import compiled, recompute, timm_backbone
 from consilium.config import BackboneConfig, Config, agreement_hash
 from consilium.engines import pools
@@ -173,6 +173,8 @@ def join(
     declares = stages.declared(config, strategy)
     own, earlier, hung = stages.placed(config, tuners, declares, left or stages.Left())
     model = compose.attach(backbone, own, config.head, task.num_outputs, declares, config.draws, earlier)
+    if config.start is not None:
+        model = replace(model, begin=beginning.values(config.start, model.specs, backbone.digest, classes))
     strategy = stages.continued(strategy, declares, model.specs, left)
     _check_blocks(strategy, backbone, model.specs, where=f"strategy.{config.strategy.name}")
     _check_pairing(config, model.specs, strategy)

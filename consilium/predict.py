@@ -93,7 +93,7 @@ def rebuild(
     or the file is not encrypted as `seal` says."""
     engine = settings.engine.model_copy(update={"device": device, "compile": False})
     train = settings.train.model_copy(update={"precision": "float32"})
-    pieces = experiment.assemble(settings.model_copy(update={"engine": engine, "train": train}), classes)
+    pieces = experiment.assemble(settings.model_copy(update={"engine": engine, "train": train, "start": None}), classes)
     variables, meta = checkpoint.load(adapter, seal)
     if meta.get("backbone_digest", pieces.backbone.digest) != pieces.backbone.digest:
         what = "the backbone is not the one this run was trained on"

@@ -19,6 +19,7 @@ from consilium import checkpoint, signing
 from consilium.errors import ConfigError, StateError
 from consilium.predict import ADAPTER, Trained, load_exported
 from consilium.products import Product, products
+from consilium.run_folder import CONFIG
 from consilium.tensors import Tensors, digest_all, non_finite
 from consilium.tuners import base
 from consilium.vectors import Vector, difference
@@ -84,6 +85,10 @@ def signed(
     if trained.name == "global":
         remedy = "name the site, with --site"
         raise ConfigError("a signed adapter is of one site", where="--site", received="none", remedy=remedy)
+    began = checkpoint.read_json(run / CONFIG)["config"]
+    if began.get("start") or len(began.get("stages", ())) > 1:
+        what = "a data vector is a difference from the drawn start; this run began with what another left"
+        raise ConfigError(what, where="start, stages", remedy="merge what the run before left")
     _check_start(trained)
     train = checkpoint.read_json(run / "result.json")["sites"][trained.name]["train"] if counts else {}
     about = {

@@ -39,13 +39,14 @@ class TunedModel:
     attached: tuple[Attached, ...]  # one per tuner
     head_start: dict[str, Tensor]  # a frozen head's values
     names: frozenset[str]  # of every parameter and buffer of the backbone, adapters included
+    begin: Tensors = field(default_factory=dict)  # start values that are not drawn
     watching: list[dict[str, Tensor]] = field(default_factory=list)  # open `watch`es of this very call, see there
 
     def initial(self, seed: int) -> Tensors:
         """Start values of all variables, drawn from `seed` and each variable's own name."""
         head = tensors.select(self.head.initial(seed), self.head.specs)
         found = {name: value for each in self.attached for name, value in each.initial(seed).items()}
-        return tensors.detach({**found, **head})
+        return tensors.detach({**found, **head, **self.begin})
 
     def forward(self, variables: Tensors, images: Tensor, depth: int = 0) -> Tensor:
         """Outputs [B, num_outputs], never in half precision; missing names keep their frozen value. With a `depth`,

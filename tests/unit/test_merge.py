@@ -22,7 +22,7 @@ from consilium.merging.merge import Options
 from consilium.predict import Trained, load_exported, load_trained
 from consilium.products import products
 from consilium.tuners import base
-from tests import signed_hospitals, variants
+from tests import federation, signed_hospitals, variants
 from tests.signed_hospitals import Hospital, hospital
 
 CLOSE = {"rtol": 0, "atol": 1e-6}
@@ -529,3 +529,63 @@ def test_a_backbone_that_is_nowhere_and_a_scale_at_the_edge_are_told(
     assert [e["text"] for e in told if e["event"] == "warning" and "edge of the candidates" in e["text"]]
     with pytest.raises(BackboneError, match=r"adapter\.safetensors"):
         merge.merge(*words, tmp_path / "out", Options(scale=1.0, weights=str(tmp_path / "no file")), told.append)
+
+
+# ------------------------------------------------------------------------------------------------ as the start of a run
+def _federation(sites: list[Hospital], out: Path, rank: int = 3, **tables: Any) -> Any:
+    """A merge, and a configuration of a small federation that starts from it."""
+    tuner = [{"name": "lora", "rank": rank}]
+    _merge(out, *sites, options=Options(scale=1.0, rank=rank)) if not out.exists() else None
+    return federation.configure(**{"start": str(out), "tuner": tuner, "train": {"rounds": 1}, **tables})
+
+
+def test_a_run_starts_from_a_merged_model(tmp_path: Path, three: list[Hospital]) -> None:
+    out = tmp_path / "merged"
+    settings = _federation(three, out)
+    pieces, merged = federation.assemble(settings), load(out)
+    for seed in (0, 5):
+        assert all(torch.equal(value, merged.variables[name]) for name, value in pieces.model.initial(seed).items())
+    assert set(pieces.common) == set(pieces.model.specs), "every site has it, so the start is not sent"
+    outcome = federation.run(tmp_path / "run", settings, federation.hospitals(14, 9))
+    assert not outcome.sent("down")
+    drift = {name: value - merged.variables[name] for name, value in outcome.served("a").items()}
+    assert 0 < max(float(value.abs().max()) for value in drift.values()) < 0.1
+    hashes = {config.agreement_hash(s, "b", ("x",), pieces.backbone.preprocessing) for s in (settings, settings)}
+    other = _federation(three[:2], tmp_path / "other")
+    hashes.add(config.agreement_hash(other, "b", ("x",), pieces.backbone.preprocessing))
+    assert len(hashes) == 2, "which start it is, not where it lies"
+
+
+def test_a_personal_part_still_starts_from_the_sites_secret(tmp_path: Path, three: list[Hospital]) -> None:
+    settings = _federation(three, tmp_path / "merged", strategy={"name": "dual_lora"})
+    model = federation.assemble(settings).model
+    first, other = model.initial(0), model.initial(1)
+    changed = {name for name in first if not torch.equal(first[name], other[name])}
+    assert changed == {name for name in first if name.endswith("personal.a")}
+
+
+def test_a_start_that_does_not_fit_is_refused(tmp_path: Path, three: list[Hospital]) -> None:
+    out = tmp_path / "merged"
+    for rank, tables, words in (
+        (3, {"tuner": [{"name": "lora", "rank": 2}]}, "tensors of another size"),
+        (3, {"tuner": [{"name": "lora", "rank": 3, "alpha": 6.0}]}, r"another size or scale(.|\n)*scale 2"),
+        (3, {"tuner": [{"name": "norm"}]}, "other tensors than this run"),
+        (3, {"backbone": {**federation.TABLE["backbone"], "name": "test_vit2"}}, "another backbone"),
+        (3, {"start": str(tmp_path / "nowhere")}, "nothing to start from"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            federation.assemble(_federation(three, out, rank, **tables))
+    folded = _merge(tmp_path / "ties", *three, options=Options(rule="ties", scale=1.0))
+    with pytest.raises(ConfigError, match=r"other tensors than this run(.|\n)*--rank"):
+        federation.assemble(_federation(three, folded, tuner=[{"name": "lora", "rank": 2}]))
+
+
+def test_what_began_elsewhere_is_no_vector(tmp_path: Path, three: list[Hospital]) -> None:
+    merged = _merge(tmp_path / "merged", three[0])
+    run = signed_hospitals.finished(tmp_path / "run", "east", 0, start=str(merged))
+    key = tmp_path / "key"
+    signing.new_key(key)
+    with pytest.raises(ConfigError, match="began with what another left"):
+        export(run, "safetensors", tmp_path / "out", "east", sign=key)
+    shutil.rmtree(merged)
+    assert load_trained(run, "east", device="cpu").name == "east", "a finished run needs its start no more"
