@@ -20,7 +20,7 @@ from consilium.orthogonality import DESIGN, Couple, Prepare
 from consilium.protocols import Learned, LocalTraining, Objective, Personal, Specs
 from consilium.strategies.fedavg import Averaging
 from consilium.strategies.others import OWN, SENT, START, Others, before_aggregation, others_of, own_of
-from consilium.tensors import Tensors, map_tensors, under, within
+from consilium.tensors import Tensors, map_tensors, select, under, within
 
 ADDED = "added"  # added/x: a personal tensor that is added to the shared x
 PenaltyFor = Callable[[LocalTraining, tuple[Couple, ...]], Objective]  # of variables before heads are summed
@@ -78,9 +78,9 @@ class LeaveOneOut(Others, Dual):
         own, rest = own_of(received, personal), but(personal.tensors, OWN, SENT)
         beside = {**but(received, START, "sites"), **others_of(received, own)}
         learned = super().learn(beside, Personal(rest), training)
-        found = {name: learned.update[name] for name in own}
-        change = map_tensors(torch.sub, found, own)
-        kept = {**learned.personal.tensors, **under(OWN, found), **under(SENT, change)}
+        found = select(learned.update, own.keys() & learned.update.keys())  # what this round trained
+        change = map_tensors(torch.sub, found, select(own, found))
+        kept = {**learned.personal.tensors, **under(OWN, {**own, **found}), **under(SENT, change)}
         return replace(learned, update={**learned.update, **change}, personal=Personal(kept))
 
     def deploy(self, received: Tensors, personal: Personal) -> Mapping[str, Tensors]:

@@ -167,6 +167,26 @@ def test_leave_one_out_in_a_federation_needs_sums_alone_and_its_own_bytes(tmp_pa
     assert up == other
 
 
+@pytest.mark.parametrize(
+    "tuner",
+    [
+        {"name": "lora", "rank": 2, "freeze_a": True},
+        {"name": "lora", "rank": 2, "dora": True},
+        {"name": "low_rank_prompts", "length": 12, "rank": 2, "depth": "deep", "share_basis": True},
+    ],
+    ids=["frozen a", "dora", "prompts"],
+)
+def test_leave_one_out_goes_with_every_kind_of_factor(tmp_path: Path, tuner: dict[str, Any]) -> None:
+    outcome = _run(tmp_path, {"server": "leave_one_out", "side": "left"}, tuner=[tuner], train=HALF)
+    start = outcome.experiment.model.initial(3)
+    for site in SITES:
+        served = outcome.served(site)
+        assert served.keys() == outcome.experiment.model.specs.keys()
+        assert all(torch.isfinite(value).all() for value in served.values())
+        if "freeze_a" in tuner:
+            assert all(torch.equal(served[n], v) for n, v in start.items() if n.endswith(".shared.a"))
+
+
 def test_a_site_without_others_is_refused(tmp_path: Path) -> None:
     settings = federation.configure(strategy={"name": "fedopal", "server": "leave_one_out"})
     with pytest.raises(ConfigError, match="needs other sites"):
