@@ -323,9 +323,6 @@ def _check_blocks(strategy: Strategy, backbone: Backbone, specs: Specs, where: s
 
 
 def _check_selection(config: Config, task: Task, strategy: Strategy) -> None:
-    if config.unseen is not None and strategy.declares.instances:
-        remedy = "leave strategy.combine or [unseen] out"
-        raise ConfigError("a newcomer has no images of its own to compare with", where="unseen", remedy=remedy)
     if config.evaluation.serve == "best" and strategy.declares.once:
         remedy = "use serve = 'last'"
         raise ConfigError("nothing to choose from: the sites send once", where="evaluation.serve", remedy=remedy)

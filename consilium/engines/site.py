@@ -179,7 +179,7 @@ class Site:
         if held.sent:  # beside what it was trained with: the last sum may have changed more than what was sent
             before = self.experiment.strategy.deploy({**held.received, **held.sent}, held.personal)
             models["before_aggregation"] = before["personal"]
-        models = {name: self._with_features(variables) for name, variables in models.items()}
+        models = {name: self.with_features(variables) for name, variables in models.items()}
         tables: dict[str, pd.DataFrame] = {}
         for name, variables in models.items():
             same = next((known for known in tables if equal(models[known], variables)), None)
@@ -241,7 +241,7 @@ class Site:
         alone = replace(setting, config=config, trains=lambda tag, round: declares.finishes(tag))  # noqa: ARG005
         return self._trainer(request, alone, {}).fit(variables, epochs=declares.finish_epochs, purpose="finish")
 
-    def _with_features(self, variables: Tensors) -> Tensors:
+    def with_features(self, variables: Tensors) -> Tensors:
         """Where adapters are weighed by likeness to the site's images: with features of some, always the same ones."""
         if instances.MOST not in variables:
             return variables
@@ -274,7 +274,7 @@ class Site:
         self, received: Tensors, personal: Personal, known: Mapping[str, Any], depth: int | None = None
     ) -> Mapping[str, Any]:
         """{"of": the digest of a model, "numbers": of its validation}; `known` where that is of this very model."""
-        variables = self._with_features(self.experiment.strategy.deploy(received, personal)["personal"])
+        variables = self.with_features(self.experiment.strategy.deploy(received, personal)["personal"])
         of = f"{digest_all(variables)}-{depth}"  # what is computed in two parts may have other last bits on a GPU
         return known if known.get("of") == of else {"of": of, "numbers": self._validate(variables, depth)}
 

@@ -12,7 +12,7 @@ import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,19 +57,14 @@ class Guest:
 
     def predicted(self, name: str, shots: int, draw: int, options: UnseenConfig) -> pd.DataFrame:
         """What it says of its validation and test images after training on k images."""
-        newcomer = self.joined if name == K_SHOT else self.alone
-        table = Site(newcomer.experiment, self.data, self.folder, 0).predicted(self.model(name, shots, draw, options))
-        return table.assign(model=name, shots=shots, draw=draw)
-
-    def model(self, name: str, shots: int, draw: int, options: UnseenConfig) -> Tensors:
-        """What it has after training on k images; TrainingError where that is not finite."""
         newcomer, way = (self.joined, self.way) if name == K_SHOT else (self.alone, self.way_alone)
-        seed = newcomer.experiment.config.seed
-        found = newcomer.adapted(few(self.data.train, shots, seed, self.data.name, draw), way, options)
-        if broken := non_finite(found):
+        images = few(self.data.train, shots, newcomer.experiment.config.seed, self.data.name, draw)
+        model = newcomer.adapted(images, way, options)
+        if broken := non_finite(model):
             what = f"{name} at {self.data.name!r} with {shots} images per class is not finite"
             raise TrainingError(what, received=", ".join(broken[:3]), remedy="lower train.learning_rate")
-        return found
+        site = Site(newcomer.experiment, replace(self.data, train=images), self.folder, 0)  # which has no more
+        return site.predicted(site.with_features(model)).assign(model=name, shots=shots, draw=draw)
 
 
 def visited(data: Answered, prepared: Federation) -> dict[str, Answered]:
@@ -154,8 +149,8 @@ def _guest(
 
 def received(experiment: Experiment, server: ServerState, site: str) -> Tensors:
     """All that a site which took no part is sent, and what every site has before anything is sent."""
-    down = experiment.down(max(server.round, 1))
-    sent = {**experiment.common, **experiment.strategy.send(server, site)}
+    down = experiment.down(max(server.round, 1), site)
+    sent = {**experiment.common_at(site), **experiment.send(server, site)}
     return select(sent, sent.keys() & down.keys())
 
 
@@ -239,7 +234,7 @@ def _about(out: Path, experiment: Experiment, guests: Sequence[Guest], options: 
         "code": results.code_digest(),
         "options": options.model_dump(mode="json"),
         "earlier": _earlier(out / RESULT, options),
-        "trains": {"way": first.way, "what": SAID.get(first.way, ALONE), **_trained(first, options)},
+        "trains": {"way": first.way, "what": SAID.get(first.way, ALONE), **_trained(first)},
         "sites": {guest.data.name: _taken(guest.data, classes, experiment.config.seed, options) for guest in guests},
         "notes": [text for guest in guests for text in _fewer(guest.data, classes, options.shots)],
     }
@@ -265,11 +260,12 @@ def previous(path: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def _trained(guest: Guest, options: UnseenConfig) -> dict[str, int]:
+def _trained(guest: Guest) -> dict[str, int]:
     """How many tensors, and numbers in them, k images change."""
     if not guest.way:
         return {"tensors": 0, "parameters": 0}
-    model = guest.model(K_SHOT, options.shots[0], 0, UnseenConfig(steps=1))
+    images = few(guest.data.train, 1, guest.joined.experiment.config.seed, guest.data.name, 0)
+    model = guest.joined.adapted(images, guest.way, UnseenConfig(steps=1))
     names = trained(guest.joined.start, model)
     return {"tensors": len(names), "parameters": num_elements(select(model, names))}
 

@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
+from consilium import instances
 from consilium.config_unseen import UnseenConfig
 from consilium.data import Examples
 from consilium.errors import ConfigError
@@ -125,7 +126,8 @@ class Newcomer:
             own = learned.update if way == "own model" else {}  # which no mean of sites takes the place of
             return self.experiment.strategy.deploy({**self.received, **own}, learned.personal)["personal"]
         trainer = self._trainer(images, options, frozenset(), in_round=False)
-        return trainer.fit(self.start, only=self._chosen(way, trainer)).variables
+        fitted = trainer.fit(instances.plain(self.start), only=self._chosen(way, trainer))
+        return {**self.start, **fitted.variables}
 
     def _moved(self, images: Examples, way: str) -> set[str]:
         """Which tensors of the model one step changes, while the server sends the same."""

@@ -20,7 +20,7 @@ def few(examples: Examples, shots: int, seed: int, site: str, draw: int) -> Exam
     ranked = order(examples, seed, site, draw)
     labels = examples.labels[ranked]
     places = [ranked[labels == label][:shots] for label in np.unique(labels)]
-    return pick(examples, np.sort(np.concatenate(places)) if places else ranked)
+    return examples.at(np.sort(np.concatenate(places)) if places else ranked)
 
 
 def order(examples: Examples, seed: int, site: str, draw: int) -> IntArray:
@@ -36,9 +36,3 @@ def order(examples: Examples, seed: int, site: str, draw: int) -> IntArray:
         turns[at] = given[group, label], rank[group]
         given[group, label] += 1
     return np.array(sorted(turns, key=turns.__getitem__), dtype=np.int64)
-
-
-def pick(examples: Examples, places: IntArray) -> Examples:
-    """Some images of a split."""
-    keys = ("rows", "labels", "ids", "groups", "origins")
-    return Examples(examples.images, *(getattr(examples, key)[places] for key in keys))

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from consilium import checkpoint, config, registry, run
 from consilium.check import check
+from consilium.cli import main
 from consilium.config_unseen import UnseenConfig
 from consilium.data import Examples
 from consilium.engines.site import Site
@@ -514,7 +515,50 @@ def test_a_newcomer_of_fedalt_has_the_mean_of_all_sites_beside_it() -> None:
         assert torch.equal(model[shared], server.shared[f"start/{shared}"]), "its own adapter is the common start"
 
 
+@pytest.mark.parametrize(
+    "strategy",
+    [{"name": "feddpa_t", "combine": "instance"}, {"name": "feddpa_f", "combine": "instance", "local_epochs": 1.0},
+     {"name": "hetlora", "ranks": {"alpine": 1}}],
+    ids=["feddpa_t", "feddpa_f", "hetlora"],
+)  # fmt: skip
+def test_no_more_than_k_images_of_the_guest_are_used(tmp_path: Path, strategy: dict[str, Any]) -> None:
+    """Nothing changes where the others are not there, also of a model that compares images with the site's own."""
+    train = {**TABLE["train"], "rounds": 2}
+    out = run.run(configure(strategy=strategy, train=train, unseen={"shots": [2], "draws": 1, "steps": 2}), tmp_path)
+    settings = config.from_dict(checkpoint.read_json(out / "config.json")["config"])
+    prepared = run.prepare(settings, lambda _: None)
+    whole = prepared.held_out[GUEST]
+    only = replace(whole, train=few(whole.train, 2, settings.seed, GUEST, 0))
+    again = replace(prepared, held_out={GUEST: only})
+    before = rows(out, "k-shot", 2)
+    measure.measure(out, assemble(settings, prepared.classes), again, lambda _: None)
+    pd.testing.assert_frame_equal(rows(out, "k-shot", 2), before, check_exact=True)
+
+
 @pytest.mark.parametrize(("strategy", "models"), [("ensemble", {"zero-shot", "local k-shot"}),
                                                   ("pooled", {"zero-shot", "k-shot", "local k-shot"})])  # fmt: skip
 def test_references_have_something_for_a_newcomer_too(runs: Runs, strategy: str, models: set[str]) -> None:
     assert set(pd.read_parquet(runs(strategy) / "unseen.parquet")["model"]) == models
+
+
+# ------------------------------------------------------------------------------------------------ the verb
+def test_the_verb_prints_curves_and_ends_with_true_codes(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(runs("fedavg"), tmp_path / "out")
+
+    def code(*words: str) -> object:
+        with pytest.raises(SystemExit) as ended:
+            main(["unseen", *words])
+        return ended.value.code
+
+    assert code(str(out), "--shots", "2", "--draws", "1", "--steps", "2", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(row["k"], sorted(row)) for row in found] == [
+        (0, ["federation", "k", "site"]),
+        (2, ["alone", "federation", "gain over alone", "k", "site"]),
+    ]
+    assert code(str(out), "--shots", "2", "--draws", "1", "--steps", "2") == 0
+    assert "gain over alone" in capsys.readouterr().out
+    assert (code(str(tmp_path / "none")), code(str(out), "--trains", "personal"), code(str(out), "--steps", "0")) == (
+        1, 2, 2)  # fmt: skip
