@@ -113,7 +113,7 @@ def manifest_of(trained: Trained, values: Tensors, sites: Sequence[str], round: 
 
 def _described(trained: Trained, name: str, value: Tensor) -> dict[str, object]:
     """What nobody trains is a frozen head, or a frozen weight that the strategy changed."""
-    spec = trained.model.specs.get(name)
+    spec = trained.model.specs.get(name) or trained.experiment.frozen.get(name)
     frozen = ("head" if name in trained.model.head_start else "base", "shared", 1.0)
     role, part, scale = frozen if spec is None else (spec.tag.role, spec.tag.part, spec.scale)
     dtype = str(value.dtype).removeprefix("torch.")
@@ -156,7 +156,8 @@ def _method(trained: Trained) -> str:
     """The one tuner that `peft` has too; ConfigError for what it has no words for, or would not carry out."""
     model = trained.model
     remedy = "export with --format safetensors, or with timm where the tuner can be merged"
-    found = sorted({table.name for table in trained.experiment.config.tuner} - {"linear"})
+    tables = [*trained.experiment.config.tuner, *(each.table for each in trained.experiment.hung)]
+    found = sorted({table.name for table in tables} - {"linear"})
     if found not in (["lora"], ["ia3"]):
         received = ", ".join(found) or "a head alone"
         raise ConfigError(

@@ -120,7 +120,7 @@ def bars(
 ) -> Markup:
     """Bytes per round, one bar per series. `begins`: the rounds after which stages begin, with their names."""
     highest = max([v for values in series.values() for v in values] + [1])
-    y, left = Axis(0, highest * 1.05, 160, 12), 62
+    y, left = Axis(0, highest * (1.15 if begins else 1.05), 160, 12), 62
     step = (width - left - 12) / max(len(rounds), 1)
     thick = max(min(step * 0.8, 48) / len(series), 0.8)
     parts = [grid_y(y, left, width - 10, bytes_text)]

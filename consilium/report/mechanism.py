@@ -8,7 +8,7 @@ from typing import Literal
 from markupsafe import Markup
 from pydantic import Field
 
-from consilium.report import figures
+from consilium.report import figures, stages
 from consilium.report.load import Plain, Run, Value, parse, text_of
 from consilium.report.marks import Point, padded
 from consilium.report.sections import Block, Curve, Figure, Section, told
@@ -109,9 +109,9 @@ def _panels(
     level: float | None = None,
 ) -> list[tuple[str, Markup]]:
     values = [v for series in curves.values() for curve in series.values() for _, v in curve if v is not None]
-    span, last = padded([*least, *values]), run.events[-1].round
+    span, last, begins = padded([*least, *values]), run.events[-1].round, stages.marks(run)
     return [
-        (site, figures.learning_curves(f"{name} at {site}: {told(series)}", series, last, span, level))
+        (site, figures.learning_curves(f"{name} at {site}: {told(series)}", series, last, span, level, begins))
         for site, series in curves.items()
     ]
 

@@ -79,7 +79,8 @@ def tiles(run: Run) -> list[Tile]:
     )
     sizes = {key: count(result.parameters.get(key)) for key in ("exchanged", "trainable", "backbone")}
     detail = f"exchanged {sizes['exchanged']}, backbone {sizes['backbone']}"
-    found.append(Tile("Trainable parameters", sizes["trainable"], detail))
+    which = ", last stage" if len(result.stages) > 1 else ""
+    found.append(Tile(f"Trainable parameters{which}", sizes["trainable"], detail))
     passes = f"{count(result.image_passes.get('total'))} image passes"
     return [*found, Tile("Time", duration(result.seconds), passes)]
 
@@ -212,7 +213,8 @@ def _changes(run: Run, curves: Mapping[str, Mapping[str, Curve]], name: str) -> 
         return []
     span = padded([0.0, *(v for curve in changes.values() for _, v in curve if v is not None)])
     title = f"{name} after minus before aggregation: {told(changes)}"
-    drawing = figures.learning_curves(title, changes, run.events[-1].round, span, 0.0)
+    begins = stages.marks(run)
+    drawing = figures.learning_curves(title, changes, run.events[-1].round, span, 0.0, begins)
     return [Figure(f"What aggregation changed: {name}, after minus before", [("", drawing)], list(changes))]
 
 

@@ -45,7 +45,7 @@ def table(run: Run) -> Table:
         "at every site. Numbers of scalars; bytes and image passes of all sites. The last column is the mean over "
         "sites of the model that each used when the stage ended; the test images were read once, after the last stage."
     )
-    return Table("Stages", head, rows, 1, note=note)
+    return Table("What each stage did", head, rows, 1, note=note)
 
 
 def _all(run: Run) -> Marks:

@@ -15,13 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from consilium import checkpoint, config, run, seeds, stages
+from consilium import checkpoint, config, run, seeds, signing, stages
 from consilium.check import check
 from consilium.coordinator import Coordinator
 from consilium.errors import ConfigError, StateError
 from consilium.experiment import Experiment, assemble
+from consilium.export import export, load
 from consilium.messages import envelope_of
 from consilium.predict import load_trained
+from consilium.tensors import loads
 from tests.federation import bits
 
 LORA = {"name": "lora", "rank": 2}
@@ -56,7 +58,7 @@ def _kept() -> TemporaryDirectory[str]:
     return TemporaryDirectory()
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)
 def _finished(text: str) -> Path:
     """The folder of a run, made once."""
     out = Path(_kept().name) / str(abs(hash(text)))
@@ -368,3 +370,59 @@ def test_the_report_shows_every_stage() -> None:
         assert rounds in page
     assert "lora r=2 combined by local" in page
     assert "in round 6" in page
+
+
+# ------------------------------------------------------------------------------------------------ what comes after
+def test_a_run_in_stages_is_exported_whole(tmp_path: Path) -> None:
+    """To timm everything is folded in, and compared with the model there; to peft adapters of all stages go."""
+    staged, folded = _run(LINEAR, TUNE, PERSONAL), _run(TUNE, {**TUNE, "name": "again", "merge": True})
+    for number, out in enumerate((staged, folded)):
+        assert (export(out, "timm", tmp_path / f"timm-{number}", "alpine") / "model.safetensors").is_file()
+        loaded = load(export(out, "safetensors", tmp_path / f"own-{number}", "alpine"))
+        assert bits(loaded.variables) == bits(_served(out))
+    written = loads((export(staged, "peft", tmp_path / "peft", "alpine") / "adapter_model.safetensors").read_bytes())
+    assert {len(value) for name, value in written.items() if "lora_A" in name} == {4}, "2 and 2, side by side"
+    with pytest.raises(ConfigError, match="changed the backbone"):
+        export(folded, "peft", tmp_path / "no", "alpine")
+    mixed = _run({"name": "ia3", "tuner": "ia3"}, TUNE)
+    with pytest.raises(ConfigError, match="peft has no such method"):
+        export(mixed, "peft", tmp_path / "no", "alpine")
+
+
+def test_a_run_in_stages_is_no_data_vector(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    signing.new_key(key)
+    with pytest.raises(ConfigError, match="data vector"):
+        export(_run(LINEAR, TUNE), "safetensors", tmp_path / "out", "alpine", sign=key)
+
+
+# ------------------------------------------------------------------------------------------------ any strategy
+SGD = {"optimizer": "sgd", "momentum": 0, "weight_decay": 0, "clip_norm": 0, "learning_rate": 0.01}
+
+
+@pytest.mark.parametrize("name", ["scaffold", "dual_lora", "moon", "fedex", "fedrep", "fedavg_finetune"])
+def test_any_strategy_leaves_a_frozen_adapter_alone(name: str, tmp_path: Path) -> None:
+    """Whatever a strategy trains, keeps and sends: it never sees the adapter of the stage before."""
+    then = {"name": "then", "tuner": {**LORA, "targets": ["proj"]}, "strategy": {"name": name}}
+    each = [TUNE, {**then, "train": SGD} if name == "scaffold" else then]
+    out = run.run(_config(*each), tmp_path)
+    for site in ("alpine", "harbour", "prairie"):
+        before, after = _served(out / "stages" / "1-tune", site), _served(out, site)
+        adapters = [name for name in before if ".lora." in name]
+        assert bits({name: after[name] for name in adapters}) == bits({name: before[name] for name in adapters})
+        own = [name for name in after if "proj.lora.shared.b" in name]
+        assert own
+        assert any(after[name].any() for name in own)
+    experiment = assemble(_config(*each), checkpoint.read_json(out / "config.json")["classes"])
+    assert not experiment.frozen.keys() & {name for way in (experiment.up, experiment.down) for name in way(1)}
+
+
+def test_a_changed_backbone_stays_changed() -> None:
+    """A rule that changes frozen weights: they go on to the next stage, and keep their bits there."""
+    out = _run({**TUNE, "strategy": {"name": "fedex"}}, LINEAR)
+    before, after = _served(out / "stages" / "1-tune"), _served(out)
+    weights = [name for name in before if name.endswith("qkv.weight")]
+    assert weights
+    assert bits({name: after[name] for name in before if not name.startswith("head.")}) == bits(
+        {name: value for name, value in before.items() if not name.startswith("head.")}
+    )
