@@ -29,7 +29,7 @@ from consilium.exchange import Display
 from consilium.experiment import Experiment
 from consilium.local.predict import outputs, pooled_features
 from consilium.probe import FOLDS, PENALTY, Array, Question, shuffled
-from consilium.run_folder import CONFIG
+from consilium.run_folder import CONFIG, SPLIT
 from consilium.sites.federation import Federation
 from consilium.tensors import Tensors, digest_all
 
@@ -67,6 +67,9 @@ def examine(folder: Path, display: Display | None = None) -> dict[str, Any]:
         remedy = "give the folder of a finished run; an interrupted one goes on with --resume"
         raise StateError("this is no finished run: there is no result.json", where=str(folder), remedy=remedy)
     stored = checkpoint.read_json(folder / CONFIG)
+    if "data_digest" not in stored or not (folder / SPLIT).is_file():
+        what = "only a simulation can be asked this: it takes the images of several sites in one place"
+        raise StateError(what, where=str(folder), remedy="give the folder that `consilium run` wrote")
     settings = config.from_dict(stored["config"])
     prepared = run.prepare(settings, display or (lambda _: None))
     _same_data(folder, stored, prepared)

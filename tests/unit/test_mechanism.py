@@ -141,22 +141,35 @@ def test_the_verb_prints_a_table_or_json_and_true_exit_codes(made: Made, capsys:
 
 
 # ------------------------------------------------------------------------------------------------ refused
+def _copied(folder: Path, to: Path, *names: str) -> dict[str, Any]:
+    for name in names:
+        (to / name).write_bytes((folder / name).read_bytes())
+    stored: dict[str, Any] = runs.read(folder / "config.json")
+    return stored
+
+
 def test_data_that_are_not_the_run_s_are_refused(made: Made, tmp_path: Path) -> None:
-    folder = made('{name="fedavg"}')
-    stored = runs.read(folder / "config.json")
-    for name in ("result.json", "config.json"):
-        checkpoint.write_json(tmp_path / name, runs.read(folder / name))
+    stored = _copied(made('{name="fedavg"}'), tmp_path, "result.json", "split.parquet")
     checkpoint.write_json(tmp_path / "config.json", {**stored, "data_digest": "0" * 64})
     with pytest.raises(StateError, match="the data are not those of this run: data_digest"):
         mechanism.examine(tmp_path)
 
 
 def test_a_folder_without_the_sites_adapters_is_refused(made: Made, tmp_path: Path) -> None:
-    """What a coordinator holds where sites keep their models."""
-    folder = made('{name="fedavg"}')
-    for name in ("result.json", "config.json"):
-        checkpoint.write_json(tmp_path / name, runs.read(folder / name))
+    _copied(made('{name="fedavg"}'), tmp_path, "result.json", "config.json", "split.parquet")
     with pytest.raises(StateError, match="this run is not finished"):
+        mechanism.examine(tmp_path)
+
+
+def test_a_deployment_s_folder_is_refused_before_anything_is_read(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A coordinator knows neither the split nor what the images are."""
+    stored = _copied(made('{name="fedavg"}'), tmp_path, "result.json")
+    monkeypatch.setattr(run, "prepare", lambda *_: pytest.fail("images were read"))
+    without = {key: value for key, value in stored.items() if key not in ("data_digest", "split_hash")}
+    checkpoint.write_json(tmp_path / "config.json", without)
+    with pytest.raises(StateError, match="only a simulation can be asked this"):
         mechanism.examine(tmp_path)
 
 
