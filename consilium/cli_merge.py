@@ -119,7 +119,7 @@ def _number(text: str, where: str) -> float:
     try:
         return float(text)
     except ValueError as error:
-        raise ConfigError("this is no number", where=where, allowed="auto, or a number", received=text) from error
+        raise ConfigError("this is no number", where=where, allowed="numbers", received=text) from error
 
 
 def _refuse(wrong: bool, where: str, what: str) -> None:

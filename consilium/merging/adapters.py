@@ -145,7 +145,12 @@ def load(paths: Sequence[Path], keys: Sequence[signing.Trusted], weights: str | 
 def _verified(file: Path, keys: Sequence[signing.Trusted]) -> tuple[Path, Mapping[str, Any], str]:
     if not file.is_file():
         raise StateError("there is no adapter", where=str(file), remedy="give what `consilium export --sign` wrote")
-    tensors, meta = checkpoint.load(file)
+    try:
+        tensors, meta = checkpoint.load(file)
+    except StateError as error:
+        remedy = "fetch it again from the site that signed it"
+        what = f"this adapter cannot be used: {error.what}"
+        raise StateError(what, where=str(file), received=error.received, remedy=remedy) from error
     key = signing.verify(tensors, meta, str(file))
     if "vector" not in meta:
         raise StateError("this is no site's adapter", where=str(file), remedy="merge what `export --sign` wrote")
