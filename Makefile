@@ -1,11 +1,11 @@
-# make demo, make test, make lint, make docs, make bench [ONLY=round,flower] [QUICK=1]. Needs Python 3.11 to 3.13; makes its own environment in $(VENV).
+# make demo, make test, make faults, make lint, make docs, make bench [ONLY=round,flower] [QUICK=1]. Needs Python 3.11 to 3.13; makes its own environment in $(VENV).
 VENV ?= .venv
 BENCH_VENV ?= .venv-bench
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ "$$n" -gt 4 ] && n=4; echo $$n)
 PYTHON_IN_VENV = $(VENV)/bin/python
 DEMO = runs/demo
 
-.PHONY: demo test lint docs bench
+.PHONY: demo test faults lint docs bench
 
 demo: $(VENV)/.installed
 	rm -rf $(DEMO)
@@ -16,6 +16,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -q -n $(WORKERS)
+
+# Real SuperLink and SuperNodes that are killed, cut off and lied to: about a quarter of an hour.
+faults: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -q --faults tests/faults -x
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

@@ -6,6 +6,7 @@ of it telemetry, update checks and the installation of an app's dependencies are
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -14,7 +15,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -29,6 +29,8 @@ QUIET = {
 }
 CA, CERTIFICATE, KEY, NODE_KEY, PUBLIC_KEY = "ca.crt", "server.pem", "server.key", "node.key", "node.key.pub"
 APP, HOME, DATABASE, CONNECTION = "app", "flower", "superlink.db", "deploy"
+_LIBC = ctypes.CDLL(None)
+_PARENT_DIED = 1  # of Linux's prctl: which signal a process gets then
 PAUSE = 20.0  # seconds before a program that ended is started again; Flower refuses a node within a minute of its death
 Tell = Callable[[Mapping[str, object]], None]
 
@@ -140,8 +142,18 @@ class Supervised:
 
     def _start(self, out: IO[bytes]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            self.command, env=environment(self.home), stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            self.command,
+            env=environment(self.home),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
+
+
+def _end_with_parent() -> None:
+    """In the child: the system ends it when this process dies, however that happens: no node without its site."""
+    _LIBC.prctl(_PARENT_DIED, signal.SIGTERM)
 
 
 def _end(process: subprocess.Popen[bytes], patience: float = 10.0) -> None:
@@ -155,4 +167,3 @@ def _end(process: subprocess.Popen[bytes], patience: float = 10.0) -> None:
             continue
         except ProcessLookupError:
             break
-    time.sleep(0)

@@ -20,6 +20,7 @@ from consilium.errors import StateError
 LONGEST_PATH = 100  # bytes that every system takes as the name of a socket
 LARGEST = 1 << 34  # bytes of one message; a length beyond it is no length
 _PATIENCE = 60  # seconds without a byte from a caller, who must not keep the next one waiting for ever
+_MOMENT = 3.0  # seconds
 _LENGTH = struct.Struct("<Q")
 Answer = Callable[[bytes], bytes]
 
@@ -56,11 +57,11 @@ class Listener:
         self.close()
 
     def close(self) -> None:
-        """No further request is taken; the one in work is left to end."""
+        """No further request is taken. One in work has a moment to end; what it would leave is whole or not there."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
-        self._thread.join()
+        self._thread.join(_MOMENT)
         self.path.unlink(missing_ok=True)
 
     def _serve(self) -> None:

@@ -1,0 +1,224 @@
+"""Real hospitals on this machine: a SuperLink, SuperNodes, TLS, node keys, and services, each a process of its own.
+
+Everything is started by the command line, as an engineer does it. A process may be given a hook: Python source that
+runs before it and may make it slow, or make it lie.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from consilium import seeds
+from consilium.deployment import conduct, files, processes
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 240.0  # seconds after which a test gives up waiting
+SITES = ("alpine", "harbour", "prairie")
+FEDERATION = """
+name = "loopback"
+seed = 4
+[task]
+classes = ["carcinoma", "keratosis", "melanoma", "naevus"]
+[backbone]
+name = "test_vit"
+weights = "random"
+image_size = 32
+[[tuner]]
+name = "lora"
+rank = 2
+[strategy]
+name = "{strategy}"
+[train]
+rounds = {rounds}
+batch_size = 8
+quorum = 0.6
+learning_rate = 1e-2
+[evaluation]
+bootstrap = 20
+[deployment]
+sites = ["alpine", "harbour", "prairie"]
+address = "127.0.0.1:{port}"
+deadline = {deadline}
+grace = {grace}
+"""
+OWN = """
+[sites]
+source = "phantom"
+num_images = 64
+num_sites = 3
+[engine]
+device = "cpu"
+[gate]
+min_patients = 1
+min_images = 1
+"""
+SLOW = """
+import pathlib, time
+from consilium.engines.site import Site
+handle = Site.handle
+def slowly(self, data):
+    mark = pathlib.Path({mark!r})
+    while mark.exists():
+        time.sleep(0.1)
+    return handle(self, data)
+Site.handle = slowly
+"""
+
+
+@dataclass
+class Loopback:
+    """One federation on one machine."""
+
+    folder: Path
+    port: int
+    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def at(self, name: str) -> Path:
+        return self.folder / name
+
+    @property
+    def run(self) -> Path:
+        return self.at(files.COORDINATOR) / conduct.RUN
+
+    # -------------------------------------------------------------------------------------------- processes
+    def words(self, *words: object, hook: str = "") -> list[str]:
+        source = f"import sys\n{hook}\nfrom consilium.cli import main\nmain(sys.argv[1:])"
+        return [sys.executable, "-c", source, *map(str, words)]
+
+    def environment(self) -> dict[str, str]:
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        cache = {"XDG_CACHE_HOME": str(self.folder / "cache"), "HF_HUB_OFFLINE": "1"}
+        return {**os.environ, **cache, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+    def call(self, *words: object, timeout: float = PATIENCE) -> subprocess.CompletedProcess[str]:
+        """One verb to its end."""
+        return subprocess.run(
+            self.words(*words), capture_output=True, text=True, timeout=timeout, env=self.environment(), check=False
+        )
+
+    def start(self, name: str, *words: object, hook: str = "") -> None:
+        """A service, in a group of its own, that stays; its output goes to a file."""
+        with (self.folder / f"{name}.out").open("ab") as out:
+            self.running[name] = subprocess.Popen(
+                self.words(*words, hook=hook),
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=self.environment(),
+                start_new_session=True,
+            )
+
+    def kill(self, name: str, sign: signal.Signals = signal.SIGKILL) -> None:
+        """End a service by a signal, as a crash or an operator does."""
+        process = self.running.pop(name)
+        process.send_signal(sign)
+        process.wait(60)
+
+    def output(self, name: str) -> str:
+        path = self.folder / f"{name}.out"
+        return path.read_text(errors="replace") if path.is_file() else ""
+
+    # -------------------------------------------------------------------------------------------- parts
+    def link(self) -> None:
+        self.start("link", "coordinator", "start", self.at(files.COORDINATOR))
+        self.wait(lambda: "ready" in self.output("link"), "the SuperLink")
+
+    def join(self, site: str, hook: str = "") -> None:
+        before = self.output(site).count("ready site=")
+        self.start(site, "site", "join", self.at(site), hook=hook)
+        self.wait(lambda: self.output(site).count("ready site=") > before, site)
+
+    def slowly(self, site: str) -> Path:
+        """Join with a service that waits before it answers, as long as the file is there."""
+        mark = self.folder / f"{site}.slow"
+        mark.touch()
+        self.join(site, SLOW.format(mark=str(mark)))
+        return mark
+
+    def submit(self, verb: str = "submit") -> None:
+        done = self.call("coordinator", verb, self.at(files.COORDINATOR))
+        assert done.returncode == 0, done.stderr
+
+    # -------------------------------------------------------------------------------------------- looking
+    def status(self) -> dict[str, Any]:
+        done = self.call("coordinator", "status", self.at(files.COORDINATOR), "--json")
+        found: dict[str, Any] = json.loads(done.stdout) if done.stdout else {"state": "none", "sites": {}}
+        return {**found, "code": done.returncode}
+
+    def quick(self) -> dict[str, Any]:
+        """The same from the file alone, many times a second."""
+        try:
+            found: dict[str, Any] = json.loads((self.at(files.COORDINATOR) / "status.json").read_text())
+        except (OSError, ValueError):
+            return {"state": "none", "sites": {}}
+        return found
+
+    def wait(self, until: Callable[[], Any], what: str, patience: float = PATIENCE) -> None:
+        end = time.monotonic() + patience
+        while not until():
+            if time.monotonic() > end:
+                raise AssertionError(f"waited {patience:g} s for {what}\n{self.told()}")
+            time.sleep(0.1)
+
+    def ended(self, patience: float = PATIENCE) -> dict[str, Any]:
+        """The state of the run when it is over."""
+        self.wait(lambda: self.quick()["state"] in ("finished", "failed"), "the run's end", patience)
+        return self.quick()
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """Lines of events.jsonl."""
+        path = self.run / "events.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+    def log(self) -> list[dict[str, Any]]:
+        """Lines of the coordinator's log."""
+        path = self.at(files.COORDINATOR) / "log.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+    def told(self) -> str:
+        """All outputs, for a test that fails."""
+        parts = [f"--- {path.name}\n{path.read_text(errors='replace')[-2000:]}" for path in self.folder.glob("*.out")]
+        return "\n".join([json.dumps(self.quick(), indent=1), *parts])
+
+
+@contextmanager
+def loopback(
+    folder: Path,
+    *,
+    strategy: str = "fedavg",
+    rounds: int = 3,
+    deadline: float = 120,
+    grace: float = 5,
+    change: Mapping[str, str] | None = None,
+) -> Iterator[Loopback]:
+    """New folders; `change`: text of the agreement -> other text. All processes end with the test."""
+    port = processes.free_port()
+    settings = {"strategy": strategy, "rounds": rounds, "deadline": deadline, "grace": grace}
+    text = FEDERATION.format(port=port, **settings)
+    for old, new in (change or {}).items():
+        text = text.replace(old, new)
+    (folder / "federation.toml").write_text(text)
+    (folder / "own.toml").write_text(OWN)
+    made = Loopback(folder / "made", port)
+    done = made.call(
+        "deploy", "init", folder / "federation.toml", "--out", made.folder, "--site-file", folder / "own.toml"
+    )
+    assert done.returncode == 0, done.stderr
+    for site in SITES:  # personal tensors start as in a simulation, to compare with one
+        (made.at(site) / files.SECRET).write_text(
+            json.dumps({"seed": seeds.derive(4, site=site, purpose="personal start")})
+        )
+    try:
+        yield made
+    finally:
+        for name in list(made.running):
+            made.kill(name, signal.SIGTERM)
