@@ -104,7 +104,8 @@ def _is_owner(caller: socket.socket) -> bool:
 
 def _send(to: socket.socket, data: bytes) -> None:
     to.sendall(_LENGTH.pack(len(data)))
-    to.sendall(data)
+    if data:  # sending nothing fails too where the other end, which has all it waits for, has gone
+        to.sendall(data)
 
 
 def _receive(caller: socket.socket) -> bytes:

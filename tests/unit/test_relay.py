@@ -29,6 +29,11 @@ def test_any_bytes_come_through(tmp_path: Path) -> None:
         assert relay.ask(listener.path, large) == large + large
 
 
+def test_nothing_is_a_message_too(tmp_path: Path) -> None:
+    with relay.Listener(tmp_path / "s" / "relay", lambda data: data) as listener:
+        assert [relay.ask(listener.path, b"") for _ in range(200)] == [b""] * 200
+
+
 def test_only_the_owner_can_open_it(tmp_path: Path) -> None:
     with relay.Listener(tmp_path / "s" / "relay", lambda data: data) as listener:
         assert stat.S_IMODE(listener.path.stat().st_mode) == 0o600
