@@ -42,6 +42,14 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "fedper": ("strategy.name=fedper", "train.moments=keep", "evaluation.references=['local']"),
     "half": ("train.participation=0.5", "task.class_weight=inverse", "task.class_counts=federation"),
     "drawless": ("tuner.dropout=0", "evaluation.references=['local', 'pooled']"),
+    "unseen": (
+        "strategy.name=dual_lora",
+        "sites.num_images=96",
+        "sites.held_out=['summit']",
+        "unseen.shots=[1, 3]",
+        "unseen.draws=2",
+        "unseen.steps=6",
+    ),
     "best": ("strategy.name=fedper", "evaluation.serve=best", "train.schedule.name=constant"),
 }
 Finished = Callable[[str], Path]

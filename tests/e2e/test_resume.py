@@ -96,7 +96,9 @@ def _ends_like(consilium: Parent, folder: Path, kind: str, whole: Path) -> Done:
 
 
 # ------------------------------------------------------------------------------------------------ killed
-@pytest.mark.parametrize(("kind", "number"), [("fedavg", 9), ("fedavg", 23), ("fedper", 13), ("half", 8), ("best", 15)])
+@pytest.mark.parametrize(
+    ("kind", "number"), [("fedavg", 9), ("fedavg", 23), ("fedper", 13), ("half", 8), ("best", 15), ("unseen", 50)]
+)
 def test_killed_while_a_site_trains(
     consilium: Parent, finished: Finished, tmp_path: Path, kind: str, number: int
 ) -> None:
