@@ -24,6 +24,12 @@ NUMBERS = {
     "overlap_received": "read, as received",
     "share_personal": "share of the personal part",
 }
+PARTS = {
+    "label": "the label alone",
+    "backbone": "frozen features",
+    "shared_adds": "what the shared part adds",
+    "personal_adds": "what a personal part adds",
+}
 MODELS = {"global": "shared part alone", "before_aggregation": "before the last mean", "personal": "as served"}
 
 
@@ -132,6 +138,21 @@ def mechanism_table(folder: Path, runs: pd.DataFrame, axis: str) -> None:
     table(["method", *NUMBERS.values(), *MODELS.values()], rows)
 
 
+def probe_table(folder: Path, runs: pd.DataFrame, axis: str) -> None:
+    """How well a probe tells the site, of runs that `consilium mechanism` was asked about."""
+    rows = []
+    for run in runs.itertuples():
+        path = folder / str(run.folder) / "mechanism.json"
+        if not path.is_file():
+            continue
+        told = json.loads(path.read_text())
+        parts = [metric(told["parts"].get(part)) for part in PARTS]
+        more = points(told["differences"]["personal_adds - shared_adds"])
+        rows.append([f"{getattr(run, axis)}, seed {run.seed}", *parts, more])
+    if rows:
+        table(["run", *PARTS.values(), "personal minus shared, points"], rows)
+
+
 def tried_table(path: Path) -> None:
     """What was tried and chosen on validation images."""
     tried = tomllib.loads(path.read_text())["tried"]
@@ -168,6 +189,7 @@ def main(folder: Path, tuning: Path | None) -> None:
         site_table(found)
         pair_table(found, numbers["compare"]["level"], PAIRS)
     mechanism_table(folder, done, axis)
+    probe_table(folder, done, axis)
     if tuning is not None:
         tried_table(tuning / "selected.toml")
 
