@@ -15,7 +15,8 @@ from typing import Any
 
 import pandas as pd
 
-from consilium import __version__, checkpoint, results
+from consilium import __version__, checkpoint, registry, results
+from consilium.config import Config
 from consilium.study import chosen
 from consilium.study.axes import Label
 from consilium.study.plan import Plan
@@ -64,7 +65,8 @@ class Collection:
         self.outcomes[run] = Outcome(status, error)
         if status == "done":
             result = checkpoint.read_json(self.folders[run] / "result.json")
-            self._numbers[run] = _numbers(result, self._majority(result))
+            config = next(job.config for job in self.jobs if job.run == run)
+            self._numbers[run] = _numbers(result, self._majority(result)) | _unknown(config)
             splits = ("val",) if self.selects else results.SPLITS
             self._tidy[run] = [*_tidy(result, splits), *_of_unseen(self.folders[run] / UNSEEN, splits)]
 
@@ -184,6 +186,14 @@ def _numbers(result: Mapping[str, Any], majority: float | None) -> Row:
         "peak_memory_bytes": result["peak_memory_bytes"],
         "majority": majority,
     }
+
+
+def _unknown(config: Config | None) -> Row:
+    """What a strategy that has all images in one place sends are these, and no message of its simulation says so."""
+    if config is None:
+        return {}
+    strategy = registry.build("strategies", config.strategy.name, config.strategy.options())
+    return dict.fromkeys(("bytes.up", "bytes.down", "bytes.total")) if strategy.declares.pools_images else {}
 
 
 def _tidy(result: Mapping[str, Any], splits: Sequence[str]) -> Iterator[Row]:

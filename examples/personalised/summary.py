@@ -80,7 +80,11 @@ def main_table(found: Mapping[str, Any], runs: pd.DataFrame, axis: str) -> None:
         spent = (
             ["-"] * 3
             if cost is None
-            else [f"{cost['bytes.total'] / 1e6:.2f}", f"{cost['image_passes']:,.0f}", f"{cost['seconds']:.0f}"]
+            else [
+                "-" if pd.isna(cost["bytes.total"]) else f"{cost['bytes.total'] / 1e6:.2f}",
+                f"{cost['image_passes']:,.0f}",
+                f"{cost['seconds']:.0f}",
+            ]
         )
         return [name, *(metric(levels[level]) for level in LEVELS), below, surely, *spent]
 

@@ -70,6 +70,19 @@ def test_every_run_has_a_row_whatever_became_of_it(tmp_path: Path) -> None:
     assert list(pd.read_csv(tmp_path / "runs.csv")["status"]) == ["done", "failed", "waiting", "refused"]
 
 
+def test_images_in_one_place_are_no_bytes_of_messages(tmp_path: Path) -> None:
+    text = (
+        'name = "x"\n[axes.strategy.pooled]\nstrategy.name = "pooled"\n[axes.strategy.local]\nstrategy.name = "local"\n'
+    )
+    made = collection(tmp_path, text + '[axes.strategy.fedavg]\nstrategy.name = "fedavg"\n')
+    finish(made, "0", 0.5)
+    finish(made, "1", 0.5)
+    runs = made.runs().set_index("run")
+    assert runs.loc["0", ["bytes.up", "bytes.down", "bytes.total"]].isna().all()
+    assert runs.loc["0", "parameters.trainable"] == 3
+    assert runs.loc["1", "bytes.total"] == 12
+
+
 def test_every_number_has_a_row(tmp_path: Path) -> None:
     made = collection(tmp_path)
     finish(made, "0", 0.5)
