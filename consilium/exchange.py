@@ -26,6 +26,9 @@ from consilium.tensors import Tensors, digest
 Display = Callable[[Mapping[str, object]], None]
 
 
+ABSURD = 1e8  # no trained parameter, control or statistic of features is as large
+
+
 class Transport(Protocol):
     """The seam: in process, or across hospitals."""
 
@@ -139,8 +142,14 @@ class Exchange:
         return experiment.codec.read(reply.tensors, experiment.send(self.progress.server, reply.site), declared)
 
     def _bounded(self, reply: Reply) -> None:
-        """WireError where an update is longer than the strategy lets it be: a site that is broken, or not honest."""
+        """WireError where an update is longer than the strategy lets it be, or larger than any model's numbers are: a
+        site that is broken, or not honest; else the honest ones would be blamed a round later."""
         experiment = self.partners.experiment
+        sizes = {n: float(v.abs().max()) for n, v in reply.tensors.items() if v.is_floating_point() and v.numel()}
+        if absurd := sorted(name for name, size in sizes.items() if size > ABSURD):
+            what, received = f"the update of {reply.site} is absurdly large", f"{sizes[absurd[0]]:.2g} in {absurd[0]}"
+            remedy = "look at the site's training; strategy.refuse_updates sets a closer bound"
+            raise WireError(what, allowed=f"numbers up to {ABSURD:g}", received=received, remedy=remedy)
         if (limit := experiment.strategy.declares.largest_update) is None:
             return
         sent = experiment.send(self.progress.server, reply.site)

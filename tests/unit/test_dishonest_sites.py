@@ -77,6 +77,17 @@ def test_nan_is_refused_by_name_whatever_the_strategy(tmp_path: Path, name: str)
     assert not list(tmp_path.glob("checkpoints/*"))
 
 
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_an_absurdly_large_update_is_refused_by_name_whatever_the_strategy(tmp_path: Path, name: str) -> None:
+    """Else it would overflow, and the honest sites would be blamed for what it makes of their model."""
+    settings = variants.settings(name, train={"rounds": 1, "local_epochs": 0.5})
+    pieces = federation.assemble(settings)
+    wrap = lambda inner: Dishonest(inner, pieces, 1e30, round_number=1)  # noqa: E731
+    with pytest.raises(TrainingError, match=r"(?s)too few sites.*b: refused, the update of b is absurdly large"):
+        federation.run(tmp_path, settings, HOSPITALS, wrap=wrap)
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
 def test_a_site_that_sends_a_huge_update_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(
         TrainingError, match=r"too few sites(.|\n)*b: refused, the update of b is too long(.|\n)*up to 50"
