@@ -142,7 +142,7 @@ def _curves(rows: Mapping[tuple[str, int], Row]) -> dict[str, Curve]:
     return {title: points(model) for model, title in TITLES.items()}
 
 
-def curves(title: str, series: Mapping[str, Curve], shots: Sequence[int], width: float = 380) -> Markup:
+def curves(title: str, series: Mapping[str, Curve], shots: Sequence[int], width: float = 300) -> Markup:
     """Values with intervals over k on a logarithmic axis; k = 0 stands at the left, and its level goes on as a line."""
     known = [v for points in series.values() for _, p in points for v in (p.value, p.low, p.high) if v is not None]
     low, high, right = min(shots), max(shots), width - 10
