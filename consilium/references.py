@@ -74,11 +74,16 @@ def _epochs(wanted: int, images: int) -> float:
     return share if math.ceil(share * images) == wanted else (wanted - 0.5) / images
 
 
-def check_serving(config: Config, prepared: sites.Federation) -> None:
-    """ConfigError where serve = "best" could not be decided."""
+def check_votes(config: Config) -> None:
+    """ConfigError where serve = "best" would be decided by other sites in one round than in the next."""
     if config.evaluation.serve == "best" and min(config.train.participation, config.train.quorum) < 1:
         remedy = "use serve = 'last', or participation = 1 and quorum = 1"
         what = "serve = 'best' needs every site's validation in every round"
         raise ConfigError(what, remedy=remedy, where="evaluation.serve")
+
+
+def check_serving(config: Config, prepared: sites.Federation) -> None:
+    """ConfigError where serve = "best" could not be decided."""
+    check_votes(config)
     if config.evaluation.serve == "best" and not any(len(data.val) for data in prepared.sites.values()):
         raise ConfigError("serve = 'best' needs validation images", where="evaluation.serve")

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from consilium import checkpoint, config, config_file, registry
+from consilium import checkpoint, config, config_file, references, registry
 from consilium.config import Config
 from consilium.deployment.gate import GateConfig
 from consilium.errors import ConfigError, ConsiliumError, StateError
@@ -100,6 +100,7 @@ def read_text(path: Path) -> Agreement:
     if agreed.evaluation.references:
         remedy = "leave evaluation.references out; every hospital can run its own with strategy 'local'"
         raise ConfigError("references need all images in one place", where=str(path), remedy=remedy)
+    references.check_votes(agreed)
     if len(agreed.stages) > 1:
         remedy = "run its first stage; a later one begins with what a simulation hands on"
         raise ConfigError("a deployment has one stage", where=f"stages in {path}", remedy=remedy)

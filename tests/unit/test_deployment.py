@@ -32,6 +32,12 @@ CASES = {
     "fedpft": FEDERATION.replace('"fedavg"', '"fedpft"').replace('name = "lora"\nrank = 2', 'name = "linear"'),
     "feddpa": FEDERATION.replace('"fedavg"', '"feddpa_t"\ncombine = "instance"'),
     "stochastic_block": FEDERATION.replace('name = "lora"\nrank = 2', 'name = "stochastic_block"'),
+    "int8": FEDERATION + '[wire]\ncodec = "int8"\n',
+    "int8 without feedback": FEDERATION + '[wire]\ncodec = "int8"\nerror_feedback = false\n',
+    "bfloat16": FEDERATION + '[wire]\ncodec = "bfloat16"\n',
+    "some of the sites": FEDERATION.replace("rounds = 3", "rounds = 4\nparticipation = 0.67"),
+    "moments kept": FEDERATION.replace("rounds = 3", 'rounds = 3\nmoments = "keep"'),
+    "best round": FEDERATION.replace("bootstrap = 20", 'bootstrap = 20\nserve = "best"').replace("quorum = 0.6\n", ""),
 }
 
 
@@ -64,6 +70,27 @@ def test_across_hospitals_and_in_one_process_the_bits_are_the_same(case: str, tm
     served, own = checkpoint.load(state)[0], checkpoint.load(here / "sites" / "alpine" / "served.safetensors")[0]
     assert all(torch.equal(served[name], own[name]) for name in own)
     assert board.read(apart.at("coordinator"))["state"] == "finished"
+
+
+def test_a_hospital_may_encrypt_what_it_keeps_and_the_bits_stay_the_same(tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "sealed").mkdir()
+    plain, hidden = made(tmp_path / "plain", three_kept), made(tmp_path / "sealed", three_kept)
+    key = hidden.at("alpine") / "keys" / "state.key"
+    key.touch(mode=0o600)
+    key.write_text("5a" * 32)
+    own = hidden.at("alpine") / files.SITE
+    own.write_text(own.read_text().replace("[engine]", '[engine]\nstate_key_file = "keys/state.key"'))
+    ours, theirs = (checkpoint.load(rounds(each.conduct()))[0] for each in (hidden, plain))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    (served,) = hidden.at("alpine").glob("state/*/served.safetensors")
+    with pytest.raises(StateError):
+        checkpoint.load(served)
+    (open_one,) = hidden.at("harbour").glob("state/*/served.safetensors")
+    assert checkpoint.load(open_one)[0]
+
+
+three_kept = FEDERATION.replace('"fedavg"', '"fedper"').replace("rounds = 3", 'rounds = 3\nmoments = "keep"')
 
 
 @pytest.fixture(scope="module")
@@ -309,6 +336,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         (FEDERATION + '[sites]\nsource = "phantom"\n', "does not say where images lie"),
         (FEDERATION.replace("classes =", "# classes ="), "cannot see each other's classes"),
         (FEDERATION.replace("bootstrap = 20", 'references = ["local"]'), "references need all images"),
+        (FEDERATION.replace("bootstrap = 20", 'serve = "best"'), "every site's validation in every round"),
         (FEDERATION.replace('"fedavg"', '"pooled"'), "images do not leave hospitals"),
         (FEDERATION.replace("deadline = 60", "deadlines = 60"), "deadlines"),
         (FEDERATION.replace("deadline = 60", "deadline = 0"), "deadline"),
