@@ -91,6 +91,17 @@ def approve(
     print(f"approved by {by}: {terms['agreement']}")
 
 
+@site.command("report")
+def page(
+    folder: Folder,
+    run: Annotated[str | None, typer.Option(help="Name of a run; left out: the one that ended last here.")] = None,
+) -> None:
+    """Make this hospital's own page of a run that ended: its model on its own images, and what left. It stays here."""
+    from consilium.deployment.hospital import page as make
+
+    print(make(folder, run))
+
+
 @site.command("audit-log")
 def audit_log(folder: Folder, json: Json = False) -> None:
     """Verify the journal of all that left this hospital, and print it."""

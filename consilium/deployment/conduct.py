@@ -53,6 +53,8 @@ def federate(agreement: Agreement, transport: Transport, out: Path, board: Board
             board.show({"event": "start", "sites": transport.sites(), "rounds": agreement.config.train.rounds})
             progress = Coordinator(pieces, transport, out, board.show, remote=True).run()
             outcome.write(out, pieces, progress)
+        if not (out / "report.html").is_file():
+            results.report(out)
 
 
 def _named(pieces: Experiment, run: str) -> Experiment:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from consilium import results, run
-from consilium.deployment import files, processes
+from consilium.deployment import files, own_page, processes
 from consilium.deployment import gate as gating
 from consilium.deployment.files import SiteFile
 from consilium.deployment.gate import Gate
@@ -25,6 +25,7 @@ from consilium.engines.resident import Resident, claimed
 from consilium.engines.site import Site
 from consilium.errors import ConfigError
 from consilium.experiment import assemble
+from consilium.messages import envelope_of
 
 SOCKET, STATE, LOG = Path("socket") / "site", "state", "log.jsonl"
 Show = Callable[[Mapping[str, object]], None]
@@ -86,14 +87,34 @@ def serve(folder: Path, show: Show, until: Callable[[], None]) -> None:
 
         def answer(data: bytes) -> bytes:
             try:
-                return guard.answer(data)
+                reply = guard.answer(data)
             except Exception as error:  # nothing leaves; why is said here
                 tell({"event": "fault", "message": f"{type(error).__name__}: {error}"})
                 raise
+            _end(own, site, data, reply, tell)
+            return reply
 
         with Listener(own.folder / SOCKET, answer):
             tell({"event": "ready", "site": own.name, "images": len(site.data.train)})
             until()
+
+
+def _end(own: SiteFile, site: Site, data: bytes, reply: bytes, tell: Show) -> None:
+    """After the last message of a run: the site's own page. One that cannot be made keeps no reply back."""
+    asked = envelope_of(data) if envelope_of(reply)["failure"] is None else {}
+    if asked.get("kind") != "finish":
+        return
+    try:
+        tell({"event": "page", "path": str(own_page.write(own, site, asked["handshake"]["run"]))})
+    except Exception as error:
+        tell({"event": "warning", "text": f"no page was made: {type(error).__name__}: {error}"})
+
+
+def page(folder: Path, run: str | None) -> Path:
+    """Make the site's own page of a run anew; left out, of the one that ended last."""
+    own = files.read_site(folder)
+    name = run if run is not None else own_page.newest(own.folder / STATE)
+    return own_page.write(own, open_site(own, lambda _: None), name)
 
 
 def join(folder: Path, show: Show, until: Callable[[], None], *, node: bool = True) -> None:

@@ -27,10 +27,12 @@ def write(out: Path, experiment: Experiment, progress: Progress) -> None:
         {
             "schema_version": 1,
             "kind": "deployment",
+            "run": experiment.handshake.run,
             "name": experiment.config.name,
             "consilium_version": __version__,
             "seed": experiment.config.seed,
             "agreement_hash": experiment.handshake.agreement,
+            "versions": results.versions(),
             "backbone": {"name": experiment.backbone.name, "digest": experiment.backbone.digest},
             "classes": list(experiment.task.classes),
             "parameters": results.parameters(experiment),

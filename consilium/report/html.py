@@ -10,9 +10,9 @@ from markupsafe import Markup
 
 from consilium import checkpoint
 from consilium.errors import ConfigError
-from consilium.report import marks, mechanism, unseen
+from consilium.report import apart, marks, mechanism, unseen
 from consilium.report.load import Run, load_run
-from consilium.report.sections import Figure, Section, compared, sections, summary, tiles
+from consilium.report.sections import Figure, Section, Tile, compared, sections, summary, tiles
 from consilium.report.tables import Table
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -48,14 +48,24 @@ def environment() -> Environment:
 
 def _sections(run: Run) -> list[Section]:
     """Sites that took no part come behind the results of those that did, how two adapters relate behind all results."""
+    if run.result.kind != "simulation":
+        return apart.sections(run)
     first, *rest, traffic, data, again = sections(run)
     return [first, *unseen.sections(run.folder), *rest, *mechanism.sections(run), traffic, data, again]
+
+
+def _summary(run: Run) -> str:
+    return apart.lead(run) if run.result.kind == "site" else summary(run)
+
+
+def _tiles(run: Run) -> list[Tile]:
+    return apart.tiles(run) if run.result.kind == "site" else tiles(run)
 
 
 def page(runs: Sequence[Run]) -> str:
     """The page as text."""
     views = [
-        {"run": run, "summary": summary(run), "tiles": tiles(run), "sections": _sections(run), "index": number}
+        {"run": run, "summary": _summary(run), "tiles": _tiles(run), "sections": _sections(run), "index": number}
         for number, run in enumerate(runs, start=1)
     ]
     side_by_side = compared(runs) if len(runs) > 1 else None

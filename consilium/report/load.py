@@ -156,10 +156,43 @@ class Stage(Plain):
     metrics: Metrics = Metrics()
 
 
+class Visit(Plain):
+    """A message that a hospital answered, as its journal has it."""
+
+    time: str = ""
+    kind: str = ""
+    round: int = 0
+    came_in: int = 0
+    left: int = 0
+    tensors: int = 0
+    numbers: int = 0
+    blanked: list[str] = []
+    refused: str = ""
+
+
+class JournalFacts(Plain):
+    """What a hospital's journal says of one run."""
+
+    lines: int = 0
+    hash: str = ""
+    visits: list[Visit] = []
+
+
+Kind = Literal["simulation", "deployment", "site"]
+PARTS: Mapping[Kind, tuple[str, ...]] = {
+    "simulation": ("mean", "worst", "pooled"),
+    "deployment": ("mean", "worst"),  # no image's answer leaves a hospital, so nothing can be pooled
+    "site": (),
+}
+
+
 class Result(Plain):
-    """result.json; what a run may lack has a default."""
+    """result.json; what a run may lack has a default. `kind`: all sites on one machine, across hospitals, or one
+    hospital's own."""
 
     schema_version: Literal[1]
+    kind: Kind = "simulation"
+    run: str = ""
     name: str
     classes: list[str]
     sites: dict[str, SiteSize]
@@ -189,6 +222,12 @@ class Result(Plain):
     majority: dict[str, dict[str, Entry]] = {}
     held_out: HeldOut | None = None
     stages: list[Stage] = []
+    journal: JournalFacts | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """How values of sites are summed up."""
+        return PARTS[self.kind]
 
 
 class _Named(BaseModel):
@@ -219,6 +258,8 @@ class SiteEvent(Plain):
     """What a site did in a round."""
 
     status: str
+    message: str = ""
+    seconds: float | None = None
     loss: float | None = None
     learning_rate: float | None = None
     val: dict[str, dict[str, float | None]] = {}
@@ -255,7 +296,7 @@ def load_run(folder: Path) -> Run:
     if not path.is_file():
         remedy = "give the folder of a finished run; an interrupted one goes on with --resume"
         raise StateError("this is no finished run: there is no result.json", where=str(folder), remedy=remedy)
-    result = parse(Result, path, text_of(path))
+    result = _result(path)
     config = folder / "config.json"
     return Run(
         folder,
@@ -265,6 +306,19 @@ def load_run(folder: Path) -> Run:
         _table(folder / "predictions.parquet", ["split", "model", "site", "id", "group", "label"], result.classes),
         _table(folder / "split.parquet", ["site", "group", "split"], []),
     )
+
+
+def _result(path: Path) -> Result:
+    """result.json; of a run across hospitals with what its summary says."""
+    text = text_of(path)
+    table = _object(path, text)
+    if table.get("kind") != "deployment":
+        return parse(Result, path, text)
+    from consilium.report.sent import Sent  # which builds on this module
+
+    told, summary = parse(Sent, path, text).told(), path.with_name("summary.json")
+    known = _object(summary, text_of(summary)) if summary.is_file() else {}
+    return parse(Result, path, json.dumps({**known, **table, **told}))
 
 
 def text_of(path: Path) -> str:

@@ -69,8 +69,8 @@ def tiles(run: Run) -> list[Tile]:
     """The headline: the served model on the test split, harm, bytes, parameters, time."""
     result, tree = run.result, tables.served(run)
     balanced, auroc = tree.get("balanced_accuracy"), tree.get("macro_auroc")
-    found = [_measured(f"Balanced accuracy, {_SHORT[part]}", balanced, part) for part, _ in _PARTS]
-    found.append(_measured("Macro AUROC, mean", auroc, "mean"))
+    found = [measured(f"Balanced accuracy, {_SHORT[part]}", balanced, part) for part in result.parts]
+    found.append(measured("Macro AUROC, mean", auroc, "mean"))
     if result.sites_harmed is not None:
         found.append(_harm(result.sites_harmed, len(result.sites)))
     up, down = (bytes_text(way.total) for way in (result.bytes.up, result.bytes.down))
@@ -92,11 +92,12 @@ def _harm(harmed: Harmed, num_sites: int) -> Tile:
     return Tile("Sites harmed", known, "\n".join(details))
 
 
-_PARTS = (("mean", "mean over sites"), ("worst", "worst site"), ("pooled", "all images pooled"))
+_LONG = {"mean": "mean over sites", "worst": "worst site", "pooled": "all images pooled"}
 _SHORT = {"mean": "mean", "worst": "worst site", "pooled": "pooled"}
 
 
-def _measured(label: str, entry: Entry | None, part: str) -> Tile:
+def measured(label: str, entry: Entry | None, part: str) -> Tile:
+    """A metric as a headline."""
     value: Value | None = getattr(entry, part) if entry else None
     cell = tables.interval(value, (value.site or "") if value else "")
     return Tile(label, cell.text, cell.detail)
@@ -105,17 +106,18 @@ def _measured(label: str, entry: Entry | None, part: str) -> Tile:
 def sections(run: Run) -> list[Section]:
     """The page of one run, from results to what is needed to run it again."""
     return [
-        _results(run),
+        results(run),
         *([Section("Stages", [stages.table(run)])] if run.result.stages else []),
-        *([_learning(run)] if run.events else []),
+        *([learning(run)] if run.events else []),
         *([_mistakes(run)] if run.predictions is not None else []),
-        _traffic(run),
+        traffic(run),
         Section("Data", [tables.sites(run), tables.leakage(run)]),
         _reproduce(run),
     ]
 
 
-def _results(run: Run) -> Section:
+def results(run: Run) -> Section:
+    """The models on the test split."""
     shown: list[Block] = [tables.results(run, "balanced_accuracy"), _forest(run), tables.results(run, "macro_auroc")]
     unseen = tables.held_out(run)
     shown += [unseen] if unseen else []
@@ -139,7 +141,7 @@ def _forest(run: Run) -> Figure:
         name: tree["balanced_accuracy"] for name, tree in tables.models(run).items() if "balanced_accuracy" in tree
     }
     rows = {site: [_point(entry.per_site.get(site)) for entry in trees.values()] for site in run.result.sites}
-    rows |= {name: [_point(getattr(entry, part)) for entry in trees.values()] for part, name in _PARTS}
+    rows |= {_LONG[part]: [_point(getattr(entry, part)) for entry in trees.values()] for part in run.result.parts}
     title = "Balanced accuracy on the test split by site and model"
     return _both(
         "Balanced accuracy on the test split, with 95\u00a0% intervals",
@@ -149,6 +151,7 @@ def _forest(run: Run) -> Figure:
 
 
 def _both(caption: str, draw: Callable[[float], Markup], legend: Sequence[str]) -> Figure:
+    """A drawing for wide and one for narrow screens."""
     return Figure(caption, [("", draw(720))], legend, draw(360))
 
 
@@ -157,7 +160,8 @@ def _point(value: Value | None) -> Point:
 
 
 # ------------------------------------------------------------------------------------------------ learning
-def _learning(run: Run) -> Section:
+def learning(run: Run) -> Section:
+    """Validation and loss over rounds."""
     metric = str(run.stored.config.evaluation.get("select", "balanced_accuracy"))
     name = NAMES.get(metric, metric)
     curves = {site: _validation(run, site, metric) for site in run.result.sites}
@@ -165,12 +169,12 @@ def _learning(run: Run) -> Section:
     legend = [CAME_IN, TRAINED]
     main = Figure(f"{name} on each site's validation split", _panels(run, curves, name), legend)
     blocks: list[Block] = [main, *_changes(run, curves, name)]
-    blocks += [_absences(run)] if any(_missed(run).values()) else []
+    blocks += [_absences(run)] if run.result.kind == "simulation" and any(missed(run).values()) else []
     folded = Figure("Mean training loss of each round", _panels(run, losses, "training loss"))
     return Section("Learning curves", blocks, [("Training loss", [folded])])
 
 
-def _missed(run: Run) -> dict[str, str]:
+def missed(run: Run) -> dict[str, str]:
     """Per site the rounds for which it was drawn and gave no update, and why."""
     return {
         site: ", ".join(
@@ -183,7 +187,7 @@ def _missed(run: Run) -> dict[str, str]:
 
 
 def _absences(run: Run) -> Table:
-    rows = [[Cell(site), Cell(rounds)] for site, rounds in _missed(run).items() if rounds]
+    rows = [[Cell(site), Cell(rounds)] for site, rounds in missed(run).items() if rounds]
     return Table("Rounds without an update", ["site", "rounds"], rows, num_text=2)
 
 
@@ -253,9 +257,9 @@ def _mistakes(run: Run) -> Section:
         tables.confusion(f"Confusion at {site}", metrics.confusion_matrix(rows, classes), classes)
         for site, rows in by_site.items()
     ]
-    diagrams = [(site, _reliability(site, rows, classes)) for site, rows in by_site.items()]
+    diagrams = [(site, reliability(site, rows, classes)) for site, rows in by_site.items()]
     caption = "Reliability: accuracy over confidence in 15 equal bins, with the share of images in each below"
-    pooled = Figure(caption, [("all sites", _reliability("all sites", table, classes))])
+    pooled = Figure(caption, [("all sites", reliability("all sites", table, classes))])
     whole = tables.confusion("Confusion over all sites", metrics.confusion_matrix(table, classes), classes)
     more: list[tuple[str, Sequence[Block]]] = [
         ("Confusion by site", matrices),
@@ -265,13 +269,15 @@ def _mistakes(run: Run) -> Section:
     return Section("Mistakes and calibration", [whole, tables.per_class(run), pooled], more, note)
 
 
-def _reliability(title: str, rows: pd.DataFrame, classes: Sequence[str]) -> Markup:
+def reliability(title: str, rows: pd.DataFrame, classes: Sequence[str]) -> Markup:
+    """Accuracy over confidence."""
     bins = {name: values.tolist() for name, values in metrics.reliability(rows, classes).items()}
     return figures.reliability(f"Reliability at {title}", bins["confidence"], bins["accuracy"], bins["n"])
 
 
 # ------------------------------------------------------------------------------------------------ traffic
-def _traffic(run: Run) -> Section:
+def traffic(run: Run) -> Section:
+    """Bytes, tensors and numbers that left."""
     blocks: list[Block] = [tables.traffic(run), tables.by_role(run)]
     blocks += [tables.numbers(run)] if run.result.numbers else []
     if run.events:
@@ -293,10 +299,16 @@ def _traffic(run: Run) -> Section:
         "Payload is the tensors behind a head of a few bytes; envelopes are the numbers and hashes around them. "
         "A coded tensor is listed in its short form; to a site that missed a round it goes in full. "
         "The bars leave out the last message to each site, which comes after the last round. "
-        "predictions.parquet (ids, groups and probabilities, image by image) is gathered in the run folder because "
-        "this is a simulation; in a deployment it stays at the sites."
     )
+    note += _APART if run.result.kind == "deployment" else _TOGETHER
     return Section("What left each site", blocks, more, note)
+
+
+_APART = "Nothing about a single image left a hospital: no answer, no probability, no name."
+_TOGETHER = (
+    "predictions.parquet (ids, groups and probabilities, image by image) is gathered in the run folder because "
+    "this is a simulation; in a deployment it stays at the sites."
+)
 
 
 def _total(series: Mapping[str, Sequence[int]]) -> str:
@@ -310,14 +322,14 @@ def _reproduce(run: Run) -> Section:
     facts = [
         ("backbone", f"{backbone.name}, licence {backbone.licence}"),
         ("backbone digest", backbone.digest),
-        ("preprocessing", _pairs(backbone.preprocessing)),
+        ("preprocessing", pairs(backbone.preprocessing)),
         ("configuration hash", result.config_hash),
         ("agreement hash", result.agreement_hash),
         ("split hash", result.split_hash),
         ("data digest", result.data_digest),
         ("seed", str(result.seed)),
-        ("versions", _pairs({"consilium": result.consilium_version, **result.versions})),
-        ("hardware", _pairs(result.hardware)),
+        ("versions", pairs({"consilium": result.consilium_version, **result.versions})),
+        ("hardware", pairs(result.hardware)),
         ("peak memory", bytes_text(result.peak_memory_bytes) if result.peak_memory_bytes else UNDEFINED),
         ("command", run.stored.command),
     ]
@@ -325,7 +337,8 @@ def _reproduce(run: Run) -> Section:
     return Section("To run it again", [facts], [("Resolved configuration", [text])])
 
 
-def _pairs(values: Mapping[str, object]) -> str:
+def pairs(values: Mapping[str, object]) -> str:
+    """Names and values on one line."""
     return ", ".join(f"{name} {value}" for name, value in values.items()) or UNDEFINED
 
 
@@ -335,14 +348,14 @@ def compared(runs: Sequence[Run]) -> Section:
     entries = [
         (f"{n}. {run.result.name}", tables.served(run).get("balanced_accuracy")) for n, run in enumerate(runs, 1)
     ]
-    rows = {name: [_point(getattr(entry, part) if entry else None) for part, _ in _PARTS] for name, entry in entries}
+    rows = {name: [_point(getattr(entry, part) if entry else None) for part in _LONG] for name, entry in entries}
     sent = [run.result.bytes.up.total + run.result.bytes.down.total for run in runs]
     points = [(name, at, rows[name][0]) for (name, _), at in zip(entries, sent, strict=True)]
     axes = ("bytes exchanged in the run", "mean over sites")
     forest = _both(
         "Balanced accuracy on the test split, with 95\u00a0% intervals",
         lambda width: figures.forest("Balanced accuracy by run", rows, "balanced accuracy", width),
-        [name for _, name in _PARTS],
+        list(_LONG.values()),
     )
     against = _both(
         "Balanced accuracy, mean over sites, against bytes",

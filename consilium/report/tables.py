@@ -81,11 +81,11 @@ def results(run: Run, metric: str) -> Table:
     """One metric on the test split: a row per site, mean, worst and pooled; a column per model."""
     trees = {name: tree[metric] for name, tree in models(run).items() if metric in tree}
     rows = [_site_row(run, site, metric, list(trees.values())) for site in run.result.sites]
-    summary = [_summary_row(part, list(trees.values())) for part in ("mean", "worst", "pooled")]
+    summary = [_summary_row(part, list(trees.values())) for part in run.result.parts]
     title, tested = f"{NAMES.get(metric, metric)} on the test split", run.result.metrics.test
     same = "personal" in tested and tested.get("before_aggregation") == tested["personal"]
     note = _SAME if same and metric == "balanced_accuracy" else ""
-    return Table(title, ["site", "images", *trees], [*rows, *summary], 3, note=note)
+    return Table(title, ["site", "images", *trees], [*rows, *summary], len(summary), note=note)
 
 
 _SAME = (
@@ -133,7 +133,7 @@ def held_out(run: Run) -> Table | None:
 
 def per_class(run: Run) -> Table:
     """Sensitivity and specificity of every class, pooled; and its sensitivity at every site."""
-    tree, sites = served(run), list(run.result.sites)
+    tree, sites = served(run), list(run.result.sites) if run.result.parts else []
     rows = []
     for name in run.result.classes:
         sensitivity, specificity = tree.get(f"sensitivity.{name}"), tree.get(f"specificity.{name}")

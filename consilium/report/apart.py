@@ -1,0 +1,209 @@
+"""Stage 10, report. In: a `Run` across hospitals, or one hospital's own part of it. Out: the parts of its page.
+
+The coordinator's page holds what hospitals sent; a hospital's page, which stays there, its own images too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from markupsafe import Markup
+
+from consilium import metrics
+from consilium.report import marks, tables
+from consilium.report import sections as shared
+from consilium.report.load import Event, JournalFacts, Run
+from consilium.report.sections import Block, Figure, Section, Tile, pairs
+from consilium.report.tables import Cell, Table
+from consilium.report.text import UNDEFINED, bytes_text, count, duration, recipe, whole
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+STATES = ("ok", "late", "lost", "absent", "refused")  # how a site did in a round; all others are failures
+
+
+def sections(run: Run) -> list[Section]:
+    """Of the page of a run across hospitals, or of a hospital's own."""
+    if run.result.kind == "site":
+        return _of_hospital(run)
+    results = shared.results(run)
+    means = (
+        " A mean over sites has no interval: it would need every image's answer, and these stay where they are. "
+        "All values were computed at the hospitals, on their own images."
+    )
+    return [
+        Section(results.title, results.blocks, results.more, results.note + means),
+        *([_rounds(run), shared.learning(run)] if run.events else []),
+        shared.traffic(run),
+        Section("Data", [_sizes(run)], note="As the hospitals said; classes and patients they did not tell."),
+        _again(run),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ rounds
+def _rounds(run: Run) -> Section:
+    away = shared.missed(run)
+    rows = []
+    for site in run.result.sites:
+        seen = [event.sites[site] for event in run.events if site in event.sites]
+        worked = sum(each.seconds or 0.0 for each in seen)
+        replied = sum(each.status == "ok" for each in seen)
+        rows.append([Cell(site), Cell(f"{replied} of {len(run.events)}"), Cell(duration(worked)), Cell(away[site])])
+    head = ["hospital", "rounds with its update", "its own work", "rounds without"]
+    who = Table("Who took part", head, [[*row[:3], Cell(row[3].text or "none")] for row in rows])
+    seconds = [event.seconds for event in run.events if event.seconds is not None]
+    mean = duration(sum(seconds) / len(seconds)) if seconds else UNDEFINED
+    note = (
+        f"A round took {mean} on average, from asking to its checkpoint. Late: no reply until the deadline and its "
+        "grace; a reply that came after was not used. Lost: its node or its service went away and was not back in "
+        "time. Absent: it was not connected. Refused: the hospital declined, or its reply was not accepted."
+    )
+    return Section("Rounds", [_attendance(run), who], [("Every round", [_each(run.events)])], note)
+
+
+def _attendance(run: Run) -> Figure:
+    """A mark per hospital and round, by how it did."""
+    others = sorted({each.status for event in run.events for each in event.sites.values()} - {*STATES, "not_drawn"})
+    states = [*STATES, *others]
+    used = [state for state in states if any(state == e.status for event in run.events for e in event.sites.values())]
+    numbers = [event.round for event in run.events]
+    left, right, step = 150.0, 706.0, 22.0
+    bottom = 8 + step * len(run.result.sites)
+    x = marks.Axis(numbers[0] - 0.5, numbers[-1] + 0.5, left, right)
+    every = max(1, round(len(numbers) / 20))
+    parts = [marks.axis_x(x, bottom, [float(n) for n in numbers if (n - numbers[0]) % every == 0], whole)]
+    told = []
+    for row, site in enumerate(run.result.sites):
+        y = 8 + step * (row + 0.5)
+        parts.append(marks.name_text(left - 12, y + 4, site, "end"))
+        for event in run.events:
+            status = event.sites[site].status if site in event.sites else "not_drawn"
+            if status in used:
+                parts.append(marks.marker(used.index(status), x(event.round), y, 4.5))
+                told += [] if status == "ok" else [f"{site} {status} in round {event.round}"]
+    parts.append(marks.word((left + right) / 2, bottom + 34, "round", "middle"))
+    title = f"Who replied in which round: {'; '.join(told) or 'everybody in every round'}"
+    drawing = marks.svg(720, bottom + 40, title, parts)
+    return Figure("How each hospital did in each round", [("", drawing)], [_WORDS.get(state, state) for state in used])
+
+
+_WORDS = {"ok": "replied"}
+
+
+def _each(events: Sequence[Event]) -> Table:
+    rows = []
+    for event in events:
+        asked = {site: each for site, each in event.sites.items() if each.status != "not_drawn"}
+        away = {site: each for site, each in asked.items() if each.status != "ok"}
+        reasons = "\n".join(f"{site}: {each.message}" for site, each in away.items() if each.message)
+        names = ", ".join(f"{site} {each.status}" for site, each in away.items()) or "nobody"
+        up, down = (bytes_text(sum(event.bytes.get(way, {}).values())) for way in ("up", "down"))
+        replied = f"{len(asked) - len(away)} of {len(asked)}"
+        rows.append([
+            Cell(str(event.round)), Cell(replied), Cell(duration(event.seconds)), Cell(up), Cell(down),
+            Cell(names, reasons),
+        ])  # fmt: skip
+    return Table("Rounds", ["round", "replied", "time", "left hospitals", "came in", "missing"], rows)
+
+
+# ------------------------------------------------------------------------------------------------ data, digests
+def _sizes(run: Run) -> Table:
+    rows = [
+        [Cell(site), *(Cell(count(part.n)) for part in (size.train, size.val, size.test))]
+        for site, size in run.result.sites.items()
+    ]
+    return Table("Images", ["hospital", "training", "validation", "test"], rows)
+
+
+def _again(run: Run) -> Section:
+    result = run.result
+    facts = [
+        ("agreement digest", result.agreement_hash),
+        ("run", result.run or UNDEFINED),
+        ("backbone", result.backbone.name),
+        ("backbone digest", result.backbone.digest),
+        ("seed", str(result.seed)),
+        ("versions", pairs({"consilium": result.consilium_version, **result.versions})),
+        ("command", "consilium coordinator submit FOLDER; the agreement is federation.toml in it"),
+    ]
+    text = run.stored.config.model_dump_json(indent=2)
+    return Section("To run it again", [facts], [("Resolved agreement", [text])])
+
+
+# ------------------------------------------------------------------------------------------------ at a hospital
+def lead(run: Run) -> str:
+    """What this page is, in one sentence."""
+    result, (site,) = run.result, run.result.sites
+    return (
+        f"{site}: its own model and images in a federation. {recipe(run.stored.config)} on {result.backbone.name}, "
+        f"{count(result.sites[site].train.n)} training images of {len(result.classes)} classes. This page was made "
+        "here and has left nowhere."
+    )
+
+
+def tiles(run: Run) -> list[Tile]:
+    """The headline: the model that this hospital uses on its own test images, and what left."""
+    result, tree = run.result, tables.served(run)
+    journal = _journal(run)
+    refused = sum(bool(visit.refused) for visit in journal.visits)
+    rounds = {visit.round for visit in journal.visits if visit.kind == "round" and not visit.refused}
+    return [
+        shared.measured("Balanced accuracy", tree.get("balanced_accuracy"), "pooled"),
+        shared.measured("Macro AUROC", tree.get("macro_auroc"), "pooled"),
+        Tile("Rounds with its update", f"{len(rounds)} of {result.rounds}", f"{refused} requests refused or failed"),
+        Tile("Left this hospital", bytes_text(result.bytes.up.total), f"{len(journal.visits)} replies"),
+        Tile("Came in", bytes_text(result.bytes.down.total)),
+        Tile("Trainable parameters", count(result.parameters.get("trainable")),
+             f"exchanged {count(result.parameters.get('exchanged'))}"),
+    ]  # fmt: skip
+
+
+def _journal(run: Run) -> JournalFacts:
+    return run.result.journal or JournalFacts()
+
+
+def _of_hospital(run: Run) -> list[Section]:
+    results = shared.results(run)
+    found = [Section(results.title, results.blocks, results.more, results.note), _left(run)]
+    if run.predictions is not None:
+        found.insert(1, _mistakes(run, run.predictions))
+    return [*found, Section("Data", [tables.sites(run)]), _digests(run)]
+
+
+def _mistakes(run: Run, predictions: pd.DataFrame) -> Section:
+    rows = predictions[(predictions["split"] == "test") & (predictions["model"] == "personal")]
+    classes = run.result.classes
+    matrix = tables.confusion("Confusion on the test split", metrics.confusion_matrix(rows, classes), classes)
+    diagram = shared.reliability("this hospital", rows, classes)
+    caption = "Reliability: accuracy over confidence in 15 equal bins, with the share of images in each below"
+    blocks: list[Block] = [matrix, tables.per_class(run), Figure(caption, [("", Markup(diagram))])]
+    note = "The model that this hospital uses, on its own test images. Rows of the confusion matrix are the true class."
+    return Section("Mistakes and calibration", blocks, note=note)
+
+
+def _left(run: Run) -> Section:
+    journal = _journal(run)
+    rows = [
+        [Cell(visit.time[:19].replace("T", " ")), Cell(f"{visit.kind} {visit.round}"), Cell(bytes_text(visit.came_in)),
+         Cell(bytes_text(visit.left)), Cell(count(visit.tensors)), Cell(count(visit.numbers)),
+         Cell(visit.refused or "answered", ", ".join(visit.blanked))]
+        for visit in journal.visits
+    ]  # fmt: skip
+    head = ["time (UTC)", "asked", "came in", "left", "tensors", "numbers", "outcome, and what was blanked"]
+    asked = Table("Every request of this run, and what left in answer", head, rows)
+    facts = [("lines of the journal", count(journal.lines)), ("hash of the last one", journal.hash)]
+    more = [("Every tensor", [tables.tensors("Left this hospital", run.result.wire.up),
+                              tables.tensors("Stayed here", run.result.kept_at_site)])]  # fmt: skip
+    note = (
+        "From the journal of this hospital, which was verified line by line for this page; bytes are those of whole "
+        "messages. Keep a copy of the last hash at another place: it shows later whether a line was changed."
+    )
+    blocks: list[Block] = [asked, facts, tables.numbers(run)]
+    return Section("What left this hospital", blocks, more, note)
+
+
+def _digests(run: Run) -> Section:
+    again = _again(run)
+    return Section("Digests", again.blocks, again.more)
