@@ -93,8 +93,9 @@ def comparison(runs: Sequence[Path]) -> Table:
     results = [_told(checkpoint.read_json(run / "result.json")) for run in runs]
     rows = [row for result in results for row in _compared(result, names)]
     majority = [
-        ("majority class", "0", "", *_means({"personal": r.get("majority", {}).get("test", {})}, names))
+        ("majority class", "0", "", *_means({"personal": r["majority"].get("test", {})}, names))
         for r in results
+        if "majority" in r  # else the images did not lie in one place
     ]
     for row in dict.fromkeys([*rows, *majority]):  # runs on the same data share their majority class
         table.add_row(*row)

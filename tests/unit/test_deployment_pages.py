@@ -84,7 +84,7 @@ def test_nothing_of_an_image_or_a_patient_is_in_it(apart: Apart) -> None:
         assert str(apart.at(site)) not in text
 
 
-def test_the_verb_makes_it_again_and_beside_a_simulation(apart: Apart, tmp_path: Path, capsys: object) -> None:
+def test_the_verb_makes_it_again_and_beside_a_simulation(apart: Apart, tmp_path: Path) -> None:
     before = (apart.run / "report.html").read_bytes()
     (apart.run / "report.html").unlink()
     with pytest.raises(SystemExit) as ended:
