@@ -37,8 +37,8 @@ def init(
     ] = None,
 ) -> None:
     """Make a folder for the coordinator and one per hospital, with keys and certificates to try out."""
-    from consilium.deployment.checklist import checklist
     from consilium.deployment.init import init as make
+    from consilium.deployment.leaflets import checklist
 
     folders = make(federation, out, site_file)
     print(checklist(federation, folders))
@@ -47,15 +47,43 @@ def init(
 @site.command("join")
 def join(
     folder: Folder,
-    service: Annotated[bool, typer.Option("--service-only", help="Without Flower's node: it runs elsewhere.")] = False,
+    service: Annotated[
+        bool, typer.Option("--service-only", help="Without Flower's node: `site node` runs it.")
+    ] = False,
+    socket: Annotated[Path | None, typer.Option(help="With --service-only: where to listen.")] = None,
+    node_user: Annotated[
+        str | None, typer.Option(help="With --service-only: the system's user who runs the node, and may ask.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object per event and line.")] = False,
 ) -> None:
     """Serve this hospital's site, and connect it to the coordinator, until Ctrl-C."""
     from consilium import progress
-    from consilium.deployment.hospital import join as take_part
+    from consilium.deployment import hospital
+
+    if not service and (socket or node_user):
+        raise typer.BadParameter("--socket and --node-user belong to --service-only")
+    with progress.json_lines() if json else progress.plain() as show:
+        if service:
+            return hospital.serve(folder, show, _until_ended, socket, node_user)
+        return hospital.join(folder, show, _until_ended)
+
+
+@site.command("node")
+def node(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="With federation.toml and keys/; no more is needed.")
+    ],
+    socket: Annotated[
+        Path | None, typer.Option(help="Where the site's service listens; left out: in the same folder.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object per event and line.")] = False,
+) -> None:
+    """Connect a site's service to the coordinator, as a user of its own who cannot read images, until Ctrl-C."""
+    from consilium import progress
+    from consilium.deployment import hospital
 
     with progress.json_lines() if json else progress.plain() as show:
-        take_part(folder, show, _until_ended, node=not service)
+        hospital.connect(folder, socket or folder / hospital.SOCKET, show, _until_ended)
 
 
 @site.command("check")
@@ -113,6 +141,28 @@ def audit_log(folder: Folder, json: Json = False) -> None:
         return print_json(entries)
     listing.show(listing.rows(table(entries)))
     return print(f"{len(entries)} lines, whole and in order; the last one is {Journal(folder).last()}")
+
+
+@site.command("states")
+def states(
+    folder: Folder,
+    json: Json = False,
+    delete: Annotated[str | None, typer.Option(metavar="RUN", help="Remove what is kept of this run.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Without asking.")] = False,
+) -> None:
+    """What this hospital keeps of each run: rounds and bytes; delete one run's share, to withdraw."""
+    from consilium import listing
+    from consilium.deployment import files, keeping
+
+    files.read_site(folder)
+    if delete is not None:
+        if not yes:
+            typer.confirm(f"Delete what this site learnt in run {delete}? It cannot be brought back", abort=True)
+        return print(f"{delete}: {keeping.delete(folder, delete):,} bytes deleted; the journal stays")
+    found = keeping.states(folder)
+    if json:
+        return print_json(found)
+    return listing.show(listing.rows(found)) if found else print("nothing is kept here")
 
 
 @coordinator.command()

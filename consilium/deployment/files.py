@@ -8,6 +8,7 @@ its images lie, on what it computes. It cannot change what was agreed on; the ha
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from consilium.registry import Options, options_error
 
 FEDERATION, SITE, SECRET, NODES, COORDINATOR = "federation.toml", "site.toml", "secret.json", "nodes", "coordinator"
 OWN = ("sites", "engine", "backbone")  # tables of a configuration that a site's file may hold; of the last the weights
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # also a system's service, a host's user, a word of a script
 Seconds = Annotated[float, Field(gt=0)]
 
 
@@ -40,9 +42,12 @@ class Deployment(Options):
     @classmethod
     def _named(cls, sites: tuple[str, ...]) -> tuple[str, ...]:
         reserved = ("", ".", "..", "global", COORDINATOR)
-        unfit = [name for name in sites if name in reserved or any(sign in name for sign in "/\\\0\"'")]
+        unfit = [name for name in sites if name in reserved or not _NAME.fullmatch(name)]
         if not sites or unfit or len(set(sites)) < len(sites):
-            raise ValueError(f"one or more different names that can be a folder's and are none of {reserved[1:]}")
+            signs = "letters, digits, and after the first also . _ -"
+            raise ValueError(
+                f"one or more different names that can be a folder's and a service's ({signs}), none of {reserved[1:]}"
+            )
         return sites
 
     @field_validator("address")

@@ -7,6 +7,8 @@ listens on a socket in `socket/`, which the site's Flower node asks for every me
 
 from __future__ import annotations
 
+import os
+import pwd
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from consilium.deployment.guard import Guard
 from consilium.deployment.journal import Journal
 from consilium.deployment.log import Log, now
 from consilium.deployment.processes import Supervised
-from consilium.engines.relay import Listener
+from consilium.engines.relay import Listener, Other
 from consilium.engines.resident import Resident, claimed
 from consilium.engines.site import Site
 from consilium.errors import ConfigError
@@ -72,9 +74,15 @@ def approve(folder: Path, agreement: str, by: str) -> None:
     gating.approve(folder, agreement, by, now())
 
 
-def serve(folder: Path, show: Show, until: Callable[[], None]) -> None:
-    """Answer requests until `until` returns. StateError where another process serves this folder."""
-    own = files.read_site(folder)
+def serve(
+    folder: Path, show: Show, until: Callable[[], None], socket: Path | None = None, node_user: str | None = None
+) -> None:
+    """Answer requests until `until` returns. StateError where another process serves this folder.
+
+    `socket`: where to listen, if not in the folder; `node_user`: the system's name of a user beside this one who may
+    ask, and who runs the node (`connect`).
+    """
+    own, other = files.read_site(folder), _user(node_user)
     log = Log(own.folder / LOG)
 
     def tell(event: Mapping[str, object]) -> None:
@@ -94,7 +102,7 @@ def serve(folder: Path, show: Show, until: Callable[[], None]) -> None:
             _end(own, site, data, reply, tell)
             return reply
 
-        with Listener(own.folder / SOCKET, answer):
+        with Listener(socket or own.folder / SOCKET, answer, other):
             tell({"event": "ready", "site": own.name, "images": len(site.data.train)})
             until()
 
@@ -117,21 +125,36 @@ def page(folder: Path, run: str | None) -> Path:
     return own_page.write(own, open_site(own, lambda _: None), name)
 
 
-def join(folder: Path, show: Show, until: Callable[[], None], *, node: bool = True) -> None:
-    """The service and, unless it runs elsewhere, Flower's node beside it."""
-    own, address = files.read_site(folder), files.read(folder).deployment.address
-    log = Log(own.folder / LOG)
+def _user(name: str | None) -> Other | None:
+    """A user by name; ConfigError where the system knows none of that name."""
+    if name is None:
+        return None
+    try:
+        found = pwd.getpwnam(name)
+    except KeyError as error:
+        remedy = f"useradd --system {name}"
+        raise ConfigError("no user of this name", where="--node-user", received=name, remedy=remedy) from error
+    return Other(found.pw_uid, found.pw_gid)
+
+
+def join(folder: Path, show: Show, until: Callable[[], None]) -> None:
+    """The service, and Flower's node beside it, by one user."""
+    serve(folder, show, lambda: connect(folder, folder / SOCKET, show, until))
+
+
+def connect(folder: Path, socket: Path, show: Show, until: Callable[[], None]) -> None:
+    """Flower's node alone, until `until` returns. The folder needs no more than the agreement and keys/."""
+    address, log = files.read(folder).deployment.address, Log(folder / LOG)
+    folder = folder.resolve()
+    missing = [name for name in (processes.CA, processes.NODE_KEY) if not os.access(folder / "keys" / name, os.R_OK)]
+    if missing:
+        where, remedy = str(folder / "keys"), "copy keys/ of the site's folder there, for the node's user alone"
+        raise ConfigError("the node cannot read its keys", where=where, received=", ".join(missing), remedy=remedy)
 
     def tell(event: Mapping[str, object]) -> None:
         log(event)
         show(event)
 
-    if not node:
-        return serve(folder, show, until)
-    command = processes.supernode(own.folder, address, own.folder / SOCKET)
-
-    def connected() -> None:
-        with Supervised(command, own.folder / processes.HOME, own.folder / "supernode.log", tell):
-            until()
-
-    return serve(folder, show, connected)
+    command = processes.supernode(folder, address, socket.resolve())
+    with Supervised(processes.SUPERNODE, command, folder / processes.HOME, folder / "supernode.log", tell):
+        until()

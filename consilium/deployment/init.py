@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from consilium.deployment import files, hospital, processes, shim
+from consilium.deployment import files, hospital, leaflets, processes, services, shim
 from consilium.deployment.processes import CA, CERTIFICATE, KEY, NODE_KEY, PUBLIC_KEY
 from consilium.errors import StateError
 
@@ -38,6 +38,7 @@ def init(federation: Path, out: Path, template: Path | None = None) -> list[Path
     _coordinator(partial / files.COORDINATOR, federation, agreement.deployment.address)
     for site in agreement.deployment.sites:
         _site(partial / site, site, federation, template)
+        leaflets.site(partial / site, site, agreement.deployment.address)
         shutil.copy(partial / files.COORDINATOR / "keys" / CA, partial / site / "keys" / CA)
         shutil.copy(partial / site / "keys" / PUBLIC_KEY, partial / files.COORDINATOR / files.NODES / f"{site}.pub")
     for folder in folders:
@@ -52,6 +53,8 @@ def _coordinator(folder: Path, federation: Path, address: str) -> None:
     shutil.copy(federation, folder / files.FEDERATION)
     certificates(keys, address.rpartition(":")[0])
     shim.write(folder / processes.APP)
+    services.leader(folder)
+    leaflets.leader(folder, address)
 
 
 def _site(folder: Path, name: str, federation: Path, template: Path | None) -> None:
@@ -61,6 +64,7 @@ def _site(folder: Path, name: str, federation: Path, template: Path | None) -> N
     own = template.read_text(encoding="utf-8") if template is not None else TEMPLATE
     (folder / files.SITE).write_text(f'site = "{name}"\n\n{own}', encoding="utf-8")
     node_key(keys, f"{name}")
+    services.site(folder, name)
 
 
 def _private(folder: Path) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from consilium import checkpoint, run_folder
-from consilium.deployment import board, conduct, files, processes
+from consilium.deployment import board, conduct, door, files, processes
 from consilium.deployment.log import Log
 from consilium.deployment.processes import APP, CONNECTION, Supervised
 from consilium.errors import ConfigError, StateError
@@ -35,9 +35,15 @@ def start(folder: Path, show: Show, until: Callable[[], None]) -> None:
     address = agreement.deployment.address
     processes.write_connection(folder.resolve(), address)
     command = processes.superlink(folder.resolve(), address)
-    with Supervised(command, folder.resolve() / processes.HOME, folder / "superlink.log", tell, pause=2.0):
+    with Supervised(
+        door.SUPERLINK, command, folder.resolve() / processes.HOME, folder / "superlink.log", tell, pause=2.0
+    ):
         for site in keys:
             register(folder, site)
+        if not processes.is_guarded(folder.resolve(), address):
+            raise StateError(
+                "the SuperLink serves more than hospitals need", remedy="install a Flower that is declared"
+            )
         tell({"event": "ready", "address": address, "sites": sorted(keys)})
         until()
 
@@ -106,6 +112,7 @@ def begun(folder: Path) -> None:
 
 def stop(folder: Path) -> None:
     """End the run; what is closed stays, and `resume` goes on from it."""
+    _known(folder)
     if not (folder / FLOWER_RUN).is_file():
         raise StateError("no run was begun here", where=str(folder), remedy="consilium coordinator submit")
     run = checkpoint.read_json(folder / FLOWER_RUN)["run"]
@@ -114,11 +121,19 @@ def stop(folder: Path) -> None:
 
 def status(folder: Path) -> dict[str, Any]:
     """How the run stands; "died" where it says that it is going on and nobody works on it."""
+    _known(folder)
     found = board.read(folder)
     alive = run_folder.is_held(folder / conduct.RUN)
     if found.get("state") in ("starting", "running") and not alive and board.age(found) > START:
         found |= {"state": "died", "message": "the coordinator's process ended without a word: resume it"}
     return found
+
+
+def _known(folder: Path) -> None:
+    """ConfigError for what is no coordinator's folder at all."""
+    if not (folder / files.FEDERATION).is_file():
+        remedy = "give the folder that consilium deploy init made"
+        raise ConfigError("this is no coordinator's folder", where=str(folder), remedy=remedy)
 
 
 START = 90.0  # seconds from handing a run over until its coordinator holds the lock of its folder

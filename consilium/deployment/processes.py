@@ -7,11 +7,13 @@ of it telemetry, update checks and the installation of an app's dependencies are
 from __future__ import annotations
 
 import ctypes
+import http.client
 import json
 import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -19,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from consilium.deployment import door
 from consilium.errors import ConfigError, StateError
 
 QUIET = {
@@ -29,6 +32,7 @@ QUIET = {
 }
 CA, CERTIFICATE, KEY, NODE_KEY, PUBLIC_KEY = "ca.crt", "server.pem", "server.key", "node.key", "node.key.pub"
 APP, HOME, DATABASE, CONNECTION = "app", "flower", "superlink.db", "deploy"
+SUPERNODE = "flower-supernode"
 _LIBC = ctypes.CDLL(None)
 _PARENT_DIED = 1  # of Linux's prctl: which signal a process gets then
 PAUSE = 20.0  # seconds before a program that ended is started again; Flower refuses a node within a minute of its death
@@ -52,12 +56,28 @@ def program(name: str) -> str:
 
 
 def superlink(folder: Path, address: str) -> list[str]:
-    """The coordinator's end: TLS, registered nodes only, a database that outlives it."""
+    """The coordinator's end: TLS, registered nodes only, a database that outlives it, and `door` before it."""
+    program(door.SUPERLINK)
     _, _, port = address.rpartition(":")
     keys = folder / "keys"
     secured = ["--ssl-ca-certfile", keys / CA, "--ssl-certfile", keys / CERTIFICATE, "--ssl-keyfile", keys / KEY]
     stays = ["--database", folder / DATABASE, "--disable-runtime-dependency-installation", "--enable-supernode-auth"]
-    return [program("flower-superlink"), "--host", "0.0.0.0", "--port", port, *map(str, [*secured, *stays])]
+    behind = [sys.executable, "-m", door.__name__]
+    return [*behind, "--host", "0.0.0.0", "--port", port, *map(str, [*secured, *stays])]
+
+
+def is_guarded(folder: Path, address: str) -> bool:
+    """Whether the door is in front of the SuperLink that listens here; False where none listens."""
+    port = int(address.rpartition(":")[2])
+    context = ssl.create_default_context(cafile=str(folder / "keys" / CA))
+    connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=30, context=context)
+    try:
+        connection.request("GET", door.HERE)
+        return connection.getresponse().status == 204
+    except OSError:
+        return False
+    finally:
+        connection.close()
 
 
 def supernode(folder: Path, address: str, relay: Path) -> list[str]:
@@ -65,14 +85,15 @@ def supernode(folder: Path, address: str, relay: Path) -> list[str]:
     keys = folder / "keys"
     secured = ["--root-certificates", keys / CA, "--auth-supernode-private-key", keys / NODE_KEY]
     inside = ["--host", "127.0.0.1", "--port", str(free_port()), "--node-config", f"consilium-socket='{relay}'"]
-    return [program("flower-supernode"), "--superlink", address, *map(str, secured), *inside]
+    return [program(SUPERNODE), "--superlink", address, *map(str, secured), *inside]
 
 
 def write_connection(folder: Path, address: str) -> None:
-    """Where Flower's command line finds the SuperLink."""
+    """Where Flower's command line finds the SuperLink: on this machine, as does a run's own process."""
     home = folder / HOME
     home.mkdir(parents=True, exist_ok=True)
-    lines = [f"[superlink.{CONNECTION}]", f'address = "{address}"', f'root-certificates = "{folder / "keys" / CA}"']
+    here = f"127.0.0.1:{address.rpartition(':')[2]}"
+    lines = [f"[superlink.{CONNECTION}]", f'address = "{here}"', f'root-certificates = "{folder / "keys" / CA}"']
     (home / "config.toml").write_text("\n".join(["[superlink]", f'default = "{CONNECTION}"', "", *lines]) + "\n")
 
 
@@ -109,11 +130,14 @@ def free_port() -> int:
 class Supervised:
     """A program that is started again whenever it ends, until it is stopped. Use as a context manager."""
 
-    def __init__(self, command: Sequence[str], home: Path, log: Path, tell: Tell, pause: float = PAUSE) -> None:
-        self.command, self.home, self.log, self.tell, self.pause = list(command), home, log, tell, pause
+    def __init__(
+        self, name: str, command: Sequence[str], home: Path, log: Path, tell: Tell, pause: float = PAUSE
+    ) -> None:
+        self.name, self.command, self.home = name, list(command), home
+        self.log, self.tell, self.pause = log, tell, pause
         self.process: subprocess.Popen[bytes] | None = None
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name=Path(command[0]).name, daemon=True)
+        self._thread = threading.Thread(target=self._watch, name=name, daemon=True)
 
     def __enter__(self) -> Supervised:
         self._thread.start()
@@ -130,7 +154,7 @@ class Supervised:
         self._thread.join()
 
     def _watch(self) -> None:
-        name = Path(self.command[0]).name
+        name = self.name
         while not self._stopped.is_set():
             with self.log.open("ab") as out:
                 self.process = self._start(out)

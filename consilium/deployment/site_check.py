@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -23,7 +23,7 @@ from consilium.deployment import files, gate, hospital, processes
 from consilium.deployment.files import SiteFile
 from consilium.deployment.journal import Journal
 from consilium.engines.site import Site
-from consilium.engines.state import StateFolder, least_bytes
+from consilium.engines.state import least_bytes
 from consilium.errors import ConsiliumError
 from consilium.results import site_table
 
@@ -154,12 +154,3 @@ def _clock(head: str) -> Finding:
         return Finding("clock", "doubtful", "the coordinator does not say what time it is")
     apart = abs((datetime.now(UTC) - parsedate_to_datetime(date)).total_seconds())
     return Finding("clock", "good" if apart < SKEW else "bad", f"{apart:.0f} s from the coordinator's")
-
-
-def states(folder: Path) -> list[dict[str, Any]]:
-    """What the site keeps of each run: rounds and bytes."""
-    found = []
-    for each in sorted((folder / hospital.STATE).glob("*/")):
-        size = sum(path.stat().st_size for path in each.rglob("*") if path.is_file())
-        found.append({"run": each.name, "rounds": StateFolder(each, "").rounds(), "bytes": size})
-    return found

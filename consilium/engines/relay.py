@@ -2,7 +2,8 @@
 
 A federated engine may start a process for every message; that process asks here, and the backbone stays warm in the one
 that listens. The socket is a file that only its owner can open, in a folder that only its owner can enter, and the
-listener asks the system who calls. Nothing heavy is imported, as the asking process starts anew each time.
+listener asks the system who calls. One other user may be let in: that of the node, who then can ask, and read nothing
+else of the site. Nothing heavy is imported, as the asking process starts anew each time.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import struct
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from consilium.errors import StateError
@@ -41,12 +43,21 @@ def ask(path: Path, request: bytes, timeout: float | None = None) -> bytes:
         raise Unreachable(f"{type(error).__name__}: {error}") from error
 
 
+@dataclass(frozen=True)
+class Other:
+    """A user beside the owner who may ask, by the numbers that the system knows."""
+
+    user: int
+    group: int
+
+
 class Listener:
     """Answers one request after the other until it is closed. Use as a context manager."""
 
-    def __init__(self, path: Path, answer: Answer) -> None:
+    def __init__(self, path: Path, answer: Answer, other: Other | None = None) -> None:
         self.path, self.answer = path, answer
-        self._socket = _bound(path)
+        self._users = {os.getuid(), 0} | ({other.user} if other is not None else set())
+        self._socket = _bound(path, other)
         self._thread = threading.Thread(target=self._serve, name="relay", daemon=True)
 
     def __enter__(self) -> Listener:
@@ -72,34 +83,50 @@ class Listener:
                 return
             with caller, suppress(Exception):  # who went away, or met a fault, gets no answer and may ask again
                 caller.settimeout(_PATIENCE)
-                if _is_owner(caller):
+                if _may_ask(caller, self._users):
                     _send(caller, self.answer(_receive(caller)))
 
 
-def _bound(path: Path) -> socket.socket:
+def _bound(path: Path, other: Other | None) -> socket.socket:
     if len(os.fsencode(path)) > LONGEST_PATH:
         remedy = "choose a folder with a shorter name for it"
         raise StateError(
             "the name of this socket is too long", where=str(path), allowed=f"{LONGEST_PATH} bytes", remedy=remedy
         )
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if path.parent.stat().st_mode & 0o077:
-        remedy = f"chmod 700 {path.parent}"
+    if other is not None:
+        _let_in(path.parent, other, 0o750)
+    if path.parent.stat().st_mode & (0o077 if other is None else 0o027):
+        remedy = f"chmod {'700' if other is None else '750'} {path.parent}"
         raise StateError("others can enter the folder of the site's socket", where=str(path.parent), remedy=remedy)
     path.unlink(missing_ok=True)  # of a service that was killed: whoever holds the site's lock may take its place
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
     path.chmod(0o600)
+    if other is not None:
+        _let_in(path, other, 0o660)
     listener.listen()
     return listener
 
 
-def _is_owner(caller: socket.socket) -> bool:
-    """Whether the same user, or the system's own, is at the other end; where the system does not say, the file does."""
+def _let_in(path: Path, other: Other, mode: int) -> None:
+    """Give a file or folder to the group of the other user; StateError where the system does not let us."""
+    try:
+        os.chown(path, -1, other.group)
+        path.chmod(mode)
+    except OSError as error:
+        remedy = "make the user of the service a member of the node's group (usermod -aG), and log in anew"
+        raise StateError(
+            "the node's user cannot be let in", where=str(path), received=str(error), remedy=remedy
+        ) from error
+
+
+def _may_ask(caller: socket.socket, users: set[int]) -> bool:
+    """Whether one of these users is at the other end; where the system does not say, the file's permissions do."""
     if not hasattr(socket, "SO_PEERCRED"):
         return True
     _, user, _ = struct.unpack("3i", caller.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-    return user in (os.getuid(), 0)
+    return user in users
 
 
 def _send(to: socket.socket, data: bytes) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import stat
 import struct
 import threading
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import given, settings
@@ -49,19 +51,62 @@ def test_a_folder_that_others_can_enter_is_refused(tmp_path: Path) -> None:
 def test_another_user_gets_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bytes] = []
     with relay.Listener(tmp_path / "s" / "relay", lambda data: asked.append(data) or data) as listener:
-        monkeypatch.setattr(relay, "_is_owner", lambda _: False)
+        monkeypatch.setattr(relay, "_may_ask", lambda *_: False)
         with pytest.raises(relay.Unreachable):
             relay.ask(listener.path, b"secret?")
     assert asked == []
 
 
-def test_who_calls_is_asked_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_calls_is_asked_of_the_system() -> None:
     here, there = socket.socketpair()
     with here, there:
-        assert relay._is_owner(here)
-        monkeypatch.setattr(relay.os, "getuid", lambda: 4711)
-        monkeypatch.setattr(relay.struct, "unpack", lambda *_: (1, 4712, 4712))
-        assert not relay._is_owner(here)
+        assert relay._may_ask(here, {os.getuid()})
+        assert not relay._may_ask(here, {os.getuid() + 1})
+
+
+def test_the_user_of_the_node_is_let_in_and_nobody_else(tmp_path: Path) -> None:
+    other = relay.Other(os.getuid() + 1, os.getgid())
+    with relay.Listener(tmp_path / "s" / "relay", lambda data: data, other) as listener:
+        assert stat.S_IMODE(listener.path.stat().st_mode) == 0o660
+        assert stat.S_IMODE(listener.path.parent.stat().st_mode) == 0o750
+        assert listener.path.stat().st_gid == listener.path.parent.stat().st_gid == other.group
+        assert listener._users == {os.getuid(), 0, other.user}
+
+
+def _asked_by(user: int, path: Path) -> int:
+    """0 where a process of that user got an answer, 3 where it got none."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setgid(user)
+            os.setuid(user)
+            os._exit(0 if relay.ask(path, b"?") == b"?" else 4)
+        except relay.Unreachable:
+            os._exit(3)
+        except BaseException:
+            os._exit(5)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only the system's own user can become another one")
+def test_for_real_one_other_user_gets_answers_and_a_third_does_not() -> None:
+    with TemporaryDirectory() as name:  # which others can enter, as they cannot enter a folder of pytest
+        Path(name).chmod(0o755)
+        with relay.Listener(Path(name) / "s" / "relay", lambda data: data, relay.Other(4711, 4711)) as listener:
+            assert [_asked_by(user, listener.path) for user in (4711, 4712, 0)] == [0, 3, 0]
+            Path(name, "s").chmod(0o755)
+            listener.path.chmod(0o666)  # permissions that somebody spoilt: the system still says who calls
+            assert [_asked_by(user, listener.path) for user in (4711, 4712)] == [0, 3]
+
+
+def test_a_group_that_the_service_is_no_member_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chown(*_: object) -> None:
+        raise PermissionError("no member")
+
+    monkeypatch.setattr(relay.os, "chown", chown)
+    with pytest.raises(StateError, match="node's user cannot be let in"):
+        relay.Listener(tmp_path / "s" / "relay", lambda data: data, relay.Other(1, 1))
 
 
 def test_nobody_listens(tmp_path: Path) -> None:

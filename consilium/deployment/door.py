@@ -1,0 +1,74 @@
+"""Composition: the coordinator's port. In: Flower's SuperLink. Out: the same; others reach the nodes' part of it only.
+
+Flower serves three interfaces on one port. The nodes' asks for a registered key. The one by which runs are begun asks
+for nothing: whoever reached it could make the coordinator and every node run any code. So all but the nodes' interface
+is for callers on this machine. No part of Flower is changed: what it hands to its web server goes through here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Awaitable, Callable, MutableMapping
+from importlib.metadata import entry_points
+from ipaddress import ip_address
+from typing import Any
+
+SUPERLINK, NODES, HERE = "flower-superlink", "/v1/fleet/", "/consilium/door"
+Scope = MutableMapping[str, Any]
+Send = Callable[[Scope], Awaitable[None]]
+Receive = Callable[[], Awaitable[Scope]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class Door:
+    """A web application in front of another one."""
+
+    def __init__(self, inner: App) -> None:
+        self.inner = inner
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand on what may pass; 403 for the rest, 204 for who asks whether there is a door."""
+        if scope["type"] == "http" and scope["path"] == HERE:
+            await _answer(send, 204)
+        elif scope["type"] == "lifespan" or _is_local(scope) or _is_of_nodes(scope):
+            await self.inner(scope, receive, send)
+        elif scope["type"] == "http":
+            await _answer(send, 403)
+        else:
+            await send({"type": "websocket.close", "code": 1008})
+
+
+def _is_local(scope: Scope) -> bool:
+    try:
+        return ip_address(scope["client"][0]).is_loopback
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+def _is_of_nodes(scope: Scope) -> bool:
+    return scope["type"] == "http" and str(scope["path"]).startswith(NODES)
+
+
+async def _answer(send: Send, status: int) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body", "body": b""})
+
+
+def main() -> None:
+    """Flower's own program, with the words of the command line, behind the door."""
+    import uvicorn
+
+    web: Any = uvicorn
+    serve = web.run
+
+    def guarded(app: App, **settings: Any) -> None:
+        serve(Door(app), **settings)
+
+    web.run = guarded
+    (program,) = entry_points(group="console_scripts", name=SUPERLINK)
+    sys.argv[0] = SUPERLINK
+    program.load()()
+
+
+if __name__ == "__main__":
+    main()

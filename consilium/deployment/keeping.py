@@ -1,0 +1,37 @@
+"""Composition: what a hospital keeps of every run. In: its folder. Out: a table of it; one run's share, deleted.
+
+States hold what the site learnt from its images. What left is noted in the journal, which stays.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from consilium.deployment import hospital
+from consilium.deployment.log import Log
+from consilium.engines.resident import claimed
+from consilium.engines.state import StateFolder
+from consilium.errors import ConfigError
+
+
+def states(folder: Path) -> list[dict[str, Any]]:
+    """Of each run that the site keeps something of: its rounds, and bytes."""
+    found = []
+    for each in sorted((folder / hospital.STATE).glob("*/")):
+        size = sum(path.stat().st_size for path in each.rglob("*") if path.is_file())
+        found.append({"run": each.name, "rounds": StateFolder(each, "").rounds(), "bytes": size})
+    return found
+
+
+def delete(folder: Path, run: str) -> int:
+    """Remove what the site keeps of a run; how many bytes. StateError while its service is running."""
+    known = {row["run"]: int(row["bytes"]) for row in states(folder)}
+    if run not in known:
+        allowed = ", ".join(known) or "none: nothing is kept here"
+        raise ConfigError("the site keeps nothing of this run", where=str(folder), allowed=allowed, received=run)
+    with claimed(folder / hospital.STATE):
+        shutil.rmtree(folder / hospital.STATE / run)
+    Log(folder / hospital.LOG)({"event": "deleted", "run": run, "bytes": known[run]})
+    return known[run]
