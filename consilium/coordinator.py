@@ -178,8 +178,7 @@ class Coordinator:
     # -------------------------------------------------------------------------------------------- sites and disk
     @cached_property
     def _partners(self) -> Partners:
-        by_quorum: frozenset[RequestKind] = frozenset({"round", "finish"} if self.remote else {"round"})
-        return Partners(self.experiment, self.transport, self.folder, self.display, self.explain, by_quorum)
+        return Partners(self.experiment, self.transport, self.folder, self.display, self.explain, self.remote)
 
     def _exchange(
         self, progress: Progress, kind: RequestKind, number: int, sites: Sequence[str], context: Mapping[str, Any]

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from consilium import messages, metrics
+from consilium import messages, metrics, payload
 from consilium.errors import ConfigError, TrainingError, WireError
 from consilium.experiment import Experiment
 from consilium.messages import Reply, Request, RequestKind, check_learned, check_numbers, decode_reply, encode
@@ -24,6 +24,7 @@ from consilium.rounds import Progress, Versions
 from consilium.tensors import Tensors, digest
 
 Display = Callable[[Mapping[str, object]], None]
+LARGEST_ENVELOPE = 1024**2  # bytes of a reply beside its tensors: numbers, and those of a test split at the end
 
 
 ABSURD = 1e8  # no trained parameter, control or statistic of features is as large
@@ -47,7 +48,12 @@ class Partners:
     folder: Path
     display: Display
     explain: Callable[[Failure], str]
-    by_quorum: frozenset[RequestKind] = frozenset({"round"})  # questions that some sites may leave unanswered
+    remote: bool = False  # hospitals: the quorum decides over whatever one of them sends or fails to send
+
+    @property
+    def by_quorum(self) -> tuple[RequestKind, ...]:
+        """Questions that some sites may leave unanswered."""
+        return ("round", "finish") if self.remote else ("round",)
 
     @cached_property
     def _common(self) -> dict[str | None, Versions]:
@@ -107,6 +113,7 @@ class Exchange:
     def _read(self, site: str, data: bytes) -> Reply | Failure:
         """A reply that can be used, or why it cannot."""
         try:
+            self._within_limit(site, data)
             opened = messages.open_message(data)
             self.progress.ledger.add("up", site, opened.size)
             reply = decode_reply(opened, self.allowed("up", site))
@@ -132,6 +139,16 @@ class Exchange:
         if (way, like) not in self._wire:
             self._wire[way, like] = experiment.wire(way, self.number, like)
         return self._wire[way, like]
+
+    def _within_limit(self, site: str, data: bytes) -> None:
+        """WireError for more bytes than the declared tensors and an envelope can have, before they are looked at."""
+        allowed = self.allowed("up", site)
+        if any(None in spec.shape for spec in allowed.values()):
+            return  # how many of these a site has, it alone knows
+        limit = payload.num_bytes(allowed, allowed) + LARGEST_ENVELOPE
+        if len(data) > limit:
+            received = f"{len(data)} bytes"
+            raise WireError(f"the reply of {site} is too large", allowed=f"{limit} bytes", received=received)
 
     def _whole(self, reply: Reply) -> Tensors:
         """The tensors of a reply; coded ones are steps from what the site was sent."""
@@ -181,7 +198,7 @@ class Exchange:
     def _enough(self) -> None:
         reasons = "; ".join(f"{each.site}: {each.code}, {' '.join(each.message.split())}" for each in self.failures)
         broken = [failure.site for failure in self.failures if failure.code == "non_finite"]
-        if broken:
+        if broken and not self.partners.remote:
             remedy = (
                 "lower train.learning_rate or mend the site's data, in a new --out; the rounds before are kept, "
                 "but --resume with the same configuration and data fails here again"
@@ -192,7 +209,7 @@ class Exchange:
                 received=reasons,
                 remedy=remedy,
             )
-        asked = len(self.asked)
+        asked, remote = len(self.asked), self.partners.remote
         share = self.partners.experiment.config.train.quorum * asked
         needed = (
             math.ceil(share - 1e-9) if self.kind in self.partners.by_quorum else asked
@@ -203,7 +220,8 @@ class Exchange:
                 where=str(self.partners.folder),
                 allowed=f"at least {needed}",
                 received=reasons,
-                remedy="mend the sites and run again with --resume",
+                remedy="mend the sites, then "
+                + ("consilium coordinator resume" if remote else "run again with --resume"),
             )
 
 

@@ -66,14 +66,17 @@ class Board:
             yield
         except BaseException as error:
             text = str(error) if isinstance(error, ConsiliumError) else f"{type(error).__name__}: {error}"
-            self.table |= {"state": "failed", "message": text}
-            self.log({"event": "failed", "message": text})
+            self.broke_off(text)
             raise
-        else:
-            self.table |= {"state": "finished", "message": ""}
-            self.log({"event": "finished"})
-        finally:
-            self._write()
+        self.table |= {"state": "finished", "message": ""}
+        self.log({"event": "finished"})
+        self._write()
+
+    def broke_off(self, why: str) -> None:
+        """The run ends here, from outside."""
+        self.table |= {"state": "failed", "message": why}
+        self.log({"event": "failed", "message": why})
+        self._write()
 
     def _write(self) -> None:
         with suppress(StateError):  # a full disk: the run's own files say so

@@ -7,7 +7,11 @@ moment, goes on after the last closed round.
 
 from __future__ import annotations
 
+import os
 import secrets
+import signal
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,12 +39,22 @@ def conduct(folder: Path, grid: Grid) -> None:
     from consilium.engines import flower
 
     board = Board(folder)
+    threading.Thread(target=_end_with, args=(os.getppid(), board), daemon=True).start()
     with board.reporting():
         agreement = files.read(folder)
         settings = agreement.deployment
         keys = {site: flower.fingerprint(key) for site, key in files.public_keys(folder, agreement).items()}
         transport = flower.Transport(grid, keys, settings.deadline, settings.grace, board.show, poll=settings.poll)
         federate(agreement, transport, folder / RUN, board)
+
+
+def _end_with(parent: int, board: Board) -> None:
+    """End this process when Flower's, which started it, is gone: it would wait for ever for a SuperLink that, once it
+    is back, does not know it any more. Closed rounds are on the disk."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    board.broke_off("the SuperLink ended: consilium coordinator start, then resume")
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def federate(agreement: Agreement, transport: Transport, out: Path, board: Board) -> None:

@@ -124,7 +124,8 @@ def status(folder: Path) -> dict[str, Any]:
     _known(folder)
     found = board.read(folder)
     alive = run_folder.is_held(folder / conduct.RUN)
-    if found.get("state") in ("starting", "running") and not alive and board.age(found) > START:
+    patience = {"starting": START, "running": MOMENT}.get(str(found.get("state")))
+    if patience is not None and not alive and board.age(found) > patience:
         found |= {"state": "died", "message": "the coordinator's process ended without a word: resume it"}
     return found
 
@@ -137,6 +138,7 @@ def _known(folder: Path) -> None:
 
 
 START = 90.0  # seconds from handing a run over until its coordinator holds the lock of its folder
+MOMENT = 3.0  # seconds in which a coordinator that ends has let go of the lock and not yet written how it ended
 
 
 def follow(folder: Path, show: Callable[[dict[str, Any]], None], poll: float = 1.0) -> dict[str, Any]:

@@ -150,8 +150,8 @@ class Transport:
     def drop_late(self) -> None:
         """Replies to rounds that were closed: said, and not used. The state they speak of is not built upon."""
         for message in _pulled(self.grid, self.late):
-            site = self.late.pop(message.metadata.reply_to_message_id)
-            if not message.has_error() and "message" in message.content:
+            site = self.late.pop(message.metadata.reply_to_message_id, "")
+            if site and not message.has_error() and "message" in message.content:
                 size = len(unpack(message.content))
                 self.tell({"event": "late", "site": site, "bytes": size, "policy": "dropped"})
 
@@ -170,13 +170,18 @@ class _Asked:
         """Ask whoever is there and was not asked; hand on what came back since."""
         self.transport.drop_late()
         nodes = self.transport.nodes()
+        behind = set(self.transport.late.values())
         for site in sorted(self.open - set(self.under_way.values())):
             if site not in nodes:
                 self._note(site, "absent", "its node is not connected")
+            elif site in behind:  # asked again now, it would answer one round after the other too late
+                self._note(site, "late", "it is still at work on an earlier request")
             elif self.transport.clock() - self.failed.get(site, -AGAIN) >= AGAIN:
                 self._ask(site, nodes[site])
         for message in _pulled(self.transport.grid, self.under_way):
-            site = self.under_way.pop(message.metadata.reply_to_message_id)
+            site = self.under_way.pop(message.metadata.reply_to_message_id, "")
+            if not site:  # whoever holds a registered key may answer twice
+                continue
             answer = self._read(site, message)
             if answer is not None:
                 self.open.discard(site)

@@ -137,6 +137,13 @@ class Loopback:
         self.start(site, "site", "join", self.at(site), hook=hook)
         self.wait(lambda: self.output(site).count("ready site=") > before, site)
 
+    def join_all(self, hooks: Mapping[str, str] | None = None) -> None:
+        """All sites at once."""
+        for site in SITES:
+            self.start(site, "site", "join", self.at(site), hook=(hooks or {}).get(site, ""))
+        for site in SITES:
+            self.wait(lambda site=site: "ready site=" in self.output(site), site)  # type: ignore[misc]
+
     def slowly(self, site: str) -> Path:
         """Join with a service that waits before it answers, as long as the file is there."""
         mark = self.folder / f"{site}.slow"

@@ -1,0 +1,76 @@
+"""What a federation ends with: the same in a simulation of it, and where both are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from consilium import checkpoint, config
+from consilium import run as simulation
+from consilium.deployment import files
+from consilium.engines import simulate
+from consilium.messages import envelope_of
+from consilium.protocols import Failure
+from tests.faults.loopback import OWN, SITES, Loopback
+
+Tensors = dict[str, Any]
+Absent = Mapping[str, Collection[int]]  # site -> rounds without it
+
+
+def simulated(made: Loopback, folder: Path, absent: Absent | None = None) -> Path:
+    """The run folder of the same federation in one process, where sites may be absent from rounds."""
+    agreement = (made.at(files.COORDINATOR) / files.FEDERATION).read_text()
+    table, own = (config.config_file.tomllib.loads(each) for each in (agreement.split("[deployment]")[0], OWN))
+    del own["gate"]
+    with _without(absent or {}):
+        return simulation.run(config.from_dict({**table, **own}), folder)
+
+
+@contextmanager
+def _without(absent: Absent) -> Iterator[None]:
+    whole = simulate.Transport.round
+
+    def round(self: simulate.Transport, requests: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
+        fields = {site: envelope_of(requests[site]) for site in requests}
+        away = {
+            site for site, each in fields.items() if each["kind"] == "round" and each["round"] in absent.get(site, ())
+        }
+        yield from whole(self, {site: requests[site] for site in requests if site not in away})
+        yield from ((site, Failure(site, "lost", "absent")) for site in sorted(away))
+
+    simulate.Transport.round = round  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        simulate.Transport.round = whole  # type: ignore[method-assign]
+
+
+def last(run: Path) -> Tensors:
+    """Tensors of the newest checkpoint."""
+    return checkpoint.load(max((run / "checkpoints").glob("*.safetensors")))[0]
+
+
+def assert_same(made: Loopback, run: Path) -> None:
+    """The last checkpoint, and the model that every site serves itself, are those of the simulation, to the bit."""
+    pairs = {"coordinator": (last(made.run), last(run))}
+    for site in SITES:
+        there = next(made.at(site).glob("state/*/served.safetensors"))
+        pairs[site] = checkpoint.load(there)[0], checkpoint.load(run / "sites" / site / there.name)[0]
+    for where, (found, wanted) in pairs.items():
+        assert found.keys() == wanted.keys(), where
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted), where
+
+
+def missed(made: Loopback, site: str) -> list[int]:
+    """Rounds that were closed without a site."""
+    return [each["round"] for each in made.rounds() if each["sites"][site]["status"] != "ok"]
+
+
+def assert_journals_whole(made: Loopback) -> None:
+    for site in SITES:
+        done = made.call("site", "audit-log", made.at(site))
+        assert done.returncode == 0, done.stderr

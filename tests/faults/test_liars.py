@@ -1,0 +1,89 @@
+"""A registered hospital that sends what it must not: refused by name, every time; the others keep their bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("flwr")
+
+from consilium.deployment import files
+from tests.faults.conftest import Lost
+from tests.faults.liar import PATIENT
+from tests.faults.loopback import SITES, Loopback, loopback
+from tests.faults.outcome import assert_journals_whole, assert_same, missed, simulated
+
+REFUSE = {'name = "fedavg"': 'name = "fedavg"\nrefuse_updates = 1000'}
+
+
+def played(made: Loopback, plan: dict[int, str]) -> None:
+    """A run in which prairie does what the plan says, to its end."""
+    made.link()
+    made.join_all({"prairie": f"from tests.faults import liar\nliar.install({plan!r})"})
+    made.submit()
+    assert made.ended()["state"] == "finished", made.told()
+
+
+def expect(made: Loopback, plan: dict[int, str], said: dict[str, tuple[str, str]]) -> None:
+    """Every round of the plan closed without prairie, for the reason given, and with the others."""
+    assert missed(made, "prairie") == sorted(plan)
+    for each in made.rounds():
+        assert [each["sites"][site]["status"] for site in SITES[:2]] == ["ok", "ok"]
+        row = each["sites"]["prairie"]
+        if each["round"] in plan:
+            code, text = said[plan[each["round"]]]
+            assert row["status"] == code, row
+            assert text in row["message"], row
+
+
+@pytest.mark.faults
+def test_tensors_that_must_not_come_are_refused_by_name(tmp_path: Path, lost: Lost) -> None:
+    plan = dict(enumerate(("nan", "inf", "shape", "names", "norm", "oversize", "noise"), start=2))
+    (tmp_path / "there").mkdir()
+    with loopback(tmp_path / "there", rounds=len(plan) + 2, change=REFUSE) as made:
+        played(made, plan)
+        said = {
+            "nan": ("non_finite", "site prairie"),
+            "inf": ("non_finite", "site prairie"),
+            "shape": ("refused", "site prairie"),
+            "names": ("refused", "site prairie"),
+            "norm": ("refused", "the update of prairie is too long"),
+            "oversize": ("refused", "the reply of prairie is too large"),
+            "noise": ("refused", "the reply of prairie is too large"),
+        }
+        expect(made, plan, said)
+        assert_same(made, simulated(made, tmp_path / "here", {"prairie": plan}))
+        for name in said:
+            lost(f"{name} in a reply")
+
+
+@pytest.mark.faults
+def test_old_and_foreign_replies_and_texts_of_exceptions_do_not_come_in(tmp_path: Path, lost: Lost) -> None:
+    plan = dict(enumerate(("old", "other", "images", "cut", "number", "exception", "fault"), start=2))
+    (tmp_path / "there").mkdir()
+    with loopback(tmp_path / "there", rounds=len(plan) + 2) as made:
+        played(made, plan)
+        without = {number: lie for number, lie in plan.items() if lie != "fault"}  # which is asked again
+        said = {
+            "old": ("stale", "asked prairie for round 2, got an answer of prairie for round 1"),
+            "other": ("stale", "got an answer of harbour"),
+            "images": ("refused", "1000000 training images"),
+            "cut": ("refused", "no whole message"),
+            "number": ("refused", "seconds nan"),
+            "exception": ("error", "see failures.jsonl at the site, "),
+        }
+        expect(made, without, said)
+        assert_same(made, simulated(made, tmp_path / "here", {"prairie": without}))
+        assert_journals_whole(made)
+        assert PATIENT in (next(made.at("prairie").glob("state/*/failures.jsonl"))).read_text()
+        assert PATIENT in (made.at("prairie") / "log.jsonl").read_text()
+        kept = [path for path in made.at(files.COORDINATOR).rglob("*") if path.is_file()]
+        assert any(path.name.startswith("superlink.db") for path in kept)
+        for name in SITES[:2]:
+            kept += [path for path in made.at(name).rglob("*") if path.is_file()]
+        kept += [made.folder / f"{name}.out" for name in ("link", *SITES[:2])]
+        told = [str(path) for path in kept if b"MUELLER" in path.read_bytes()]
+        assert not told
+        for name in plan.values():
+            lost({"old": "answer of an old round", "exception": "exception that names a patient"}.get(name, name))
