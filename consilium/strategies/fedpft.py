@@ -162,6 +162,7 @@ def _checked(update: Update) -> Tensors:
     """TrainingError, with the site's name, for what no mixture is."""
     count, weight = update.tensors[COUNT], update.tensors["mixture/weight"]
     honest = bool((count >= 0).all() and (count == count.round()).all() and (weight >= 0).all())
+    honest = honest and float(count.sum()) <= update.num_examples  # so many features are drawn
     if not honest or bool((weight.sum(dim=1)[count > 0] <= 0).any()):
         received = f"counts {count.tolist()}, weights from {float(weight.min()):.3g}"
         raise TrainingError(f"site {update.site} sent what is no mixture", allowed="counts, weights", received=received)

@@ -62,8 +62,6 @@ def _config(stored: Mapping[str, Any], changes: Mapping[str, Any], folder: Path)
         raise ConfigError("this run held no site out", where=str(folder), remedy=remedy)
     if len(config.stages) > 1:
         raise ConfigError("[unseen] is of runs without several stages", where=str(folder))
-    if len(config.stages) > 1:
-        raise ConfigError("unseen sites are measured of runs without several stages", where=str(folder))
     own = {} if config.unseen is None else config.unseen.model_dump()
     try:
         options = UnseenConfig.model_validate({**own, **changes})

@@ -131,8 +131,11 @@ def _check_images(data: SiteData) -> None:
 
 def _served(out: Path, experiment: Experiment) -> ServerState:
     """What the coordinator would send to a site that joins now."""
-    number = checkpoint.read_json(out / "summary.json")["served_round"]
-    return rounds.load(rounds.path_of(out, number), experiment.handshake.agreement).server
+    summary, choice = checkpoint.read_json(out / "summary.json"), experiment.strategy.declares.choice
+    server = rounds.load(rounds.path_of(out, summary["served_round"]), experiment.handshake.agreement).server
+    if choice is None:
+        return server
+    return choice.take(server, experiment.model.specs, summary["chosen"]["best"])  # which no round's checkpoint holds
 
 
 def _guest(

@@ -172,7 +172,7 @@ def test_nan_and_what_is_no_mixture_are_refused_by_name(tmp_path: Path) -> None:
     outcome = _run(tmp_path)
     pieces, strategy = outcome.experiment, outcome.experiment.strategy
     start = strategy.init_server(pieces.initial(3), pieces.model.specs, tuple(SITES))
-    for part, value in (("count", -3.0), ("count", 2.5), ("weight", -0.1), ("weight", 0.0)):
+    for part, value in (("count", -3.0), ("count", 2.5), ("count", 26.0), ("weight", -0.1), ("weight", 0.0)):
         sent = {name: tensor.clone() for name, tensor in _sent(outcome)["b"].items()}
         sent[f"mixture/{part}"][0] = value
         with pytest.raises(TrainingError, match="site b sent what is no mixture"):

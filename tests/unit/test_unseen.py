@@ -137,6 +137,21 @@ def test_zero_shot_is_the_global_model_that_is_exported(runs: Runs) -> None:
     pd.testing.assert_frame_equal(rows(out, "zero-shot"), said_by(out, trained.variables), check_exact=True)
 
 
+def test_a_newcomer_begins_with_the_scale_that_sites_chose(tmp_path: Path) -> None:
+    strategy = {"name": "merge", "scales": [0.25, 4.0], "select": "loss"}
+    out = run.run(configure(strategy=strategy, unseen={"shots": [1], "draws": 1, "steps": 1}), tmp_path / "out")
+    settings = config.from_dict(read(out / "config.json")["config"])
+    prepared = run.prepare(settings, lambda _: None)
+    experiment = assemble(settings, prepared.classes)
+    best = experiment.strategy.declares.choice.candidates  # type: ignore[union-attr]
+    chosen = read(out / "summary.json")["chosen"]["best"]
+    assert chosen in best
+    for scale in best:  # whichever it was: the other one is no model of this run
+        summary = {**read(out / "summary.json"), "chosen": {"best": scale}}
+        checkpoint.write_json(out / "summary.json", summary)
+        assert float(measure._served(out, experiment).shared["merge/scale"]) == float(scale)
+
+
 def test_a_personal_adapter_at_its_start_adds_nothing(runs: Runs) -> None:
     out = runs("dual_lora")
     table = pd.read_parquet(out / "held_out" / "sites" / GUEST / "predictions.parquet")
