@@ -17,9 +17,10 @@ from consilium.errors import ConfigError, TrainingError, WireError
 from consilium.messages import Reply, decode_reply, encode
 from consilium.product_sums import padded
 from consilium.products import Product, products
+from consilium.protocols import Factor, Spec, Tag
 from consilium.ranks import at, rank_of, shrinking
 from consilium.strategies.fedavg import jointly
-from consilium.strategies.hetlora import HetLora
+from consilium.strategies.hetlora import HetLora, tail
 from consilium.tensors import Tensors, equal
 from tests import federation, toy
 
@@ -108,6 +109,16 @@ def test_a_tail_that_grows_is_kept(pruned: federation.Outcome) -> None:
     limits = {"c": RANK, "d": RANK, **PRUNED["ranks"]}
     first = {site: rank_of(t, pruned.experiment.model.specs) for n, site, t in pruned.sent("up") if n == 1}
     assert first == {site: limits[site] for site in first}
+
+
+def test_the_tail_is_a_mean_over_layers_of_whole_products() -> None:
+    """Of a layer with two left factors, one below the other, and of another with one."""
+    left = lambda rows, base: Spec((rows, 4), Tag("m", "lora_b"), factor=Factor((base,), "left"))  # noqa: E731
+    right = lambda *bases: Spec((4, 6), Tag("m", "lora_a"), factor=Factor(bases, "right"))  # noqa: E731
+    specs = {"qb": left(5, "q"), "vb": left(7, "v"), "pb": left(3, "p"), "qva": right("q", "v"), "pa": right("p")}
+    x = {name: toy.draw(at, *(size or 0 for size in spec.shape)) for at, (name, spec) in enumerate(specs.items())}
+    first = torch.cat([x["qb"], x["vb"]])[:, 3:].norm() * x["qva"][3:].norm()
+    torch.testing.assert_close(tail(x, specs, 3), (first + x["pb"][:, 3:].norm() * x["pa"][3:].norm()) / 2)
 
 
 # ------------------------------------------------------------------------------------------------ the sum
