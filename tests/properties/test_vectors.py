@@ -88,6 +88,8 @@ def test_dare_keeps_its_share_and_the_mean_of_its_draws_is_the_vector() -> None:
     assert abs(float((draws != 0).double().mean()) - 0.2) < 0.005
     assert abs(float(draws.mean()) - 1) < 0.02
     assert not torch.equal(vectors.dare(entries, 0.2, 0, "a")["w"], vectors.dare(entries, 0.2, 0, "b")["w"])
+    alike = vectors.dare({"v": entries["w"], "w": entries["w"]}, 0.2, 0, "a")
+    assert not torch.equal(alike["v"], alike["w"]), "two tensors of one shape do not drop the same entries"
 
 
 @settings(deadline=None)
