@@ -23,8 +23,9 @@ from consilium.experiment import Experiment, assemble
 from consilium.export import export, load
 from consilium.messages import envelope_of
 from consilium.predict import load_trained
+from consilium.sealing import is_sealed
 from consilium.tensors import loads
-from tests.federation import bits
+from tests.federation import bits, traces
 
 LORA = {"name": "lora", "rank": 2}
 LINEAR = {"name": "linear", "tuner": "linear"}
@@ -373,6 +374,23 @@ def test_the_report_shows_every_stage() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ what comes after
+def test_with_a_key_what_a_stage_hands_to_sites_is_encrypted_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SITE_KEY", "0a" * 32)
+    plain, out = _run(TUNE, PERSONAL, PERSONAL | {"name": "on"}), tmp_path / "run"
+    run.run(_config(TUNE, PERSONAL, PERSONAL | {"name": "on"}, engine={"state_key_variable": "SITE_KEY"}), out)
+    of_sites = sorted(path for path in out.rglob("sites/*/*.safetensors"))
+    assert {path.name for path in of_sites} > {"start.safetensors", "served.safetensors"}
+    assert all(is_sealed(path.read_bytes()) for path in of_sites)
+    clear = b"".join(path.read_bytes() for path in out.rglob("*") if path.is_file())
+    for path in plain.rglob("start.safetensors"):  # of the same run without a key: what each site began a stage with
+        own = {n: v for n, v in checkpoint.load(path)[0].items() if ".personal." in n and v.any()}
+        assert not [name for mark, name in traces({n: v.flatten() for n, v in own.items()}).items() if mark in clear]
+    first, second = (checkpoint.read_json(each / "result.json")["metrics"] for each in (plain, out))
+    assert first == second
+
+
 def test_a_run_in_stages_is_exported_whole(tmp_path: Path) -> None:
     """To timm everything is folded in, and compared with the model there; to peft adapters of all stages go."""
     staged, folded = _run(LINEAR, TUNE, PERSONAL), _run(TUNE, {**TUNE, "name": "again", "merge": True})

@@ -144,6 +144,20 @@ def test_small_classes_do_not_leave_and_no_component_stands_for_few(tmp_path: Pa
     assert (served.argmax(dim=1) != 1).all(), "nobody has seen the class"
 
 
+def test_every_class_of_every_site_has_draws_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    fit = mixtures.fit
+
+    def listed(x: Any, count: int, covariance: Any, floor: float, generator: torch.Generator) -> Any:
+        drawn.append(generator.initial_seed())
+        return fit(x, count, covariance, floor, generator)
+
+    monkeypatch.setattr(mixtures, "fit", listed)
+    sent = _sent(_run(tmp_path, components=1))
+    assert len(set(drawn)) == len(drawn) == sum(int((t["mixture/count"] > 0).sum()) for t in sent.values())
+    assert len(drawn) > len(SITES)
+
+
 def test_one_class_or_one_image_at_a_site(tmp_path: Path) -> None:
     only = _few(_few(SITES["a"], 1, 0), 2, 0)
     single = _few(_few(_few(SITES["b"], 0, 1), 1, 0), 2, 0)

@@ -65,8 +65,9 @@ def test_the_served_model_is_the_dense_sum(tmp_path: Path, tuner: str, scale: fl
 
 
 def test_a_cut_product_is_the_nearest_of_the_tuners_rank(tmp_path: Path) -> None:
-    exact = _run(tmp_path / "fold", {"scale": 1.0, "products": "fold"}, train={"rounds": 1})
-    cut = _run(tmp_path / "cut", {"scale": 1.0}, train={"rounds": 1})
+    tuner = [{"name": "lora", "rank": 4, "alpha": 10.0}]  # a scale that is not one
+    exact = _run(tmp_path / "fold", {"scale": 1.0, "products": "fold"}, tuner=tuner, train={"rounds": 1})
+    cut = _run(tmp_path / "cut", {"scale": 1.0}, tuner=tuner, train={"rounds": 1})
     frozen = _dense(exact, exact.experiment.model.initial(3))
     whole, near = _dense(exact, exact.served("a")), _dense(cut, cut.served("a"))
     for product in products(exact.experiment.model.specs):
@@ -118,6 +119,12 @@ def test_sites_send_once_and_their_own_models_go_on_from_round_to_round(tmp_path
     assert equal(within("own", state.personal.tensors), _sent(outcome)["a"])
     table = checkpoint.load(tmp_path / "sites" / "a" / "served.safetensors")[0]
     assert "merge/scale" not in table
+
+
+def test_a_tuner_that_trains_other_tensors_in_other_rounds_sends_all_of_them(tmp_path: Path) -> None:
+    tuner = variants.table("stochastic_block site")
+    outcome = _run(tmp_path, {"scale": 1.0}, tuner=tuner, train={"rounds": 3})
+    assert len({n.split(".")[1] for n in _sent(outcome)["a"] if n.startswith("blocks.")}) > 1
 
 
 # ------------------------------------------------------------------------------------------------ the scale
