@@ -50,13 +50,18 @@ Kind = Offered | Literal["corrected", "padded", "padded_by_size"]
 def median(terms: Terms) -> dict[str, Tensor]:
     """Middle value of each coordinate over the sites that sent the tensor, weights aside; of an even number of sites
     the mean of the two in the middle, so that one site is itself and two are their mean."""
-    return _by_name(terms, lambda count: (count - 1) // 2)
+    return _by_name(terms, partial(cut_off, "median", 0.0))
 
 
 def trimmed_mean(terms: Terms, trim: float) -> dict[str, Tensor]:
     """Mean of each coordinate without its floor(trim * n) smallest and largest values, weights aside, over the n sites
     that sent the tensor; nothing is cut, and this is the uniform mean, where trim * n < 1 (always of one or two)."""
-    return _by_name(terms, lambda count: math.floor(round(trim * count, 9)))
+    return _by_name(terms, partial(cut_off, "trimmed_mean", trim))
+
+
+def cut_off(kind: str, trim: float, count: int) -> int:
+    """How many of so many sites a robust sum leaves out at either end of a coordinate; 0: it is the uniform mean."""
+    return (count - 1) // 2 if kind == "median" else math.floor(round(trim * count, 9))
 
 
 def clipped(tensors: Tensors, start: Tensors, limit: float) -> Tensors:
@@ -92,7 +97,7 @@ _MEANS = ("mean", "refactor")
 _OF_PRODUCTS = ("refactor", "corrected", *_BY_PRODUCT)
 _CHANGES_BASE = ("stack", "residual")
 _RESTARTS = ("stack", "product_svd", "refactor")  # factors come back as they began, or in another basis
-_ROBUST = ("median", "trimmed_mean")
+ROBUST = ("median", "trimmed_mean")
 
 
 @dataclass(frozen=True)
@@ -197,13 +202,13 @@ class SumOptions(Options):
     @model_validator(mode="before")
     @classmethod
     def _count_once(cls, table: Mapping[str, object]) -> Mapping[str, object]:
-        return {"weights": "uniform", **table} if table.get("aggregate") in _ROBUST else table
+        return {"weights": "uniform", **table} if table.get("aggregate") in ROBUST else table
 
     @model_validator(mode="after")
     def _fit(self) -> SumOptions:
         if (self.trim is not None) != (self.aggregate == "trimmed_mean"):
             raise ValueError("trim belongs to aggregate = 'trimmed_mean', which needs it")
-        if self.aggregate in _ROBUST and self.weights != "uniform":
+        if self.aggregate in ROBUST and self.weights != "uniform":
             raise ValueError(f"{self.aggregate} counts every site once: weights = 'uniform', or leave weights out")
         if (
             self.clip_updates is not None

@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+import pandas as pd
+
 from consilium.errors import StateError
 from consilium.sealing import Seal, opened
 from consilium.tensors import Tensors, digest_all, loads, meta_of, pieces
@@ -73,6 +75,14 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
+        raise StateError("this file cannot be read", where=str(path), received=str(error), remedy=LOST) from error
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """The rows of a Parquet file; StateError where it is missing or damaged."""
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pyarrow's errors of format are ValueErrors
         raise StateError("this file cannot be read", where=str(path), received=str(error), remedy=LOST) from error
 
 

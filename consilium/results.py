@@ -18,7 +18,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from consilium import __version__, checkpoint, keeping, members, metrics, stage_results, stages
+from consilium import __version__, checkpoint, keeping, members, metrics, registry, stage_results, stages
+from consilium.aggregation import ROBUST, cut_off
+from consilium.coordinator import drawn_sites
 from consilium.data import Examples, SiteData
 from consilium.engines.site import stack
 from consilium.experiment import Experiment
@@ -35,7 +37,7 @@ SPLITS = ("val", "test")
 
 def collect(folder: Path, experiment: Experiment, progress: Progress) -> None:
     """Gather what the sites of a simulation left on their disks: predictions and adapters; then close the run."""
-    tables = [pd.read_parquet(path) for path in sorted((folder / "sites").glob("*/predictions.parquet"))]
+    tables = [checkpoint.read_table(path) for path in sorted((folder / "sites").glob("*/predictions.parquet"))]
     checkpoint.write_bytes(folder / "predictions.parquet", stack(tables).to_parquet(index=False))
     for served in sorted((folder / "sites").glob("*/served.safetensors")):
         site = served.parent.name
@@ -81,7 +83,7 @@ def _save_adapter(path: Path, tensors: Tensors, experiment: Experiment, name: st
 def write(out: Path, places: Sequence[stages.Place], federation: Federation, plans: Sequence[str]) -> None:
     """Compute every number of result.json from the files of the run folder and write it. `places`: of every stage."""
     experiment = places[-1].experiment
-    table = pd.read_parquet(out / "predictions.parquet")
+    table = checkpoint.read_table(out / "predictions.parquet")
     summary = checkpoint.read_json(out / "summary.json")
     config, names = experiment.config, sorted(federation.sites)
     up, down = both_ways(experiment)
@@ -127,7 +129,7 @@ def _stage(place: stages.Place, names: Sequence[str]) -> dict[str, Any]:
     folder, experiment = place.folder, place.experiment
     up, down = both_ways(experiment)
     told = {name: checkpoint.read_json(path / "summary.json") for name, path in _with_references(folder).items()}
-    table = pd.read_parquet(folder / "predictions.parquet")
+    table = checkpoint.read_table(folder / "predictions.parquet")
     return {
         "name": experiment.config.stages[-1].name,
         "rounds": experiment.config.train.rounds,
@@ -177,7 +179,7 @@ def _compared(
         found["majority"] = {"test": metrics.majority_baseline(counts, used, classes, bootstrap=bootstrap, seed=seed)}
     for name in references:
         folder = out / "references" / name
-        predictions = pd.read_parquet(folder / "predictions.parquet")
+        predictions = checkpoint.read_table(folder / "predictions.parquet")
         summary = checkpoint.read_json(folder / "summary.json")
         found["references"][name] = {"metrics": trees(predictions, experiment, names), **summary}
         if name == "local" and len(used):
@@ -194,7 +196,9 @@ def _test_rows(table: pd.DataFrame) -> pd.DataFrame:
 def _held_out(out: Path, experiment: Experiment, federation: Federation) -> dict[str, Any]:
     """Sites that took no part: their validation and test images, with the shared model. Their training images may show
     patients who also occur at a site that took part."""
-    tables = [pd.read_parquet(path) for path in sorted((out / "held_out" / "sites").glob("*/predictions.parquet"))]
+    tables = [
+        checkpoint.read_table(path) for path in sorted((out / "held_out" / "sites").glob("*/predictions.parquet"))
+    ]
     table = stack(tables)
     if not len(table):
         return {"metrics": None, "reason": "they have no validation or test images"}
@@ -309,6 +313,7 @@ def warnings(experiment: Experiment, federation: Federation) -> list[str]:
         found.append(f"{strategy!r} trains nothing at the sites: of all keys of train, participation alone counts")
     if strategy != "local" and not both_ways(experiment)[0]:
         found.append(f"nothing is shared: with this tuner and head, {strategy!r} is every site training alone")
+    found += _not_robust(experiment, federation)
     prefixes = experiment.setting.prefixes()
     if prefixes is not None and prefixes.refused:
         found.append(
@@ -318,6 +323,15 @@ def warnings(experiment: Experiment, federation: Federation) -> list[str]:
     if codec != "float32" and not any(experiment.codec.coded(way) for way in both_ways(experiment)):
         found.append(f"wire.codec = {codec!r} changes nothing: no trained float32 parameter travels")
     return found
+
+
+def _not_robust(experiment: Experiment, federation: Federation) -> list[str]:
+    table, train = experiment.config.strategy, experiment.config.train
+    options = registry.parse_options(registry.get("strategies", table.name), table.options())
+    kind, trim = getattr(options, "aggregate", table.name), getattr(options, "trim", None) or 0.0
+    count = len(drawn_sites(train.participation, list(federation.sites), 0, 1)) if kind in ROBUST else 0
+    idle = count and not cut_off(kind, trim, count)
+    return [f"{kind} of the {count} sites of a round leaves none out: it is their uniform mean"] if idle else []
 
 
 def never_drawn(passes: Mapping[str, int]) -> list[str]:

@@ -173,7 +173,7 @@ def _travelling(experiment: Experiment) -> set[str]:
 def _one_model(experiment: Experiment) -> None:
     declares, config = experiment.strategy.declares, experiment.config
     if declares.once or declares.pools_images:
-        what = "the strategy is no stage among others: it serves several models at once, or has all images in one place"
+        what = "the strategy is no stage among others: sites send once, at its end, or all images are in one place"
         raise ConfigError(what, where=_where(config, "strategy"), received=config.strategy.name)
     if any(part.ranks for part in declares.parts) or declares.prunes:
         what, remedy = "stages have one rank for all sites", "leave ranks of sites out"

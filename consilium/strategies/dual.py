@@ -16,6 +16,7 @@ from torch import Tensor
 
 from consilium import orthogonality
 from consilium.data import Batch
+from consilium.errors import ConfigError
 from consilium.orthogonality import DESIGN, Couple, Prepare
 from consilium.protocols import Learned, LocalTraining, Objective, Personal, Specs
 from consilium.strategies.fedavg import Averaging
@@ -33,6 +34,13 @@ class Dual(Averaging):
     objective_for: PenaltyFor | None = None
     prepare: Prepare | None = None
     head: str = "shared"
+
+    def up(self, specs: Specs, round: int) -> Specs:
+        """The shared tensors that may be trained; ConfigError for a personal head that would be added to none."""
+        if self.head == "both" and not any(spec.tag.role == "head" for spec in self.shared(specs).values()):
+            what, remedy = "no head is shared that a personal one could be added to", "head = 'personal', or share it"
+            raise ConfigError(what, where="strategy.head", received="both", remedy=remedy)
+        return super().up(specs, round)
 
     def init_site(self, initial: Tensors, specs: Specs, site: str) -> Personal:
         """The personal part starts at the site; a personal head that is added starts at zero."""

@@ -192,7 +192,7 @@ def _work(
             with threads(config.engine.threads):
                 found = own.guests[at].predicted(name, shots, draw, options)
             checkpoint.write_bytes(path, found.to_parquet(index=False))
-        return pd.read_parquet(path)
+        return checkpoint.read_table(path)
 
     with ThreadPoolExecutor(workers) as pool:
         tables = []
@@ -209,7 +209,7 @@ def _work(
 def _zero_shot(guest: Guest) -> pd.DataFrame:
     """Of what a newcomer would use as it is, as the visit left it: its own start of a model, or what answers for all
     sites together (an ensemble); none where its head is untrained."""
-    table = pd.read_parquet(guest.folder / "predictions.parquet")
+    table = checkpoint.read_table(guest.folder / "predictions.parquet")
     rows = table[table["model"] == ("personal" if guest.way else "global")].assign(model=ZERO, shots=0, draw=0)
     return rows.head(0) if guest.way and guest.joined.untrained else rows
 

@@ -368,6 +368,14 @@ def test_options_that_act_on_nothing_are_refused(name: str, options: dict[str, A
         registry.build("strategies", name, options)
 
 
+@pytest.mark.parametrize("server", ["mean", "leave_one_out"])
+def test_a_personal_head_is_not_added_to_a_head_that_is_not_shared(server: str) -> None:
+    both = {"name": "fedopal", "head": "both", "server": server}
+    federation.assemble(federation.configure(strategy=both))
+    with pytest.raises(ConfigError, match=r"no head is shared[\s\S]*strategy\.head"):
+        federation.assemble(federation.configure(strategy=both, head={"share": "personal"}))
+
+
 def test_outputs_per_layer_need_layers() -> None:
     prompts = [{"name": "low_rank_prompts", "length": 12, "rank": 2}]
     federation.assemble(federation.configure(tuner=prompts, strategy={"name": "fedopal_weights"}))

@@ -213,3 +213,32 @@ def test_a_site_that_wasnever_drawn_is_warned_of(passes: dict[str, int], named: 
     found = results.never_drawn(passes)
     assert len(found) == (named is not None)
     assert all(text.startswith(named or "") and text.endswith("b, c") for text in found)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "share", "told"),
+    [
+        ({"name": "trimmed_mean", "trim": 0.2}, 1.0, "trimmed_mean of the 4 sites"),
+        ({"name": "trimmed_mean"}, 1.0, None),
+        ({"name": "trimmed_mean"}, 0.5, "trimmed_mean of the 2 sites"),
+        ({"name": "fedprox", "aggregate": "trimmed_mean", "trim": 0.0}, 1.0, "trimmed_mean of the 4 sites"),
+        ({"name": "median"}, 1.0, None),
+        ({"name": "fedavg", "aggregate": "median"}, 0.5, "median of the 2 sites"),
+        ({"name": "fedavg"}, 0.5, None),
+    ],
+)
+def test_a_robust_sum_that_leaves_nobody_out_is_warned_of(
+    strategy: dict[str, object], share: float, told: str | None
+) -> None:
+    pieces = federation.assemble(federation.configure(strategy=strategy, train={"participation": share}))
+    found = results.warnings(pieces, SimpleNamespace(warnings=(), sites=dict.fromkeys("abcd")))
+    assert [text.partition(" of a round")[0] for text in found] == ([told] if told else [])
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PAR1 cut short"])
+def test_a_table_that_is_lost_or_damaged_is_told_by_its_name(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "predictions.parquet"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(StateError, match=r"cannot be read[\s\S]*predictions\.parquet"):
+        checkpoint.read_table(path)

@@ -291,6 +291,7 @@ def test_a_stage_that_cannot_be_is_refused_by_name(each: list[dict[str, Any]], t
         ([TUNE, {**TUNE, "name": "wide", "tuner": {"name": "lora", "rank": 3}}], "has a LoRA already"),
         ([LINEAR, {**TUNE, "merge": True}], "nothing to merge"),
         ([LINEAR, {**TUNE, "strategy": {"name": "ensemble"}}], r"no stage among others[\s\S]*stages\.1\.strategy"),
+        ([{**LINEAR, "strategy": {"name": "fedpft"}}, TUNE], r"sites send once[\s\S]*stages\.0\.strategy"),
         ([{**LINEAR, "strategy": {"name": "pooled"}}, TUNE], r"no stage among others[\s\S]*stages\.0\.strategy"),
         ([{**TUNE, "strategy": {"name": "local"}}, {**TUNE, "name": "m", "merge": True, "head": {"share": "personal"}}],
          "backbones of their own"),
