@@ -42,6 +42,7 @@ MODULES = {
     "wire": "wire",
     "stacked": "stacked",
     "growth": "growth",
+    "deployment": "deployment",
 }
 PACKAGES = ("torch", "timm", "peft", "numpy", "flwr", "ray", "consilium")
 

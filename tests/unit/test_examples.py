@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 from consilium import config, experiment, registry
+from consilium.deployment import files
 from consilium.study.plan import plan
 
 FILES = sorted((Path(__file__).parents[2] / "examples").rglob("*.toml"))
+APART = [path for path in FILES if path.parent.name == "deployment"]
+FILES = [path for path in FILES if path not in APART]
 STUDIES = [path for path in FILES if "base" in tomllib.loads(path.read_text())]
 RUNS = [path for path in FILES if path not in STUDIES]
 AXES = {"codecs": "codec", "tuners": "tuner", "personalised": "strategy"}  # what a folder's studies compare
@@ -48,6 +51,14 @@ def test_the_study_of_tuners_has_every_tuner() -> None:
 
 def _of(folder: str) -> Path:
     return next(path for path in STUDIES if (path.parent.name, path.stem) == (folder, "study"))
+
+
+def test_the_agreement_and_the_rules_of_a_shipped_deployment_can_be_read(tmp_path: Path) -> None:
+    agreement, own = (path.read_text() for path in APART)
+    (tmp_path / files.FEDERATION).write_text(agreement)
+    for site in files.read(tmp_path).deployment.sites:
+        (tmp_path / files.SITE).write_text(f'site = "{site}"\n{own}')
+        assert files.read_site(tmp_path).gate.tensors[0].part == "shared"
 
 
 def test_there_are_examples() -> None:

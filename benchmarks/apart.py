@@ -1,0 +1,188 @@
+"""What the benchmark of hospitals runs in processes of its own, and reads from their logs.
+
+`python -m benchmarks.apart coordinate FOLDER`: the coordinator on the in-process double; a line of JSON per round.
+`python -m benchmarks.apart hospitals FOLDER`: all hospitals of a federation behind their sockets, until its input ends.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import ENVIRONMENT, ROOT
+from consilium import run
+from consilium.deployment import conduct, files, hospital
+from consilium.deployment.board import Board
+from consilium.engines import relay
+from consilium.engines.relay import Listener
+from consilium.engines.site import Site
+from consilium.experiment import assemble
+
+ANEW, BUILT = "anew", "built.jsonl"  # files in a site's folder: it asks no service; seconds of every message
+
+
+def resident_bytes(process: int) -> int:
+    """Memory of a process that is in use."""
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return 1024 * int(line.split()[1])
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------ the double
+@contextmanager
+def hospitals(folder: Path) -> Iterator[None]:
+    """All hospitals in one process, from when they are ready until the block ends."""
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "benchmarks.apart", "hospitals", str(folder / "made")]
+    with subprocess.Popen(command, env=environment, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            if process.stdout.readline() != b"ready\n":
+                raise RuntimeError("the hospitals did not start")
+            yield
+        finally:
+            process.stdin.close()
+            process.wait(60)
+
+
+def serve_all(folder: Path) -> None:
+    """Every site behind its own rules and its own socket; images, backbone and model are shared, states are not."""
+    agreement = files.read(folder / files.COORDINATOR)
+    owns = {name: files.read_site(folder / name) for name in agreement.deployment.sites}
+    first = next(iter(owns.values()))
+    config = first.config.model_copy(update={"sites": first.config.sites.model_copy(update={"only": None})})
+    prepared = run.prepare(config, lambda _: None)
+    pieces = assemble(first.config, agreement.classes)
+    with ExitStack() as stack:
+        for name, own in owns.items():
+            site = Site(pieces, prepared.sites[name], own.folder / hospital.STATE, files.secret(own.folder))
+            stack.enter_context(Listener(own.folder / hospital.SOCKET, hospital.guarded(own, site, _silent).answer))
+        print("ready", flush=True)
+        sys.stdin.read()
+
+
+def coordinate(folder: Path) -> None:
+    """All rounds over the double, whose nodes do what Flower's do: hand the bytes to the service."""
+    flower = importlib.import_module("consilium.engines.flower")
+    double = importlib.import_module("tests.flower_double")
+    own = folder / files.COORDINATOR
+    agreement = files.read(own)
+    public = files.public_keys(own, agreement)
+    nodes = {key: double.Node(_asking(flower, folder / site)) for site, key in public.items()}
+    board = Board(own)
+    show = board.show
+    keys = {site: flower.fingerprint(key) for site, key in public.items()}
+
+    def tell(event: Mapping[str, object]) -> None:
+        show(event)
+        if event["event"] == "round":
+            print(json.dumps({"memory": resident_bytes(os.getpid())}), flush=True)
+
+    board.show = tell  # type: ignore[method-assign]
+    grid = double.LocalGrid(nodes)
+    transport = flower.Transport(grid, keys, 120.0, 5.0, tell, poll=0.01)
+    with board.reporting():
+        conduct.federate(agreement, transport, own / conduct.RUN, board)
+
+
+def _asking(flower: Any, site: Path) -> Any:
+    def handle(content: Any) -> Any:
+        return flower.answered(content, {flower.SOCKET: str(site / hospital.SOCKET)})
+
+    return handle
+
+
+# ------------------------------------------------------------------------------------------------ built anew
+def client() -> Any:
+    """The package's client app; where a site's folder says so, it builds the site itself and asks no service."""
+    begun = time.perf_counter()
+    flower = importlib.import_module("consilium.engines.flower")
+    ask = relay.ask
+
+    def answer(path: Path, request: bytes, timeout: float | None = None) -> bytes:
+        folder = path.parent.parent
+        if not (folder / ANEW).is_file():
+            return ask(path, request, timeout)
+        own = files.read_site(folder)
+        site = hospital.open_site(own, _silent)
+        guard = hospital.guarded(replace(own, folder=folder / ANEW), site, _silent)
+        with (folder / BUILT).open("a") as file:
+            file.write(json.dumps(time.perf_counter() - begun) + "\n")
+        return guard.answer(request)
+
+    flower.relay.ask = answer
+    return flower.client()
+
+
+def built(site: Path) -> list[float]:
+    """Seconds that a site's client app took for every message until it could begin to answer."""
+    return [float(line) for line in (site / BUILT).read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------ logs
+@dataclass(frozen=True)
+class Leg:
+    """One message: seconds from asking until a service has it, in it, and from its reply until that is here."""
+
+    out: float
+    inside: float
+    back: float
+
+
+def legs(there: Any, sites: Sequence[str]) -> list[Leg]:
+    """Of all messages of rounds, from the coordinator's log and the hospitals'."""
+    found = []
+    for site in sites:
+        asked, ended = _asked(there, site), _ended(there, site)
+        lines = [json.loads(line) for line in (there.at(site) / hospital.LOG).read_text().splitlines()]
+        inner = [
+            [_moment(line) for line in lines if line["event"] == event and line.get("kind") == "round"]
+            for event in ("asked", "answered")
+        ]
+        for start, got, left, end in zip(asked, *inner, ended, strict=False):
+            found.append(Leg(got - start, left - got, end - left))
+    return found
+
+
+def waits(there: Any, sites: Sequence[str]) -> list[float]:
+    """Seconds from asking a site until its reply is here, of all rounds but the first."""
+    pairs = [zip(_asked(there, site), _ended(there, site), strict=False) for site in sites]
+    return [end - start for each in pairs for start, end in list(each)[1:]]
+
+
+def _asked(there: Any, site: str) -> list[float]:
+    """When it was asked: `ended` has as many entries, as every request was answered."""
+    found = [_moment(line) for line in there.log() if line["event"] == "link" and line.get("site") == site]
+    return found[-1 - len(_ended(there, site)) : -1]  # without what came before the rounds, and the end of the run
+
+
+def _ended(there: Any, site: str) -> list[float]:
+    return [
+        _moment(line)
+        for line in there.log()
+        if line["event"] == "site" and line.get("site") == site and line.get("kind") == "round"
+    ]
+
+
+def _moment(line: Mapping[str, Any]) -> float:
+    return datetime.fromisoformat(line["time"]).timestamp()
+
+
+def _silent(event: Mapping[str, object]) -> None:
+    """Nobody listens."""
+
+
+if __name__ == "__main__":
+    {"coordinate": coordinate, "hospitals": serve_all}[sys.argv[1]](Path(sys.argv[2]))
