@@ -121,6 +121,7 @@ class Transport:
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
     late: dict[str, str] = field(default_factory=dict)  # message -> site, of rounds that were closed without it
+    known: list[Any] = field(default_factory=list)  # nodes that were connected at the last look
 
     def sites(self) -> tuple[str, ...]:
         """Names of all sites, sorted, there or not."""
@@ -140,16 +141,35 @@ class Transport:
     def nodes(self) -> dict[str, int]:
         """site -> node, of those that are connected now."""
         site_of = {key: site for site, key in self.keys.items()}
-        found = {site_of.get(fingerprint(bytes(node.public_key)), ""): node.node_id for node in self.grid.get_nodes()}
+        try:
+            self.known = list(self.grid.get_nodes())
+        except Exception as error:
+            self.stumbled("nodes", error)
+        found = {site_of.get(fingerprint(bytes(node.public_key)), ""): node.node_id for node in self.known}
         return {site: node for site, node in found.items() if site}
 
     def ttl(self) -> float:
         """How long a request lives: as long as somebody may wait for its reply."""
         return max(LONGEST_TTL, 2 * (self.deadline + self.grace))
 
+    def pulled(self, ids: Iterable[str]) -> Iterator[Message]:
+        """What came back for these requests, a few at a time; what Flower cannot give now it may give the next time."""
+        waiting = list(ids)
+        for start in range(0, len(waiting), AT_ONCE):
+            try:
+                found = list(self.grid.pull_messages(waiting[start : start + AT_ONCE]))
+            except Exception as error:
+                self.stumbled("pull", error)
+                return
+            yield from found
+
+    def stumbled(self, doing: str, error: Exception) -> None:
+        """A fault of Flower's ends no run: it is said, and the next look tries again, as long as the round is open."""
+        self.tell({"event": "stumble", "doing": doing, "message": f"{type(error).__name__}: {error}"})
+
     def drop_late(self) -> None:
         """Replies to rounds that were closed: said, and not used. The state they speak of is not built upon."""
-        for message in _pulled(self.grid, self.late):
+        for message in self.pulled(self.late):
             site = self.late.pop(message.metadata.reply_to_message_id, "")
             if site and not message.has_error() and "message" in message.content:
                 size = len(unpack(message.content))
@@ -178,7 +198,7 @@ class _Asked:
                 self._note(site, "late", "it is still at work on an earlier request")
             elif self.transport.clock() - self.failed.get(site, -AGAIN) >= AGAIN:
                 self._ask(site, nodes[site])
-        for message in _pulled(self.transport.grid, self.under_way):
+        for message in self.transport.pulled(self.under_way):
             site = self.under_way.pop(message.metadata.reply_to_message_id, "")
             if not site:  # whoever holds a registered key may answer twice
                 continue
@@ -200,7 +220,11 @@ class _Asked:
     def _ask(self, site: str, node: int) -> None:
         content, transport = pack(self.requests[site]), self.transport
         message = Message(content, node, MessageType.TRAIN, ttl=transport.ttl())
-        pushed = next(iter(transport.grid.push_messages([message])), None)
+        try:
+            pushed = next(iter(transport.grid.push_messages([message])), None)
+        except Exception as error:  # of Flower's, as when its database is busy; an engineer finds the rest in its log
+            transport.stumbled("push", error)
+            pushed = None
         if pushed is None:
             self._failed(site, "Flower did not take the request")
         else:
@@ -232,10 +256,3 @@ class _Asked:
         if self.reasons.get(site) != (code, why):
             self.reasons[site] = code, why
             self.transport.tell({"event": "link", "site": site, "status": code, "message": why})
-
-
-def _pulled(grid: Grid, ids: Iterable[str]) -> Iterator[Message]:
-    """What came back for these requests, a few at a time."""
-    waiting = list(ids)
-    for start in range(0, len(waiting), AT_ONCE):
-        yield from grid.pull_messages(waiting[start : start + AT_ONCE])

@@ -240,3 +240,33 @@ def test_a_key_has_one_fingerprint_in_every_form() -> None:
     ssh = load_pem_public_key(key("a")).public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     assert flower.fingerprint(key("a")) == flower.fingerprint(ssh) == flower.fingerprint(ssh + b" me@here\n")
     assert flower.fingerprint(key("a")) != flower.fingerprint(key("b"))
+
+
+@pytest.mark.parametrize("doing", ["push_messages", "pull_messages", "get_nodes"])
+def test_a_fault_of_flowers_ends_no_run(doing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under load: "database is locked"."""
+    told: list[Mapping[str, Any]] = []
+    grid = echoing(a={}, b={})
+    wire, works, count = transport(grid, told), getattr(grid, doing), [0]
+
+    def stumbling(*arguments: Any) -> Any:
+        count[0] += 1
+        if count[0] <= 2:
+            raise RuntimeError("database is locked")
+        return works(*arguments)
+
+    monkeypatch.setattr(grid, doing, stumbling)
+    assert dict(wire.round({"a": b"1", "b": b"2"})) == {"a": b"1a", "b": b"2b"}
+    assert sum("database is locked" in str(event.get("message")) for event in told) == 2
+
+
+def test_a_flower_that_stays_broken_leaves_a_round_without_replies(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = echoing(a={})
+
+    def broken(*arguments: Any) -> Any:
+        raise RuntimeError("database is locked")
+
+    monkeypatch.setattr(grid, "push_messages", broken)
+    ((site, answer),) = transport(grid, []).round({"a": b"1"})
+    assert isinstance(answer, Failure)
+    assert (site, answer.code) == ("a", "lost")
