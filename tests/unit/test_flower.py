@@ -263,7 +263,7 @@ def test_a_fault_of_flowers_ends_no_run(doing: str, monkeypatch: pytest.MonkeyPa
 def test_a_flower_that_stays_broken_leaves_a_round_without_replies(monkeypatch: pytest.MonkeyPatch) -> None:
     grid = echoing(a={})
 
-    def broken(*arguments: Any) -> Any:
+    def broken(*_: Any) -> Any:
         raise RuntimeError("database is locked")
 
     monkeypatch.setattr(grid, "push_messages", broken)
