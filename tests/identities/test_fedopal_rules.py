@@ -193,6 +193,19 @@ def test_a_site_without_others_is_refused(tmp_path: Path) -> None:
         federation.run(tmp_path, settings, {"a": SITES["a"]})
 
 
+@pytest.mark.parametrize("sides", ["right", "left", "both"])
+def test_a_projection_takes_off_what_the_shared_part_spans_and_nothing_else(sides: Any) -> None:
+    """A_p (I - Q Q^T), (I - Q Q^T) B_p of the factors themselves, whatever the scale."""
+    specs = toy.specs(_build())
+    x, pairs = toy.initial(specs, 5), orthogonality.couples(specs, {"personal"})
+    found, ((g, p),) = orthogonality.projected(pairs, x, sides), pairs
+    assert found.keys() == {*(p.left if sides != "right" else ()), *((p.right,) if sides != "left" else ())}
+    for name, beside in ((p.right, x[g.right].T), (p.left[0], x[g.left[0]])):
+        q = torch.linalg.qr(beside)[0]
+        wanted = x[name] - x[name] @ q @ q.T if name == p.right else x[name] - q @ q.T @ x[name]
+        torch.testing.assert_close(found.get(name, wanted), wanted, **EXACT)
+
+
 # ------------------------------------------------------------------------------------------------ designed factors
 def _by_hand(h: Tensor, a_g: Tensor, rank: int) -> Tensor:
     """InfLoRA's lines, dense: H <- H - M M^T H, A = U_r^T / sqrt 3."""
