@@ -14,6 +14,7 @@ from torch import Tensor
 from consilium import orthogonality, registry
 from consilium.algebra import LowRank, orthogonalised, overlap
 from consilium.errors import ConfigError
+from consilium.local.train import Trainer
 from consilium.strategies.dual import Dual
 from consilium.strategies.fedavg import FedAvg
 from consilium.strategies.partial import nothing
@@ -300,6 +301,28 @@ def test_at_the_start_where_b_is_zero_everything_is_finite(kind: str, side: str)
         assert all(torch.isfinite(value).all() for value in everything.values())
         assert max(float(value.abs().max()) for value in everything.values()) < 50
         assert all(torch.isfinite(torch.tensor(value)) for value in learned.numbers.values())
+
+
+@pytest.mark.parametrize("kind", ["subspace", "product", "cos_squared", "cos", "pooled"])
+@pytest.mark.parametrize("gradient", ["personal", "both"])
+def test_a_penalty_for_the_personal_part_moves_no_shared_tensor_of_any_layer(kind: str, gradient: str) -> None:
+    """Not by way of what enters a later layer either."""
+    sent = []
+    for strength in (1.0, 3.0):
+        strategy = {"name": "fedopal", "penalty": kind, "gradient": gradient, "strength": strength}
+        train = {**federation.SGD, "local_steps": 1, "local_epochs": None}
+        pieces = federation.assemble(federation.configure(strategy=strategy, train=train))
+        specs, trained = pieces.model.specs, pieces.model.initial(3)
+        values = {n: v + 0.1 * toy.draw(at, *v.shape).float() for at, (n, v) in enumerate(sorted(trained.items()))}
+        own = pieces.strategy.init_site(values, specs, "a")
+        trainer = Trainer(pieces.setting, SITES["a"].train, 1, "a", [5, 5, 4])
+        received = {name: value for name, value in values.items() if name not in own.tensors}
+        sent.append(pieces.strategy.learn(received, own, trainer))
+    assert not equal(sent[0].personal.tensors, sent[1].personal.tensors)
+    for name, value in sent[0].update.items():
+        alike = torch.allclose(value, sent[1].update[name], rtol=0, atol=1e-7)
+        assert alike or gradient == "both", name
+    assert equal(sent[0].update, sent[1].update) <= (gradient == "personal")
 
 
 def test_with_b_at_zero_the_first_step_moves_b_alone() -> None:
