@@ -65,6 +65,28 @@ def _sync_folder(folder: Path) -> None:
             os.close(number)
 
 
+def append_line(path: Path, text: str) -> None:
+    """Add a line to a file that only grows, whole or not at all; StateError where the disk is full or not writable."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab", buffering=0) as file:
+            _append(file.fileno(), f"{text}\n".encode())
+    except OSError as error:
+        raise not_written(path, error) from error
+
+
+def _append(file: int, data: bytes) -> None:
+    start = os.fstat(file).st_size
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(file, rest) :]
+        os.fsync(file)
+    except BaseException:
+        os.ftruncate(file, start)
+        raise
+
+
 def write_json(path: Path, value: object) -> None:
     """Replace `path` by readable JSON; NaN is not JSON and must be None by now."""
     write_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())

@@ -7,7 +7,6 @@ file, each flushed to the disk; whatever lies beyond the newest checkpoint is dr
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,26 +142,7 @@ def _number(path: Path) -> int:
 # ------------------------------------------------------------------------------------------------ events.jsonl
 def add_line(folder: Path, event: Mapping[str, object]) -> None:
     """Add a closed round's line, whole or not at all; StateError where the disk is full or not writable."""
-    path = folder / "events.jsonl"
-    line = (json.dumps(event, allow_nan=False) + "\n").encode()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with path.open("ab", buffering=0) as file:
-            _append(file.fileno(), line)
-    except OSError as error:
-        raise checkpoint.not_written(path, error) from error
-
-
-def _append(file: int, data: bytes) -> None:
-    start = os.fstat(file).st_size
-    try:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(file, rest) :]
-        os.fsync(file)
-    except BaseException:
-        os.ftruncate(file, start)
-        raise
+    checkpoint.append_line(folder / "events.jsonl", json.dumps(event, allow_nan=False))
 
 
 def drop_lines(folder: Path, last: int) -> None:

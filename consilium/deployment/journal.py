@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,13 +34,7 @@ class Journal:
         head = self._head()
         line = _text({"number": head["lines"] + 1, "time": now(), "before": head["hash"], **entry})
         found = hashlib.sha256(line.encode()).hexdigest()
-        path = self.folder / JOURNAL
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with path.open("ab", buffering=0) as file:
-                _append(file.fileno(), (line + "\n").encode())
-        except OSError as error:
-            raise checkpoint.not_written(path, error) from error
+        checkpoint.append_line(self.folder / JOURNAL, line)
         checkpoint.write_json(self.folder / HEAD, {"lines": head["lines"] + 1, "hash": found})
         return found
 
@@ -122,16 +115,3 @@ def _broken(path: Path, number: int, why: str) -> StateError:
 
 def _text(entry: Mapping[str, Any]) -> str:
     return json.dumps(entry, sort_keys=True, separators=(",", ":"))
-
-
-def _append(file: int, data: bytes) -> None:
-    """The whole line or nothing of it."""
-    start = os.fstat(file).st_size
-    try:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(file, rest) :]
-        os.fsync(file)
-    except BaseException:
-        os.ftruncate(file, start)
-        raise
