@@ -157,11 +157,13 @@ class Supervised:
         name = self.name
         while not self._stopped.is_set():
             with self.log.open("ab") as out:
+                before = out.tell()
                 self.process = self._start(out)
                 self.tell({"event": "started", "program": name, "process": self.process.pid})
                 code = self.process.wait()
             if not self._stopped.is_set():
-                self.tell({"event": "ended", "program": name, "code": code, "again_in": self.pause})
+                why = _why(self.log, before)
+                self.tell({"event": "ended", "program": name, "code": code, "why": why, "again_in": self.pause})
                 self._stopped.wait(self.pause)
 
     def _start(self, out: IO[bytes]) -> subprocess.Popen[bytes]:
@@ -173,6 +175,23 @@ class Supervised:
             start_new_session=True,
             preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
+
+
+def _why(log: Path, start: int) -> str:
+    """What a program that ended wrote last, in an engineer's words where these are known."""
+    with log.open("rb") as file:
+        file.seek(start)
+        said = file.read().decode(errors="replace")
+    known = next((words for sign, words in _REASONS.items() if sign in said), "")
+    _, found, rest = said.rpartition("Exit Code: ")
+    return known or (" ".join(rest.splitlines()[1:3]) if found else f"see {log.name}")
+
+
+_REASONS = {
+    "CERTIFICATE_VERIFY_FAILED": f"the coordinator is not whom keys/{CA} vouches for",
+    "Failed to activate SuperNode": "the coordinator does not know this node's key (is it enrolled?), or still holds "
+    "its last connection, for about a minute",
+}
 
 
 def _end_with_parent() -> None:

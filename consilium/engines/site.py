@@ -89,7 +89,7 @@ class Site:
         ours, theirs, site = self.experiment.handshake, fields.get("handshake") or {}, fields.get("site")
         if site != self.data.name:
             raise WireError("this request is for another site", allowed=self.data.name, received=site)
-        for key in ("version", "agreement", "backbone"):
+        for key in ("version", "backbone", "agreement"):  # the agreement's digest covers the backbone's
             if getattr(ours, key) != theirs.get(key):
                 remedy = "all sites and the coordinator need the same package, configuration and weights"
                 raise WireError(

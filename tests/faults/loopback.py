@@ -123,6 +123,11 @@ class Loopback:
         process.send_signal(sign)
         process.wait(60)
 
+    def process(self, name: str) -> int:
+        """Of Flower's program that a service started last."""
+        lines = [line for line in self.output(name).splitlines() if line.startswith("started program=")]
+        return int(lines[-1].rpartition("process=")[2].split()[0])
+
     def output(self, name: str) -> str:
         path = self.folder / f"{name}.out"
         return path.read_text(errors="replace") if path.is_file() else ""

@@ -15,6 +15,7 @@ pytest.importorskip("flwr")
 from consilium import checkpoint, config
 from consilium import run as simulation
 from consilium.deployment import files
+from tests.faults.conftest import Lost
 from tests.faults.loopback import FEDERATION, OWN, SITES, Loopback, loopback
 
 
@@ -32,7 +33,7 @@ def same(made: Loopback, tensors: dict[str, Any]) -> bool:
     return found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
 
 
-def test_a_site_is_killed_and_comes_back_and_the_bits_are_those_of_a_simulation(tmp_path: Path) -> None:
+def test_a_site_is_killed_and_comes_back_and_the_bits_are_those_of_a_simulation(tmp_path: Path, lost: Lost) -> None:
     """The deployment guide's way, with one fault: prairie's processes die in round 2 and are started again."""
     (tmp_path / "there").mkdir()
     with loopback(tmp_path / "there", rounds=3, deadline=200) as made:
@@ -60,3 +61,4 @@ def test_a_site_is_killed_and_comes_back_and_the_bits_are_those_of_a_simulation(
             assert [line["kind"] for line in lines if not line["failure"]][-1] == "finish"
         result = json.loads((made.run / "result.json").read_text())
         assert set(result["metrics"]["test"]) == set(SITES)
+        lost("site stopped in training, back in time")

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from consilium import payload
 from consilium.coordinator import Coordinator
 from consilium.errors import ConfigError, TrainingError
-from consilium.exchange import Exchange, Partners, Updates
-from consilium.messages import Reply, Request, decode_request, encode, pack
+from consilium.exchange import LARGEST_ENVELOPE, Exchange, Partners, Updates
+from consilium.messages import Reply, Request, decode_reply, decode_request, encode, pack
 from consilium.protocols import Failure, ServerState, Specs, Update
 from consilium.rounds import Progress
 from consilium.strategies.fedavg import FedAvg
@@ -78,6 +79,45 @@ def _exchange(fake: Fake, folder: Path = Path(), sites: Sequence[str] | None = N
     partners = Partners(PIECES, fake, folder, lambda _: None, lambda failure: failure.message)
     progress = Progress(PIECES.strategy.init_server(START, PIECES.model.specs, fake.sites()))
     return Exchange(partners, progress, "round", 1, fake.sites() if sites is None else sites)
+
+
+# ------------------------------------------------------------------------------------------------ who lies
+@dataclass
+class Liar(Fake):
+    """The first site sends other bytes."""
+
+    change: Callable[[bytes], bytes] = lambda data: data
+
+    def round(self, requests: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
+        for site, reply in super().round(requests):
+            assert isinstance(reply, bytes)
+            yield site, self.change(reply) if site == "s00000" else reply
+
+
+def _with_nan(data: bytes) -> bytes:
+    reply = decode_reply(data, PIECES.up(1))
+    broken = {name: torch.full_like(value, float("nan")) for name, value in reply.tensors.items()}
+    packed = b"".join(payload.chunks(broken, PIECES.up(1)))
+    return encode(replace(reply, tensors=broken), PIECES.up(1), packed)
+
+
+def test_a_reply_that_is_too_large_is_refused_by_name() -> None:
+    exchange = _exchange(Liar(3, change=lambda data: data + bytes(LARGEST_ENVELOPE)))
+    assert len(list(exchange)) == 2
+    (failure,) = exchange.failures
+    assert (failure.site, failure.code) == ("s00000", "refused")
+    assert "the reply of s00000 is too large" in failure.message
+    assert sorted(exchange.replied) == ["s00001", "s00002"]
+
+
+def test_a_hospital_whose_numbers_are_not_finite_ends_a_simulation_and_no_federation() -> None:
+    exchange = _exchange(Liar(8, change=_with_nan))
+    with pytest.raises(TrainingError, match="non-finite numbers from site s00000"):
+        list(exchange)
+    exchange = _exchange(Liar(8, change=_with_nan))
+    exchange.partners = replace(exchange.partners, remote=True)
+    assert len(list(exchange)) == 7
+    assert [(each.site, each.code) for each in exchange.failures] == [("s00000", "non_finite")]
 
 
 # ------------------------------------------------------------------------------------------------ what is alive

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +15,7 @@ pytest.importorskip("flwr")
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from consilium.engines import flower, relay
 from consilium.errors import TrainingError
@@ -157,6 +157,32 @@ def test_a_late_reply_is_told_and_never_counted() -> None:
     assert [each for each in told if each["event"] != "link"] == [
         {"event": "late", "site": "b", "bytes": 4, "policy": "dropped"}
     ]
+
+
+def test_a_site_that_is_behind_is_not_asked_for_one_round_after_the_other() -> None:
+    told: list[Mapping[str, Any]] = []
+    grid = echoing(a={}, b={"takes": 90})
+    wire = transport(grid, told, deadline=30.0, grace=0.0)
+    for number in (b"1", b"2"):
+        found = dict(wire.round({"a": number, "b": number}))
+        assert isinstance(found["b"], Failure)
+        assert found["b"].code == "late"
+    assert found["b"].message == "it is still at work on an earlier request"
+    grid.nodes[key("b")].takes = 0
+    assert dict(wire.round({"a": b"3", "b": b"3"})) == {"a": b"3a", "b": b"3b"}
+    assert grid.nodes[key("b")].handled == 2
+
+
+def test_who_answers_twice_is_counted_once() -> None:
+    class Twice(LocalGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            found = [*super().pull_messages(message_ids)]
+            return [*found, *found]
+
+    grid = echoing(a={}, b={"takes": 20})
+    wire = transport(Twice(grid.nodes), [], deadline=10.0, grace=0.0)
+    assert [site for site, _ in wire.round({"a": b"1", "b": b"1"})] == ["a", "b"]
+    assert [site for site, _ in wire.round({"a": b"2", "b": b"2"})] == ["a", "b"]
 
 
 def test_a_node_that_dies_is_asked_again_when_it_is_back() -> None:

@@ -1,0 +1,151 @@
+"""A hospital whose disk is full, whose state is damaged, whose folder two processes want, whose network is cut."""
+
+from __future__ import annotations
+
+import json
+import selectors
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("flwr")
+
+from consilium.deployment import files, processes
+from tests.faults.conftest import Lost
+from tests.faults.loopback import SITES, Loopback, loopback
+from tests.faults.outcome import assert_journals_whole, assert_same, missed, simulated
+
+# Files of this process may have 20 kB from here on: enough for a line of a log, too little for a state. SIGXFSZ is
+# ignored by Python, so that writing fails as it does on a full disk.
+TROUBLE = """
+import resource
+from consilium.engines.site import Site
+from consilium.messages import envelope_of
+handle = Site.handle
+def troubled(self, data):
+    fields = envelope_of(data)
+    number = fields["round"] if fields["kind"] == "round" else 0
+    if number == 2:
+        whole = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, whole[1]))
+        try:
+            return handle(self, data)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, whole)
+    if number == 4:
+        path = self.folder / "state-00003.safetensors"
+        backup = path.read_bytes()
+        path.write_bytes(backup[:len(backup) // 2])
+        try:
+            return handle(self, data)
+        finally:
+            path.write_bytes(backup)
+    return handle(self, data)
+Site.handle = troubled
+"""
+
+
+@pytest.mark.faults
+def test_a_full_disk_a_damaged_state_and_a_second_process_keep_the_last_good_state(tmp_path: Path, lost: Lost) -> None:
+    (tmp_path / "there").mkdir()
+    with loopback(tmp_path / "there", strategy="fedopal", rounds=5) as made:
+        made.link()
+        made.join_all({"prairie": TROUBLE})
+        second = made.call("site", "join", made.at("prairie"))
+        assert second.returncode == 1, second.stderr
+        assert "another process serves this site's folder" in second.stderr
+        made.submit()
+        again = made.call("coordinator", "submit", made.at(files.COORDINATOR))
+        assert again.returncode == 1
+        assert "the run of this folder is going on" in again.stderr
+        assert made.ended()["state"] == "finished", made.told()
+        assert missed(made, "prairie") == [2, 4]
+        rows = [each["sites"]["prairie"] for each in made.rounds()]
+        assert all(rows[number - 1]["message"].startswith("see failures.jsonl at the site, ") for number in (2, 4))
+        kept = next(made.at("prairie").glob("state/*/failures.jsonl")).read_text().splitlines()
+        full, damaged = [json.loads(line)["text"] for line in kept]
+        assert "a file could not be written" in full
+        assert "state-00003.safetensors" in damaged
+        assert_same(made, simulated(made, tmp_path / "here", {"prairie": [2, 4]}))
+        assert_journals_whole(made)
+        lost("disk full at a site", rounds=1)
+        lost("personal state damaged", rounds=1)
+        lost("two processes on one site folder")
+
+
+class Proxy:
+    """Between a node and the SuperLink: what goes through can be cut, and then nobody gets through."""
+
+    def __init__(self, to: int) -> None:
+        self.to, self.port, self.is_cut = to, processes.free_port(), threading.Event()
+        self.refused = 0
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._carry, args=(near,), daemon=True).start()
+
+    def _carry(self, near: socket.socket) -> None:
+        with near:
+            if self.is_cut.is_set():
+                self.refused += 1
+                return
+            with socket.create_connection(("127.0.0.1", self.to)) as far, selectors.DefaultSelector() as ready:
+                ready.register(near, selectors.EVENT_READ, far)
+                ready.register(far, selectors.EVENT_READ, near)
+                while not self.is_cut.is_set():
+                    for key, _ in ready.select(0.2):
+                        piece = key.fileobj.recv(1 << 16)  # type: ignore[union-attr]
+                        if not piece:
+                            return
+                        key.data.sendall(piece)
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@contextmanager
+def proxy(made: Loopback, site: str) -> Iterator[Proxy]:
+    """The site's way to the SuperLink leads over it."""
+    between = Proxy(made.port)
+    path = made.at(site) / files.FEDERATION
+    path.write_text(path.read_text().replace(f"127.0.0.1:{made.port}", f"127.0.0.1:{between.port}"))
+    try:
+        yield between
+    finally:
+        between.close()
+
+
+@pytest.mark.faults
+def test_a_network_that_is_cut_while_a_site_trains_costs_nothing(tmp_path: Path, lost: Lost) -> None:
+    """For longer than Flower's heartbeat: the link gives the node up, and takes it back."""
+    (tmp_path / "there").mkdir()
+    with loopback(tmp_path / "there", rounds=3, deadline=200) as made, proxy(made, "prairie") as between:
+        made.link()
+        made.join("alpine")
+        made.join("harbour")
+        mark = made.slowly("prairie")
+        mark.unlink()
+        made.submit()
+        made.wait(lambda: made.quick().get("closed") == 1, "round 1")
+        mark.touch()
+        made.wait(lambda: "asked kind=round round=2" in made.output("prairie"), "prairie's second round")
+        between.is_cut.set()
+        mark.unlink()
+        made.wait(lambda: made.quick()["sites"]["prairie"]["status"] in ("lost", "absent"), "the link to give it up")
+        assert between.refused
+        between.is_cut.clear()
+        assert made.ended()["state"] == "finished", made.told()
+        assert [missed(made, site) for site in SITES] == [[], [], []]
+        assert_same(made, simulated(made, tmp_path / "here"))
+        assert_journals_whole(made)
+        lost("network cut while a site trains")
