@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import selectors
-import socket
-import threading
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,59 +76,24 @@ def test_a_full_disk_a_damaged_state_and_a_second_process_keep_the_last_good_sta
         lost("two processes on one site folder")
 
 
-class Proxy:
-    """Between a node and the SuperLink: what goes through can be cut, and then nobody gets through."""
-
-    def __init__(self, to: int) -> None:
-        self.to, self.port, self.is_cut = to, processes.free_port(), threading.Event()
-        self.refused = 0
-        self._listener = socket.create_server(("127.0.0.1", self.port))
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                near, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._carry, args=(near,), daemon=True).start()
-
-    def _carry(self, near: socket.socket) -> None:
-        with near:
-            if self.is_cut.is_set():
-                self.refused += 1
-                return
-            with socket.create_connection(("127.0.0.1", self.to)) as far, selectors.DefaultSelector() as ready:
-                ready.register(near, selectors.EVENT_READ, far)
-                ready.register(far, selectors.EVENT_READ, near)
-                while not self.is_cut.is_set():
-                    for key, _ in ready.select(0.2):
-                        piece = key.fileobj.recv(1 << 16)  # type: ignore[union-attr]
-                        if not piece:
-                            return
-                        key.data.sendall(piece)
-
-    def close(self) -> None:
-        self._listener.close()
-
-
 @contextmanager
-def proxy(made: Loopback, site: str) -> Iterator[Proxy]:
-    """The site's way to the SuperLink leads over it."""
-    between = Proxy(made.port)
-    path = made.at(site) / files.FEDERATION
-    path.write_text(path.read_text().replace(f"127.0.0.1:{made.port}", f"127.0.0.1:{between.port}"))
-    try:
-        yield between
-    finally:
-        between.close()
+def proxy(made: Loopback, site: str) -> Iterator[Path]:
+    """The site's way to the SuperLink leads over one; nothing gets through while the file is there."""
+    port, mark, path = processes.free_port(), made.folder / "cut", made.at(site) / files.FEDERATION
+    path.write_text(path.read_text().replace(f"127.0.0.1:{made.port}", f"127.0.0.1:{port}"))
+    command = [sys.executable, str(Path(__file__).with_name("proxy.py")), str(port), str(made.port), str(mark)]
+    with subprocess.Popen(command) as process:
+        try:
+            yield mark
+        finally:
+            process.kill()
 
 
 @pytest.mark.faults
 def test_a_network_that_is_cut_while_a_site_trains_costs_nothing(tmp_path: Path, lost: Lost) -> None:
     """For longer than Flower's heartbeat: the link gives the node up, and takes it back."""
     (tmp_path / "there").mkdir()
-    with loopback(tmp_path / "there", rounds=3, deadline=200) as made, proxy(made, "prairie") as between:
+    with loopback(tmp_path / "there", rounds=3, deadline=200) as made, proxy(made, "prairie") as cut:
         made.link()
         made.join("alpine")
         made.join("harbour")
@@ -139,11 +103,10 @@ def test_a_network_that_is_cut_while_a_site_trains_costs_nothing(tmp_path: Path,
         made.wait(lambda: made.quick().get("closed") == 1, "round 1")
         mark.touch()
         made.wait(lambda: "asked kind=round round=2" in made.output("prairie"), "prairie's second round")
-        between.is_cut.set()
+        cut.touch()
         mark.unlink()
         made.wait(lambda: made.quick()["sites"]["prairie"]["status"] in ("lost", "absent"), "the link to give it up")
-        assert between.refused
-        between.is_cut.clear()
+        cut.unlink()
         assert made.ended()["state"] == "finished", made.told()
         assert [missed(made, site) for site in SITES] == [[], [], []]
         assert_same(made, simulated(made, tmp_path / "here"))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,12 @@ from consilium.deployment import files, init, processes
 from tests.faults.conftest import Lost
 from tests.faults.loopback import SITES, loopback
 
+PLAIN = """
+import socket, sys
+with socket.create_connection(("127.0.0.1", int(sys.argv[1])), timeout=20) as link:
+    link.sendall(b"POST /v1/fleet/activate-node HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: 0\\r\\n\\r\\n")
+    print(link.recv(100))
+"""
 OTHER_VERSION = "import consilium\nconsilium.__version__ = '0.0.1'"
 
 
@@ -89,9 +95,10 @@ def test_who_is_not_registered_or_not_the_coordinator_does_not_get_in(tmp_path: 
         assert "Traceback" not in keyless.stderr
         for arguments in (["--insecure"], ["--root-certificates", str(keys / processes.CA)]):
             assert refused(made.port, arguments)
-        with socket.create_connection(("127.0.0.1", made.port), timeout=20) as plain:
-            plain.sendall(b"POST /v1/fleet/activate-node HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
-            assert not plain.recv(100).startswith(b"HTTP")
+        plain = subprocess.run(
+            [sys.executable, "-c", PLAIN, str(made.port)], capture_output=True, text=True, check=True
+        )
+        assert "HTTP" not in plain.stdout
         link = (made.at(files.COORDINATOR) / "superlink.log").read_text()
         assert "Activated node_id" not in link
         for what in ("wrong authority", "unregistered key", "no key", "plain text"):
