@@ -115,6 +115,7 @@ class Loopback:
                 stderr=subprocess.STDOUT,
                 env=self.environment(),
                 start_new_session=True,
+                preexec_fn=processes._end_with_parent,  # nothing is left of a test that is killed
             )
 
     def kill(self, name: str, sign: signal.Signals = signal.SIGKILL) -> None:

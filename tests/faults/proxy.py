@@ -1,4 +1,4 @@
-"""Between a node and the SuperLink, a process of its own: PORT TO MARK. Nobody gets through while file MARK is there."""
+"""Between a node and the SuperLink, a process of its own: PORT TO MARK. File MARK cuts it."""
 
 from __future__ import annotations
 
