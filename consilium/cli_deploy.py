@@ -214,10 +214,17 @@ def status(
     folder: Folder,
     json: Json = False,
     follow: Annotated[bool, typer.Option("--follow", help="Until the run has ended.")] = False,
+    page: Annotated[
+        int | None, typer.Option(metavar="PORT", min=0, max=65535, help="Serve a page to this machine, until Ctrl-C.")
+    ] = None,
 ) -> None:
     """How the run and every site stand; exit code 0 finished, 1 failed or died, 3 going on."""
     from consilium.deployment import office
 
+    if page is not None:
+        from consilium.deployment import page as browser
+
+        return browser.serve(folder, page, lambda text: print(text, flush=True), _until_ended)
     if follow:
         return _follow(folder)
     found = office.status(folder)

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from consilium.deployment import hospital
+from consilium.deployment import hospital, own_page
 from consilium.deployment.log import Log
 from consilium.engines.resident import claimed
 from consilium.engines.state import StateFolder
@@ -33,5 +33,6 @@ def delete(folder: Path, run: str) -> int:
         raise ConfigError("the site keeps nothing of this run", where=str(folder), allowed=allowed, received=run)
     with claimed(folder / hospital.STATE):
         shutil.rmtree(folder / hospital.STATE / run)
+        (folder / own_page.PAGE).unlink(missing_ok=True)  # it may speak of this run; `site page` makes that of another
     Log(folder / hospital.LOG)({"event": "deleted", "run": run, "bytes": known[run]})
     return known[run]
