@@ -19,6 +19,8 @@ from pydantic_core import PydanticUndefined
 
 from consilium import registry
 from consilium.config import Config, SelectionConfig, StageConfig
+from consilium.deployment.files import Deployment
+from consilium.deployment.gate import GateConfig
 from scripts import strategy_table
 
 TARGET = Path(__file__).parent.parent / "docs" / "configuration.md"
@@ -33,7 +35,7 @@ TABLES = {"tuners": "[[tuner]]", "strategies": "[strategy]", "tasks": "[task]", 
 
 def render() -> str:
     """The whole page."""
-    return "\n".join([OPENING, *_section("", Config), *_stages(), *_members()])
+    return "\n".join([OPENING, *_section("", Config), *_stages(), *_hospitals(), *_members()])
 
 
 def _section(path: str, model: type[BaseModel]) -> Iterator[str]:
@@ -54,6 +56,13 @@ def _stages() -> Iterator[str]:
     tables = ", ".join(f"`{name}`" for name in inner)
     keys = ", ".join(f"`{name}`" for name in SelectionConfig.model_fields)
     yield f"And these tables, with their keys as above: {tables}; of `evaluation` only {keys}.\n"
+
+
+def _hospitals() -> Iterator[str]:
+    """Tables that a federation across hospitals has beside these."""
+    yield "## Across hospitals\n\n`[deployment]` stands in federation.toml, `[gate]` in each site.toml: see deployment.md.\n"
+    yield from _section("deployment", Deployment)
+    yield from (line.replace("`[gate.tensors]`", "`[[gate.tensors]]`") for line in _section("gate", GateConfig))
 
 
 def _members() -> Iterator[str]:

@@ -31,7 +31,7 @@ from consilium.experiment import Experiment, assemble
 if TYPE_CHECKING:
     from consilium.engines.flower import Grid
 
-RUN = "run"
+RUN = files.RUN
 
 
 def conduct(folder: Path, grid: Grid) -> None:

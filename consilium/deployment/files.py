@@ -24,6 +24,7 @@ from consilium.errors import ConfigError, ConsiliumError, StateError
 from consilium.registry import Options, options_error
 
 FEDERATION, SITE, SECRET, NODES, COORDINATOR = "federation.toml", "site.toml", "secret.json", "nodes", "coordinator"
+RUN = "run"  # in the coordinator's folder: the run itself
 OWN = ("sites", "engine", "backbone")  # tables of a configuration that a site's file may hold; of the last the weights
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # also a system's service, a host's user, a word of a script
 Seconds = Annotated[float, Field(gt=0)]

@@ -12,17 +12,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from consilium import checkpoint
-from consilium.data import SiteData
 from consilium.errors import ConfigError, StateError, WireError
-from consilium.experiment import Experiment
 from consilium.messages import Reply, decode_reply, encode, envelope_of
 from consilium.protocols import Failure, Specs, Tag
 from consilium.registry import Options
+
+if TYPE_CHECKING:
+    from consilium.data import SiteData
+    from consilium.experiment import Experiment
 
 APPROVED = "approved.json"
 Numbers = dict[str, Any]

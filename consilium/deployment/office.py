@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from consilium import checkpoint, run_folder
-from consilium.deployment import board, conduct, door, files, processes
+from consilium.deployment import board, door, files, processes
 from consilium.deployment.log import Log
 from consilium.deployment.processes import APP, CONNECTION, Supervised
 from consilium.errors import ConfigError, StateError
@@ -89,8 +89,8 @@ def submit(folder: Path) -> dict[str, Any]:
     if state in ("starting", "running"):
         remedy = f"consilium coordinator status {folder}"
         raise StateError("the run of this folder is going on", where=str(folder), remedy=remedy)
-    if run_folder.is_done(folder / conduct.RUN):
-        remedy = f"look at {folder / conduct.RUN / 'result.json'}, or move {conduct.RUN}/ away to begin anew"
+    if run_folder.is_done(folder / files.RUN):
+        remedy = f"look at {folder / files.RUN / 'result.json'}, or move {files.RUN}/ away to begin anew"
         raise StateError("the run of this folder is finished", where=str(folder), remedy=remedy)
     files.public_keys(folder, files.read(folder))
     here = folder.resolve()
@@ -106,7 +106,7 @@ def submit(folder: Path) -> dict[str, Any]:
 
 def begun(folder: Path) -> None:
     """StateError unless there is a run to go on with."""
-    if not (folder / conduct.RUN / run_folder.CONFIG).is_file():
+    if not (folder / files.RUN / run_folder.CONFIG).is_file():
         raise StateError("there is no run to resume", where=str(folder), remedy="consilium coordinator submit")
 
 
@@ -123,7 +123,7 @@ def status(folder: Path) -> dict[str, Any]:
     """How the run stands; "died" where it says that it is going on and nobody works on it."""
     _known(folder)
     found = board.read(folder)
-    alive = run_folder.is_held(folder / conduct.RUN)
+    alive = run_folder.is_held(folder / files.RUN)
     patience = {"starting": START, "running": MOMENT}.get(str(found.get("state")))
     if patience is not None and not alive and board.age(found) > patience:
         found |= {"state": "died", "message": "the coordinator's process ended without a word: resume it"}

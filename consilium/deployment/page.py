@@ -18,7 +18,7 @@ import jinja2
 from rich.filesize import decimal
 
 from consilium import config_file
-from consilium.deployment import conduct, files, office
+from consilium.deployment import files, office
 from consilium.errors import ConsiliumError, StateError
 from consilium.progress import estimate, sparkline
 
@@ -63,7 +63,7 @@ KINDS = {"good": ("finished", "done", "ok"), "busy": ("running", "training"), "i
 
 def html(folder: Path) -> str:
     """The page as it stands now; also where no run was begun."""
-    table, lines = _table(folder), _rounds(folder / conduct.RUN / "events.jsonl")
+    table, lines = _table(folder), _rounds(folder / files.RUN / "events.jsonl")
     values = [value for line in lines if (value := (line.get("val_mean") or {}).get(METRIC)) is not None]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.ChainableUndefined)
     environment.filters["kind"] = _kind

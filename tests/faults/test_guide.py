@@ -20,7 +20,8 @@ pytest.importorskip("flwr")
 
 from consilium import checkpoint, config
 from consilium import run as simulation
-from consilium.deployment import processes
+from consilium.deployment import keeping, processes
+from consilium.errors import StateError
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8").split("## 2. ")[0]
@@ -35,7 +36,7 @@ class Reader:
 
     folder: Path
     ports: dict[str, str]  # those of the guide may be taken here
-    terminals: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    terminals: dict[str, tuple[subprocess.Popen[bytes], Path]] = field(default_factory=dict)
     done: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -59,11 +60,10 @@ class Reader:
     def type(self, line: str) -> None:
         """One line of a sh block."""
         line = self.here(line)
-        up = next((said for sign, said in STAYS.items() if sign in line), None)
-        if up is None:
-            self.call(line)
+        if any(sign in line for sign in STAYS):
+            self.open(line)
         else:
-            self.open(line, up)
+            self.call(line)
         self.done.append(line)
 
     def call(self, line: str, code: int = 0) -> str:
@@ -80,21 +80,27 @@ class Reader:
         assert done.returncode == code, f"{line}\n{done.stdout}\n{done.stderr}\n{self.said()}"
         return done.stdout
 
-    def open(self, line: str, up: str) -> None:
+    def open(self, line: str) -> None:
         out = self.folder / f"terminal-{len(self.terminals)}"
         with out.open("wb") as file:
-            self.terminals[line] = subprocess.Popen(
+            process = subprocess.Popen(
                 ["sh", "-c", f"exec {line}"], cwd=self.folder, env=self.environment, stdout=file, stderr=file
             )
+        self.terminals[line] = process, out
+
+    def wait(self) -> None:
+        """Until all open terminals say that they are up."""
         end = time.monotonic() + PATIENCE
-        while up not in out.read_text():
-            assert self.terminals[line].poll() is None, f"{line} ended: {out.read_text()}"
-            assert time.monotonic() < end, f"{line} never said {up}: {out.read_text()}"
-            time.sleep(0.1)
+        for line, (process, out) in self.terminals.items():
+            up = next(said for sign, said in STAYS.items() if sign in line)
+            while up not in out.read_text():
+                assert process.poll() is None, f"{line} ended: {out.read_text()}"
+                assert time.monotonic() < end, f"{line} never said {up}: {out.read_text()}"
+                time.sleep(0.1)
 
     def close(self, line: str) -> int:
         """Ctrl-C; the exit code."""
-        process = self.terminals.pop(line)
+        process, _ = self.terminals.pop(line)
         process.send_signal(signal.SIGINT)
         return process.wait(60)
 
@@ -124,6 +130,7 @@ def follow(reader: Reader) -> None:
             assert kind == "sh"
             for line in text.splitlines():
                 reader.type(line)
+            reader.wait()
         before = block.end()
 
 
@@ -139,22 +146,21 @@ def test_the_guide_followed_word_by_word(reader: Reader, tmp_path: Path) -> None
     follow(reader)
     made = reader.folder / "made"
     assert "consilium coordinator submit made/coordinator --wait" in reader.done
-    table = json.loads(reader.call("consilium coordinator status made/coordinator --json"))
-    assert (table["state"], table["closed"]) == ("finished", 2)
     page = next(line for line in reader.terminals if "--page" in line).split()[-1]
-    source = f"import urllib.request as u; print(u.urlopen('http://127.0.0.1:{page}/').read().decode())"
-    assert "finished" in reader.call(f'{sys.executable} -c "{source}"')
+    source = f"import urllib.request as u; print(u.urlopen('http://127.0.0.1:{page}/status.json').read().decode())"
+    table = json.loads(reader.call(f'{sys.executable} -c "{source}"'))
+    assert (table["state"], table["closed"]) == ("finished", 2)
 
     ours = checkpoint.load(max((made / "coordinator" / "run" / "checkpoints").glob("*.safetensors")))[0]
     theirs = in_one_process(reader, tmp_path / "here")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
-    (row,) = json.loads(reader.call("consilium site states made/alpine --json"))
-    withdraw = f"consilium site states made/alpine --delete {row['run']} --yes"
-    reader.call(withdraw, code=1)  # its service is running
+    (kept,) = (made / "alpine" / "state").glob("*/")
+    with pytest.raises(StateError, match="another process serves"):
+        keeping.delete(made / "alpine", kept.name)
     assert [reader.close(line) for line in list(reader.terminals)] == [0] * 5
-    reader.call(withdraw)
-    assert not (made / "alpine" / "state" / row["run"]).exists()
+    keeping.delete(made / "alpine", kept.name)
+    assert not kept.exists()
     assert not (made / "alpine" / "report.html").exists()
     assert '"kind":"finish"' in (made / "alpine" / "journal.jsonl").read_text()

@@ -1,4 +1,4 @@
-"""Across real processes: TLS, node keys, a SuperLink and three SuperNodes. One test always runs, others by --faults."""
+"""Across real processes: TLS, node keys, a SuperLink and three SuperNodes. By --faults; what always runs is test_guide.py."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def same(made: Loopback, tensors: dict[str, Any]) -> bool:
     return found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
 
 
+@pytest.mark.faults
 def test_a_site_is_killed_and_comes_back_and_the_bits_are_those_of_a_simulation(tmp_path: Path, lost: Lost) -> None:
     """The deployment guide's way, with one fault: prairie's processes die in round 2 and are started again."""
     (tmp_path / "there").mkdir()
