@@ -60,7 +60,8 @@ def _stages() -> Iterator[str]:
 
 def _hospitals() -> Iterator[str]:
     """Tables that a federation across hospitals has beside these."""
-    yield "## Across hospitals\n\n`[deployment]` stands in federation.toml, `[gate]` in each site.toml: see deployment.md.\n"
+    where = "`[deployment]` stands in federation.toml, `[gate]` in each site.toml: [how to](deployment.md)."
+    yield f"## Across hospitals\n\n{where}\n"
     yield from _section("deployment", Deployment)
     yield from (line.replace("`[gate.tensors]`", "`[[gate.tensors]]`") for line in _section("gate", GateConfig))
 
