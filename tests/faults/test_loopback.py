@@ -1,4 +1,4 @@
-"""Across real processes: TLS, node keys, a SuperLink and three SuperNodes. By --faults; what always runs is test_guide.py."""
+"""Across real processes: TLS, node keys, a SuperLink and SuperNodes. By --faults; test_guide.py always runs."""
 
 from __future__ import annotations
 
