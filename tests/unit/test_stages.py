@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from consilium import checkpoint, config, run, seeds, signing, stages
+from consilium import checkpoint, config, registry, run, seeds, signing, stages
 from consilium.check import check
+from consilium.continued import Continued
 from consilium.coordinator import Coordinator
 from consilium.errors import ConfigError, StateError
 from consilium.experiment import Experiment, assemble
@@ -24,7 +25,7 @@ from consilium.export import export, load
 from consilium.messages import envelope_of
 from consilium.predict import load_trained
 from consilium.sealing import is_sealed
-from consilium.tensors import loads
+from consilium.tensors import equal, loads
 from tests.federation import bits, traces
 
 LORA = {"name": "lora", "rank": 2}
@@ -390,6 +391,17 @@ def test_with_a_key_what_a_stage_hands_to_sites_is_encrypted_too(
         assert not [name for mark, name in traces({n: v.flatten() for n, v in own.items()}).items() if mark in clear]
     first, second = (checkpoint.read_json(each / "result.json")["metrics"] for each in (plain, out))
     assert first == second
+
+
+def test_a_model_of_the_sites_own_does_not_take_the_place_of_the_common_one() -> None:
+    """A site that used another model than all have in common keeps both: its own is frozen, the common is global's."""
+    strategy = registry.build("strategies", "fedavg", {})
+    later = Continued(strategy, strategy.declares, frozenset({"x", "y"}), everywhere=True)
+    own, common, trained = torch.ones(2), torch.zeros(2), torch.full((2,), 7.0)
+    personal = later.init_site({"x": own, "y": own, "common/x": common}, {}, "a")
+    models = later.deploy({"w": trained}, personal)
+    assert equal(models["personal"], {"x": own, "y": own, "w": trained})
+    assert equal(models["global"], {"x": common, "y": own, "w": trained})
 
 
 def test_a_run_in_stages_is_exported_whole(tmp_path: Path) -> None:
