@@ -106,7 +106,7 @@ def _nodes(result: Result, scale: Scale, folder: Path) -> None:
 
 def _anew(result: Result, scale: Scale, folder: Path) -> None:
     """In one run, so that both meet the same machine; the first round is warm-up."""
-    sites, rounds = scale.pick((4, 7), (2, 2))
+    sites, rounds = scale.pick((4, 6), (2, 2))
     with federation(folder, sites, rounds, anew=sites // 2) as there:
         names = there_sites(there)
         found = _followed(there)
@@ -157,7 +157,7 @@ def made(folder: Path, sites: int, rounds: int, port: int) -> list[str]:
     table["backbone"] = {**table["backbone"], "image_size": 32}
     table["tuner"] = [{"name": "lora", "rank": 32}]
     table["train"] = {**table["train"], "rounds": rounds, "batch_size": 8}
-    table["evaluation"] = {"bootstrap": 0}
+    table["evaluation"] = {"bootstrap": 0, "every": rounds}
     table["deployment"] = {"sites": names, "address": f"127.0.0.1:{port}", "deadline": 120, "grace": 5}
     folder.mkdir(parents=True)
     (folder / "federation.toml").write_text(job.toml(table))

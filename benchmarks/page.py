@@ -1,8 +1,8 @@
-"""Tables and figures of docs/results/performance.md. In: benchmarks/results.json. Out: the page between its markers.
+"""Tables and figures of docs/results/performance.md, and one of deployment.md. In: benchmarks/results.json. Out: pages.
 
     python -m benchmarks.page
 
-What stands outside the markers is written by hand and stays.
+What stands outside a page's markers is written by hand and stays.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from consilium.study import drawing
 
 RESULTS = ROOT / "benchmarks" / "results.json"
 PAGE = ROOT / "docs" / "results" / "performance.md"
+APART = ROOT / "docs" / "results" / "deployment.md"  # what concerns hospitals in processes of their own
 FIGURES = ROOT / "docs" / "results" / "figures"
 START, END = "<!-- tables: written by `python -m benchmarks.page` -->", "<!-- end of tables -->"
 
 
 def write() -> None:
-    """Renew the page and its figures."""
+    """Renew the pages and their figures."""
     found = json.loads(RESULTS.read_text())
+    APART.write_text(renewed(APART.read_text(), {name: found[name] for name in ("deployment",) if name in found}))
     PAGE.write_text(renewed(PAGE.read_text(), found))
     FIGURES.mkdir(parents=True, exist_ok=True)
     figures = {"performance": targets_figure(found)}
