@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from consilium import __version__, checkpoint, metrics, results
+from consilium import __version__, checkpoint, keeping, metrics, results
 from consilium.experiment import Experiment
 from consilium.rounds import Progress
 
@@ -40,6 +40,7 @@ def write(out: Path, experiment: Experiment, progress: Progress) -> None:
             "num_examples": progress.num_examples,
             "bytes": progress.ledger.summary(),
             "wire": {"up": results.wire(up, experiment.codec), "down": results.wire(down, experiment.codec)},
+            "kept_at_site": results.wire(keeping.kept(experiment, sites)),
             "numbers": results.numbers(experiment, remote=True),
             "untested": [site for site in sites if progress.tested.get(site) is None],
             "metrics": {

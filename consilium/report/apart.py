@@ -65,28 +65,33 @@ def _rounds(run: Run) -> Section:
 
 def _attendance(run: Run) -> Figure:
     """A mark per hospital and round, by how it did."""
-    others = sorted({each.status for event in run.events for each in event.sites.values()} - {*STATES, "not_drawn"})
-    states = [*STATES, *others]
-    used = [state for state in states if any(state == e.status for event in run.events for e in event.sites.values())]
-    numbers = [event.round for event in run.events]
-    left, right, step = 150.0, 706.0, 22.0
+    seen = {each.status for event in run.events for each in event.sites.values()}
+    used = [state for state in [*STATES, *sorted(seen - {*STATES, "not_drawn"})] if state in seen]
+    away = {site: rounds for site, rounds in shared.missed(run).items() if rounds}
+    told = "; ".join(f"{site} without {rounds}" for site, rounds in away.items()) or "everybody in every round"
+    title = f"Who replied in which round: {told}"
+    words = [_WORDS.get(state, state) for state in used]
+    return shared.wide_and_narrow(
+        "How each hospital did in each round", lambda width: _marks(run, used, title, width), words
+    )
+
+
+def _marks(run: Run, used: Sequence[str], title: str, width: float) -> Markup:
+    numbers, roomy = [event.round for event in run.events], width > 500
+    left, step = (160.0, 22.0) if roomy else (14.0, 38.0)
     bottom = 8 + step * len(run.result.sites)
-    x = marks.Axis(numbers[0] - 0.5, numbers[-1] + 0.5, left, right)
-    every = max(1, round(len(numbers) / 20))
+    x = marks.Axis(numbers[0] - 0.5, numbers[-1] + 0.5, left, width - 14)
+    every = max(1, round(len(numbers) * 28 / (width - left)))
     parts = [marks.axis_x(x, bottom, [float(n) for n in numbers if (n - numbers[0]) % every == 0], whole)]
-    told = []
     for row, site in enumerate(run.result.sites):
-        y = 8 + step * (row + 0.5)
-        parts.append(marks.name_text(left - 12, y + 4, site, "end"))
+        y = 8 + step * (row + 1) - 11
+        name = (left - 12, y + 4, site, "end") if roomy else (4, y - 9, site, "start")
+        parts.append(marks.name_text(*name))
         for event in run.events:
             status = event.sites[site].status if site in event.sites else "not_drawn"
-            if status in used:
-                parts.append(marks.marker(used.index(status), x(event.round), y, 4.5))
-                told += [] if status == "ok" else [f"{site} {status} in round {event.round}"]
-    parts.append(marks.word((left + right) / 2, bottom + 34, "round", "middle"))
-    title = f"Who replied in which round: {'; '.join(told) or 'everybody in every round'}"
-    drawing = marks.svg(720, bottom + 40, title, parts)
-    return Figure("How each hospital did in each round", [("", drawing)], [_WORDS.get(state, state) for state in used])
+            parts += [marks.marker(used.index(status), x(event.round), y, 4.5)] if status in used else []
+    parts.append(marks.word((left + width) / 2, bottom + 34, "round", "middle"))
+    return marks.svg(width, bottom + 40, title, parts)
 
 
 _WORDS = {"ok": "replied"}
@@ -117,6 +122,12 @@ def _sizes(run: Run) -> Table:
     return Table("Images", ["hospital", "training", "validation", "test"], rows)
 
 
+_COMMANDS = {
+    "deployment": "consilium coordinator submit FOLDER; the agreement is federation.toml in it",
+    "site": "consilium site join FOLDER; the agreement is federation.toml in it, this hospital's own part site.toml",
+}
+
+
 def _again(run: Run) -> Section:
     result = run.result
     facts = [
@@ -126,7 +137,7 @@ def _again(run: Run) -> Section:
         ("backbone digest", result.backbone.digest),
         ("seed", str(result.seed)),
         ("versions", pairs({"consilium": result.consilium_version, **result.versions})),
-        ("command", "consilium coordinator submit FOLDER; the agreement is federation.toml in it"),
+        ("command", _COMMANDS[result.kind]),
     ]
     text = run.stored.config.model_dump_json(indent=2)
     return Section("To run it again", [facts], [("Resolved agreement", [text])])
@@ -188,14 +199,17 @@ def _left(run: Run) -> Section:
     rows = [
         [Cell(visit.time[:19].replace("T", " ")), Cell(f"{visit.kind} {visit.round}"), Cell(bytes_text(visit.came_in)),
          Cell(bytes_text(visit.left)), Cell(count(visit.tensors)), Cell(count(visit.numbers)),
-         Cell(visit.refused or "answered", ", ".join(visit.blanked))]
+         Cell(count(len(visit.blanked))), Cell(visit.refused or "answered")]
         for visit in journal.visits
     ]  # fmt: skip
-    head = ["time (UTC)", "asked", "came in", "left", "tensors", "numbers", "outcome, and what was blanked"]
+    head = ["time (UTC)", "asked", "came in", "left", "tensors", "numbers", "blanked", "outcome"]
     asked = Table("Every request of this run, and what left in answer", head, rows)
     facts = [("lines of the journal", count(journal.lines)), ("hash of the last one", journal.hash)]
+    more: list[tuple[str, Sequence[Block]]]
     more = [("Every tensor", [tables.tensors("Left this hospital", run.result.wire.up),
                               tables.tensors("Stayed here", run.result.kept_at_site)])]  # fmt: skip
+    blanked = sorted({name for visit in journal.visits for name in visit.blanked})
+    more += [("What this hospital's rules blanked", ["\n".join(blanked)])] if blanked else []
     note = (
         "From the journal of this hospital, which was verified line by line for this page; bytes are those of whole "
         "messages. Keep a copy of the last hash at another place: it shows later whether a line was changed."

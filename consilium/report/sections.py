@@ -143,14 +143,14 @@ def _forest(run: Run) -> Figure:
     rows = {site: [_point(entry.per_site.get(site)) for entry in trees.values()] for site in run.result.sites}
     rows |= {_LONG[part]: [_point(getattr(entry, part)) for entry in trees.values()] for part in run.result.parts}
     title = "Balanced accuracy on the test split by site and model"
-    return _both(
+    return wide_and_narrow(
         "Balanced accuracy on the test split, with 95\u00a0% intervals",
         lambda width: figures.forest(title, rows, "balanced accuracy", width),
         list(trees),
     )
 
 
-def _both(caption: str, draw: Callable[[float], Markup], legend: Sequence[str]) -> Figure:
+def wide_and_narrow(caption: str, draw: Callable[[float], Markup], legend: Sequence[str]) -> Figure:
     """A drawing for wide and one for narrow screens."""
     return Figure(caption, [("", draw(720))], legend, draw(360))
 
@@ -284,7 +284,7 @@ def traffic(run: Run) -> Section:
         series = {way: [sum(e.bytes.get(way, {}).values()) for e in run.events] for way in ("up", "down")}
         rounds = [e.round for e in run.events]
         title = f"Bytes per round: {_total(series)}"
-        drawing = _both(
+        drawing = wide_and_narrow(
             "Payload of all sites in each round",
             lambda w: figures.bars(title, rounds, series, w, stages.marks(run)),
             list(series),
@@ -352,12 +352,12 @@ def compared(runs: Sequence[Run]) -> Section:
     sent = [run.result.bytes.up.total + run.result.bytes.down.total for run in runs]
     points = [(name, at, rows[name][0]) for (name, _), at in zip(entries, sent, strict=True)]
     axes = ("bytes exchanged in the run", "mean over sites")
-    forest = _both(
+    forest = wide_and_narrow(
         "Balanced accuracy on the test split, with 95\u00a0% intervals",
         lambda width: figures.forest("Balanced accuracy by run", rows, "balanced accuracy", width),
         list(_LONG.values()),
     )
-    against = _both(
+    against = wide_and_narrow(
         "Balanced accuracy, mean over sites, against bytes",
         lambda width: figures.scatter("Balanced accuracy against bytes", points, *axes, width),
         [name for name, _ in entries],

@@ -169,7 +169,7 @@ def sites(run: Run) -> Table:
         for split in ("train", "val", "test")
     ]
     return Table("Images by site, split and class", ["site and split", "images", "groups", *run.result.classes],
-                 [*rows, *totals], 3)  # fmt: skip
+                 [*rows, *(totals if run.result.parts else [])], 3 if run.result.parts else 0)  # fmt: skip
 
 
 def _split_row(title: str, size: SplitSize, classes: Sequence[str]) -> list[Cell]:

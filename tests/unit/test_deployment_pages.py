@@ -54,7 +54,7 @@ def words(page: Path) -> str:
 def test_the_coordinators_page_is_written_at_the_end_and_says_who_took_part(apart: Apart) -> None:
     text = words(apart.run / "report.html")
     assert "harbour was away at the end: its test images were not read" in text
-    assert "prairie late in round 1" in (apart.run / "report.html").read_text()
+    assert "prairie without 1 (late)" in (apart.run / "report.html").read_text()
     for section in ("Results", "Rounds", "Learning curves", "What left each site", "To run it again"):
         assert section in text
     run = load_run(apart.run)
