@@ -1,9 +1,11 @@
-"""Tables of docs/results/deployment.md: `python examples/deployment/summary.py runs/deployment [runs/faults.json]`."""
+"""Tables of docs/results/deployment.md: `python examples/deployment/summary.py runs/deployment`."""
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
+import os
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -16,22 +18,55 @@ from consilium.report.text import UNDEFINED, bytes_text
 METRICS = ("balanced_accuracy", "macro_auroc", "accuracy", "expected_calibration_error")
 
 
-def main(out: Path, faults: Path | None) -> None:
-    """Print them."""
+def main() -> None:
+    """Print them, or put them between the marks of a page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, help="the folder that run.sh made")
+    parser.add_argument("--faults", type=Path, default=Path("runs/faults.json"), help="what `make faults` wrote")
+    parser.add_argument("--into", type=Path, help="the page whose tables are renewed")
+    wanted = parser.parse_args()
+    parts = {"run": of_run(wanted.out), "faults": of_faults(wanted.faults)}
+    if wanted.into is None:
+        print("\n\n".join(parts.values()))
+        return
+    page = wanted.into.read_text()
+    for name, text in parts.items():
+        start, end = f"<!-- {name}: written by summary.py -->", f"<!-- end of {name} -->"
+        page = f"{page.split(start)[0]}{start}\n\n{text}\n\n{end}{page.split(end)[1]}" if text else page
+    wanted.into.write_text(page)
+
+
+def of_run(out: Path) -> str:
+    """What happened to whom, in words of the script and of the coordinator, and what came of it."""
     folders = out / "folders"
     run = load_run(folders / "coordinator" / "run")
-    print("```text", (out / "story.txt").read_text().strip(), "```\n", sep="\n")
-    print(table(["round", *run.result.sites, "seconds", "left hospitals"], rounds(run)))
+    versions = ", ".join(f"{name} {value}" for name, value in run.result.versions.items())
+    machine = f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end; {versions}."
+    parts = [f"Commit {commit()}, {machine}", "\n".join(["```text", (out / "story.txt").read_text().strip(), "```"])]
+    parts.append(table(["round", *run.result.sites, "seconds", "left hospitals"], rounds(run)))
     for model in run.result.metrics.test:
-        print(f"\nThe model `{model}` on each hospital's test images:\n")
-        print(table(["", "images", *METRICS], metrics(run, model)))
-    print("\n" + table(["hospital", "lines", "answered", "refused", "left", "came in", "hash"], journals(folders, run)))
-    if faults is not None and faults.is_file():
-        found = json.loads(faults.read_text())["faults"]
-        keys = ("recovered", "rounds_lost", "bytes_lost")
-        print(
-            "\n" + table(["fault", *keys], [[name, *(str(each[key]) for key in keys)] for name, each in found.items()])
-        )
+        parts.append(f"The model `{model}` on each hospital's test images:")
+        parts.append(table(["", "images", *METRICS], metrics(run, model)))
+    parts.append("What each hospital's journal says, verified line by line:")
+    head = ["hospital", "lines", "answered", "refused", "left", "came in", "last hash"]
+    parts.append(table(head, journals(folders, run)))
+    return "\n\n".join(parts)
+
+
+def of_faults(path: Path) -> str:
+    """What the tests of faults found; nothing where they were not run."""
+    if not path.is_file():
+        return ""
+    found = json.loads(path.read_text())["faults"]
+    keys = ("recovered", "rounds_lost", "bytes_lost")
+    rows = [[name, *(str(each[key]) for key in keys)] for name, each in sorted(found.items())]
+    return table(["fault", *(key.replace("_", " ") for key in keys)], rows)
+
+
+def commit() -> str:
+    """Of the checkout."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
 
 
 def rounds(run: Run) -> list[list[str]]:
@@ -86,4 +121,4 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)
+    main()

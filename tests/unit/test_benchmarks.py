@@ -17,7 +17,22 @@ import pytest
 import torch
 
 from benchmarks import __main__ as bench
-from benchmarks import clock, data_path, flower, frame, growth, inside, job, limit, measure, page, plain, rounds
+from benchmarks import (
+    apart,
+    clock,
+    data_path,
+    deployment,
+    flower,
+    frame,
+    growth,
+    inside,
+    job,
+    limit,
+    measure,
+    page,
+    plain,
+    rounds,
+)
 from benchmarks.frame import Estimate, Result, Row, Scale
 from benchmarks.job import Job
 from consilium import config
@@ -205,6 +220,8 @@ def test_results_are_kept_per_benchmark_and_a_failure_is_told(tmp_path: Path, mo
 def test_the_page_shows_the_results_that_lie_beside_it() -> None:
     found = json.loads(page.RESULTS.read_text())
     assert page.PAGE.read_text() == page.renewed(page.PAGE.read_text(), found)
+    own = {name: found[name] for name in ("deployment",) if name in found}
+    assert page.APART.read_text() == page.renewed(page.APART.read_text(), own)
     assert not any("failed" in entry for entry in found.values())
 
 
@@ -222,3 +239,10 @@ def test_the_page_shows_the_results_that_lie_beside_it() -> None:
 )
 def test_numbers_have_three_digits(value: float, text: str) -> None:
     assert page.number(value) == text
+
+
+def test_growth_of_memory_is_a_slope_and_a_process_has_memory() -> None:
+    assert deployment.slope([3.0, 5.0, 7.0]) == pytest.approx(2.0)
+    found = deployment.Watched(memory=[9, 9, 9, 100, 101, 102], events=[])
+    assert found.growth == pytest.approx(1.0)  # the first rounds are warm-up
+    assert apart.resident_bytes(os.getpid()) > 10e6
