@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8").split("## 2. ")[0]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 STAYS = {"start.sh": "ready", "--page": "http://"}  # what is in a command that stays, and what it says when it is up
-PATIENCE = 240.0
+PATIENCE = 900.0  # seconds, on a machine with much else to do
 
 
 @dataclass
