@@ -107,7 +107,6 @@ def _asking(flower: Any, site: Path) -> Any:
 # ------------------------------------------------------------------------------------------------ built anew
 def client() -> Any:
     """The package's client app; where a site's folder says so, it builds the site itself and asks no service."""
-    begun = time.perf_counter()
     flower = importlib.import_module("consilium.engines.flower")
     ask = relay.ask
 
@@ -119,15 +118,21 @@ def client() -> Any:
         site = hospital.open_site(own, _silent)
         guard = hospital.guarded(replace(own, folder=folder / ANEW), site, _silent)
         with (folder / BUILT).open("a") as file:
-            file.write(json.dumps(time.perf_counter() - begun) + "\n")
+            file.write(json.dumps(age()) + "\n")
         return guard.answer(request)
 
     flower.relay.ask = answer
     return flower.client()
 
 
+def age() -> float:
+    """Seconds since this process began: what it imported counts too."""
+    after_boot = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - after_boot
+
+
 def built(site: Path) -> list[float]:
-    """Seconds that a site's client app took for every message until it could begin to answer."""
+    """Seconds from the start of every message's process until it could begin to answer."""
     return [float(line) for line in (site / BUILT).read_text().splitlines()]
 
 
@@ -145,35 +150,34 @@ def legs(there: Any, sites: Sequence[str]) -> list[Leg]:
     """Of all messages of rounds, from the coordinator's log and the hospitals'."""
     found = []
     for site in sites:
-        asked, ended = _asked(there, site), _ended(there, site)
         lines = [json.loads(line) for line in (there.at(site) / hospital.LOG).read_text().splitlines()]
-        inner = [
+        asked, left = (
             [_moment(line) for line in lines if line["event"] == event and line.get("kind") == "round"]
             for event in ("asked", "answered")
-        ]
-        for start, got, left, end in zip(asked, *inner, ended, strict=False):
-            found.append(Leg(got - start, left - got, end - left))
+        )
+        for start, end in _pairs(there, site):
+            inner = [[at for at in times if start <= at <= end] for times in (asked, left)]
+            if all(inner):
+                found.append(Leg(inner[0][-1] - start, inner[1][-1] - inner[0][-1], end - inner[1][-1]))
     return found
 
 
 def waits(there: Any, sites: Sequence[str]) -> list[float]:
     """Seconds from asking a site until its reply is here, of all rounds but the first."""
-    pairs = [zip(_asked(there, site), _ended(there, site), strict=False) for site in sites]
-    return [end - start for each in pairs for start, end in list(each)[1:]]
+    return [end - start for site in sites for start, end in _pairs(there, site)[1:]]
 
 
-def _asked(there: Any, site: str) -> list[float]:
-    """When it was asked: `ended` has as many entries, as every request was answered."""
-    found = [_moment(line) for line in there.log() if line["event"] == "link" and line.get("site") == site]
-    return found[-1 - len(_ended(there, site)) : -1]  # without what came before the rounds, and the end of the run
-
-
-def _ended(there: Any, site: str) -> list[float]:
-    return [
-        _moment(line)
-        for line in there.log()
-        if line["event"] == "site" and line.get("site") == site and line.get("kind") == "round"
-    ]
+def _pairs(there: Any, site: str) -> list[tuple[float, float]]:
+    """When a site was first asked in a round, and when its reply was here."""
+    found, since = [], float("inf")
+    for line in there.log():
+        if line.get("site") == site and line["event"] == "link" and line["status"] in ("asked", "back"):
+            since = min(since, _moment(line))
+        elif line.get("site") == site and line["event"] == "site":
+            if line.get("kind") == "round":
+                found.append((since, _moment(line)))
+            since = float("inf")
+    return found
 
 
 def _moment(line: Mapping[str, Any]) -> float:

@@ -121,7 +121,7 @@ def _anew(result: Result, scale: Scale, folder: Path) -> None:
         result.add(f"{what}: {words}", Estimate.of(every), "s")
     more = [a - b for a, b in zip(seconds["built anew"], seconds["by its service"], strict=True)]
     result.add("what the resident service saves of every message", Estimate.of(more), "s")
-    result.add("of it to import, read the images and build the model", Estimate.of(built), "s")
+    result.add("a process that builds anew: from its start until it can answer", Estimate.of(built), "s")
     result.samples["anew"] = {"seconds": seconds, "built": built, "rounds": [e["seconds"] for e in found.events]}
 
 

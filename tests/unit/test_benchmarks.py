@@ -246,3 +246,4 @@ def test_growth_of_memory_is_a_slope_and_a_process_has_memory() -> None:
     found = deployment.Watched(memory=[9, 9, 9, 100, 101, 102], events=[])
     assert found.growth == pytest.approx(1.0)  # the first rounds are warm-up
     assert apart.resident_bytes(os.getpid()) > 10e6
+    assert 0.1 < apart.age() < 24 * 3600
