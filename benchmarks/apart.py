@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ def client() -> Any:
             return ask(path, request, timeout)
         own = files.read_site(folder)
         site = hospital.open_site(own, _silent)
-        guard = hospital.guarded(replace(own, folder=folder / ANEW), site, _silent)
+        guard = hospital.guarded(own, site, _silent)
         with (folder / BUILT).open("a") as file:
             file.write(json.dumps(age()) + "\n")
         return guard.answer(request)
