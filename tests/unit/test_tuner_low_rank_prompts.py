@@ -209,7 +209,7 @@ def test_a_second_part_starts_as_nothing_and_can_learn(form: str) -> None:
 
 
 def test_factors_cut_or_padded_with_zeros_mean_the_same() -> None:
-    model = _model(parts=(Part(ranks={"small": 1, "large": 3}),), depth="deep")
+    model = _model(parts=(Part(rank=3),), depth="deep")
     variables = _moved(model)
     assert variables["low_rank_prompts.shared.left.0"].shape == (7, 3)
     cut, padded = dict(variables), dict(variables)
@@ -286,9 +286,9 @@ def test_the_largest_rank_that_is_allowed_is_said(length: int, form: str) -> Non
         _model(length=length, rank=largest + 1, **FORMS[form])
 
 
-def test_a_rank_of_one_site_is_refused_too() -> None:
-    with pytest.raises(ConfigError, match="rank 9 is not below length"):
-        _model(parts=(Part(ranks={"b": 9}),))
+def test_ranks_of_sites_are_refused_as_prompts_of_another_rank_would_start_as_others() -> None:
+    with pytest.raises(ConfigError, match="ranks are for lora"):
+        _model(parts=(Part(ranks={"b": 1}),))
 
 
 def test_a_router_is_refused() -> None:
