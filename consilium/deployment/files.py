@@ -106,6 +106,7 @@ def read_text(path: Path) -> Agreement:
     if agreed.evaluation.references:
         remedy = "leave evaluation.references out; every hospital can run its own with strategy 'local'"
         raise ConfigError("references need all images in one place", where=str(path), remedy=remedy)
+    _no_idle(agreed, path)
     references.check_votes(agreed)
     if len(agreed.stages) > 1:
         remedy = "run its first stage; a later one begins with what a simulation hands on"
@@ -128,12 +129,17 @@ def read_site(folder: Path) -> SiteFile:
             "this site is no part of the agreement", where=f"site in {path}", allowed=allowed, received=name
         )
     _only_own(own, path)
+    if "only" in own.get("sites", {}):
+        remedy = "leave it out: a table with a site column has the agreement's name in it"
+        raise ConfigError("a hospital is the site of its own file", where=f"sites.only in {path}", remedy=remedy)
     table = json.loads(json.dumps(dict(agreement.table), default=str))
     for key, value in own.items():
         table[key] = {**table.get(key, {}), **value}
     table["sites"] = {**table.get("sites", {}), "only": name}
     gate: GateConfig = _options(GateConfig, rules, f"gate in {path}")
-    return SiteFile(str(name), config.from_dict(table, base=folder.resolve()), gate, folder.resolve())
+    found = config.from_dict(table, base=folder.resolve())
+    _no_idle(found, path)
+    return SiteFile(str(name), found, gate, folder.resolve())
 
 
 def public_keys(folder: Path, agreement: Agreement) -> dict[str, bytes]:
@@ -144,6 +150,16 @@ def public_keys(folder: Path, agreement: Agreement) -> dict[str, bytes]:
         remedy = "enrol them: consilium coordinator enrol FOLDER SITE PUBLIC_KEY"
         raise ConfigError("sites without a key", where=str(folder / NODES), received=", ".join(missing), remedy=remedy)
     return {site: path.read_bytes() for site, path in paths.items()}
+
+
+def _no_idle(found: Config, path: Path) -> None:
+    """ConfigError for keys of the engine that only a simulation of several sites heeds."""
+    idle = sorted(config.changed(found.engine) & {"workers", "pool", "stacked_sites"})
+    if idle:
+        remedy = "leave them out: every hospital is a process of its own"
+        raise ConfigError(
+            "these have no effect across hospitals", where=f"engine in {path}", received=idle, remedy=remedy
+        )
 
 
 def _only_own(own: Mapping[str, Any], path: Path) -> None:

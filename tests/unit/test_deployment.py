@@ -344,6 +344,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         (FEDERATION.replace('"prairie"]', '"alpine"]'), "different names"),
         (FEDERATION.replace("grace = 5", 'address = "nowhere"'), "host:port"),
         (FEDERATION.split("[deployment]")[0], "deployment"),
+        (FEDERATION + "[engine]\nworkers = 3\n", "these have no effect across hospitals"),
     ],
 )
 def test_a_wrong_agreement_is_refused_before_anything_is_made(federation: str, said: str, tmp_path: Path) -> None:
@@ -360,6 +361,8 @@ def test_a_wrong_agreement_is_refused_before_anything_is_made(federation: str, s
         ("[train]\nrounds = 9\n", "cannot change the agreement"),
         ("[backbone]\nname = 'vit_base'\n", "cannot change the agreement"),
         ("[sites]\nsource = 'phantom'\nnum_image = 3\n", "num_image"),
+        ("[sites]\nsource = 'phantom'\nonly = 'prairie'\n", "a hospital is the site of its own file"),
+        ("[engine]\nstacked_sites = 4\n", "these have no effect across hospitals"),
     ],
 )
 def test_a_site_cannot_change_what_was_agreed_on(site: str, said: str, tmp_path: Path) -> None:
