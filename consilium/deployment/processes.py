@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from consilium.deployment import door
+from consilium.deployment import door, reach
 from consilium.errors import ConfigError, StateError
 
 QUIET = {
@@ -44,7 +44,7 @@ def environment(home: Path) -> dict[str, str]:
     here = str(Path(sys.executable).parent)
     home.mkdir(parents=True, exist_ok=True)
     path = os.pathsep.join([here, os.environ.get("PATH", "")])
-    return {**os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": path}
+    return {**os.environ, **reach.without_proxy(os.environ), **QUIET, "FLWR_HOME": str(home), "PATH": path}
 
 
 def program(name: str) -> str:

@@ -79,7 +79,9 @@ CacheDirectoryMode=0700
 Environment=XDG_CACHE_HOME=/var/cache/consilium/{name}
 ReadWritePaths={home}"""
 
-NODE_OWN = """PrivateDevices=yes
+NODE_OWN = """# Where the way out is a proxy: HTTPS_PROXY=http://user:password@proxy:3128, in this file, for root alone.
+EnvironmentFile=-/etc/consilium/node.env
+PrivateDevices=yes
 RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
 InaccessiblePaths=-/var/lib/consilium -/var/cache/consilium
 ReadWritePaths={home}"""

@@ -6,40 +6,24 @@ Nothing is trained and nothing leaves but a greeting to the coordinator's addres
 from __future__ import annotations
 
 import shutil
-import socket
-import ssl
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from consilium import run
-from consilium.deployment import files, gate, hospital, processes
+from consilium.deployment import files, gate, hospital, processes, reach
 from consilium.deployment.files import SiteFile
 from consilium.deployment.journal import Journal
+from consilium.deployment.reach import Finding, Verdict
 from consilium.engines.site import Site
 from consilium.engines.state import least_bytes
 from consilium.errors import ConsiliumError
 from consilium.results import site_table
 
-Verdict = Literal["good", "doubtful", "bad"]
 Show = Callable[[Mapping[str, object]], None]
 ROOM = 4  # states that a site keeps at once, with one to spare
-SKEW = 60.0  # seconds that two clocks may differ: requests are signed with a time
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at."""
-
-    what: str
-    verdict: Verdict
-    text: str
 
 
 def check(folder: Path, show: Show) -> list[Finding]:
@@ -50,8 +34,8 @@ def check(folder: Path, show: Show) -> list[Finding]:
     with _reported(found, "model"):
         site = hospital.open_site(own, lambda _: None)
         found += [*_model(site), *_rules(own, site), _disk(own, site)]
-    found += [_memory(), _device(own), *_connection(own.folder, files.read(folder).deployment.address)]
-    return found
+    address = files.read(folder).deployment.address
+    return [*found, _memory(), _device(own), *reach.connection(own.folder / "keys" / processes.CA, address)]
 
 
 @contextmanager
@@ -125,32 +109,3 @@ def _device(own: SiteFile) -> Finding:
     bad = wanted.startswith("cuda")
     text = f"{own.config.engine.threads} processor threads, no GPU"
     return Finding("device", "bad" if bad else "good", f"{text}, and engine.device = {wanted!r}" if bad else text)
-
-
-# ------------------------------------------------------------------------------------------------ the way out
-def _connection(folder: Path, address: str) -> list[Finding]:
-    """TLS to the coordinator with the authority in keys/, and its clock."""
-    host, _, port = address.rpartition(":")
-    try:
-        context = ssl.create_default_context(cafile=str(folder / "keys" / processes.CA))
-        with (
-            socket.create_connection((host.strip("[]"), int(port)), timeout=10) as plain,
-            context.wrap_socket(plain, server_hostname=host.strip("[]")) as secured,
-        ):
-            until = secured.getpeercert() or {}
-            secured.sendall(f"HEAD / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
-            head = secured.recv(65536).decode("latin-1")
-    except ssl.SSLCertVerificationError as error:
-        return [Finding("connection", "bad", f"{address} is not whom keys/{processes.CA} vouches for: {error.reason}")]
-    except OSError as error:
-        return [Finding("connection", "bad", f"{address} cannot be reached: {error}")]
-    return [Finding("connection", "good", f"{address}, certificate until {until.get('notAfter', '?')}"), _clock(head)]
-
-
-def _clock(head: str) -> Finding:
-    lines = (line.partition(":") for line in head.splitlines())
-    date = next((value.strip() for key, _, value in lines if key.lower() == "date"), None)
-    if date is None:
-        return Finding("clock", "doubtful", "the coordinator does not say what time it is")
-    apart = abs((datetime.now(UTC) - parsedate_to_datetime(date)).total_seconds())
-    return Finding("clock", "good" if apart < SKEW else "bad", f"{apart:.0f} s from the coordinator's")

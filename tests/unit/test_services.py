@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("flwr")
 
 from consilium import cli
-from consilium.deployment import board, files, init, services, site_check
+from consilium.deployment import board, files, init, reach, services
 from consilium.engines.resident import claimed
 from tests.hospitals_apart import FEDERATION, SITE, Apart, made
 
@@ -159,8 +159,8 @@ def test_status_says_how_the_run_stands(state: str, code: int, tmp_path: Path) -
 
 def test_words_and_files_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     apart = made(tmp_path)
-    away = [site_check.Finding("connection", "bad", "nobody listens")]
-    monkeypatch.setattr(site_check, "_connection", lambda *_: away)
+    away = [reach.Finding("connection", "bad", "nobody listens")]
+    monkeypatch.setattr(reach, "connection", lambda *_: away)
     leader, site = apart.at("coordinator"), apart.at("alpine")
     assert call("coordinator", "start", tmp_path / "nowhere") == 2
     assert call("coordinator", "submit", tmp_path / "nowhere") == 2
