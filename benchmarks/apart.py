@@ -67,8 +67,8 @@ def serve_all(folder: Path) -> None:
     pieces = assemble(first.config, agreement.classes)
     with ExitStack() as stack:
         for name, own in owns.items():
-            site = Site(pieces, prepared.sites[name], own.folder / hospital.STATE, files.secret(own.folder))
-            stack.enter_context(Listener(own.folder / hospital.SOCKET, hospital.guarded(own, site, _silent).answer))
+            site = Site(pieces, prepared.sites[name], own.folder / files.STATE, files.secret(own.folder))
+            stack.enter_context(Listener(own.folder / files.SOCKET, hospital.guarded(own, site, _silent).answer))
         print("ready", flush=True)
         sys.stdin.read()
 
@@ -79,7 +79,7 @@ def coordinate(folder: Path) -> None:
     double = importlib.import_module("tests.flower_double")
     own = folder / files.COORDINATOR
     agreement = files.read(own)
-    public = files.public_keys(own, agreement)
+    public = files.public_keys(own, agreement.deployment)
     nodes = {key: double.Node(_asking(flower, folder / site)) for site, key in public.items()}
     board = Board(own)
     show = board.show
@@ -99,7 +99,7 @@ def coordinate(folder: Path) -> None:
 
 def _asking(flower: Any, site: Path) -> Any:
     def handle(content: Any) -> Any:
-        return flower.answered(content, {flower.SOCKET: str(site / hospital.SOCKET)})
+        return flower.answered(content, {flower.SOCKET: str(site / files.SOCKET)})
 
     return handle
 
@@ -150,7 +150,7 @@ def legs(there: Any, sites: Sequence[str]) -> list[Leg]:
     """Of all messages of rounds, from the coordinator's log and the hospitals'."""
     found = []
     for site in sites:
-        lines = [json.loads(line) for line in (there.at(site) / hospital.LOG).read_text().splitlines()]
+        lines = [json.loads(line) for line in (there.at(site) / files.LOG).read_text().splitlines()]
         asked, left = (
             [_moment(line) for line in lines if line["event"] == event and line.get("kind") == "round"]
             for event in ("asked", "answered")

@@ -12,13 +12,15 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
-
-import pandas as pd
+from typing import IO, TYPE_CHECKING, Any
 
 from consilium.errors import StateError
-from consilium.sealing import Seal, opened
-from consilium.tensors import Tensors, digest_all, loads, meta_of, pieces
+
+if TYPE_CHECKING:  # imported where they are used: who writes JSON alone waits for neither torch nor pandas
+    import pandas as pd
+
+    from consilium.sealing import Seal
+    from consilium.tensors import Tensors
 
 LOST = "restore this file from a backup, or start again with another --out"
 
@@ -102,6 +104,8 @@ def read_json(path: Path) -> Any:
 
 def read_table(path: Path) -> pd.DataFrame:
     """The rows of a Parquet file; StateError where it is missing or damaged."""
+    import pandas as pd
+
     try:
         return pd.read_parquet(path)
     except (OSError, ValueError) as error:  # pyarrow's errors of format are ValueErrors
@@ -111,6 +115,8 @@ def read_table(path: Path) -> pd.DataFrame:
 def save(path: Path, tensors: Tensors, meta: Mapping[str, object], seal: Seal | None = None) -> None:
     """Write tensors and JSON meta as one safetensors file with a checksum over both, encrypted where there is a seal:
     nothing of it ever lies on the disk in clear."""
+    from consilium.tensors import pieces
+
     plain = pieces(tensors, {"meta": dict(meta), "checksum": _checksum(tensors, meta)})
     _write(path, seal.close(plain) if seal else plain)
 
@@ -118,6 +124,9 @@ def save(path: Path, tensors: Tensors, meta: Mapping[str, object], seal: Seal | 
 def load(path: Path, seal: Seal | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """(tensors, meta) of `save`; StateError where the file is missing, its checksum does not match, or it is not
     encrypted as `seal` says."""
+    from consilium.sealing import opened
+    from consilium.tensors import loads, meta_of
+
     try:
         data = opened(path.read_bytes(), seal, str(path))
         tensors, stored = loads(data), meta_of(data)
@@ -132,5 +141,7 @@ def load(path: Path, seal: Seal | None = None) -> tuple[dict[str, Any], dict[str
 
 
 def _checksum(tensors: Tensors, meta: Mapping[str, object]) -> str:
+    from consilium.tensors import digest_all
+
     text = digest_all(tensors) + json.dumps(meta, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

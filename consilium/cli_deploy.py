@@ -80,10 +80,11 @@ def node(
 ) -> None:
     """Connect a site's service to the coordinator, as a user of its own who cannot read images, until Ctrl-C."""
     from consilium import progress
-    from consilium.deployment import hospital
+    from consilium.deployment import files
+    from consilium.deployment.node import connect
 
     with progress.json_lines() if json else progress.plain() as show:
-        hospital.connect(folder, socket or folder / hospital.SOCKET, show, _until_ended)
+        connect(folder, socket or folder / files.SOCKET, show, _until_ended)
 
 
 @site.command("check")
@@ -109,14 +110,43 @@ def approve(
 ) -> None:
     """Look at what an agreement sends, and approve it for this hospital."""
     from consilium import listing
-    from consilium.deployment import hospital
+    from consilium.deployment import approvals, hospital
 
     terms = hospital.terms(folder, digest)
     listing.show(listing.outline(terms, title=f"agreement {terms['agreement'][:16]}"))
     if not yes:
         typer.confirm("Approve?", abort=True)
-    hospital.approve(folder, terms["agreement"], by)
+    approvals.approve(folder, terms["agreement"], by)
     print(f"approved by {by}: {terms['agreement']}")
+
+
+@site.command("withdraw")
+def withdraw(
+    folder: Folder,
+    by: Annotated[str, typer.Option(help="Who takes it back.")],
+    digest: Annotated[
+        str | None, typer.Option(help="Of the agreement, or how it begins; needed where several are approved.")
+    ] = None,
+) -> None:
+    """Take an approval back: from now on nothing leaves for this agreement, and no restart is needed."""
+    from consilium.deployment import approvals, files
+
+    files.site_name(folder)
+    row = approvals.withdraw(folder, by, digest)
+    print(f"taken back by {row['by']}: {row['agreement']}; what the site keeps of its runs stays (site states)")
+
+
+@site.command("approvals")
+def approvals(folder: Folder, json: Json = False) -> None:
+    """Who approved which agreement, who took it back, and when."""
+    from consilium import listing
+    from consilium.deployment import approvals, files
+
+    files.site_name(folder)
+    rows = approvals.history(folder)
+    if json:
+        return print_json(rows)
+    return listing.show(listing.rows(rows)) if rows else print("nobody has approved anything here")
 
 
 @site.command("report")
@@ -134,11 +164,15 @@ def page(
 def audit_log(folder: Folder, json: Json = False) -> None:
     """Verify the journal of all that left this hospital, and print it."""
     from consilium import listing
+    from consilium.deployment import files
     from consilium.deployment.journal import Journal, table
 
+    files.site_name(folder)
     entries = list(Journal(folder).entries())
     if json:
         return print_json(entries)
+    if not entries:
+        return print("nothing has left this hospital")
     listing.show(listing.rows(table(entries)))
     return print(f"{len(entries)} lines, whole and in order; the last one is {Journal(folder).last()}")
 
@@ -154,7 +188,7 @@ def states(
     from consilium import listing
     from consilium.deployment import files, keeping
 
-    files.read_site(folder)
+    files.site_name(folder)
     if delete is not None:
         if not yes:
             typer.confirm(f"Delete what this site learnt in run {delete}? It cannot be brought back", abort=True)

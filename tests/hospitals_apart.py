@@ -77,7 +77,7 @@ class Apart:
 
     def grid(self, **nodes: Mapping[str, Any]) -> LocalGrid:
         """A node per site; options of `Node` by site."""
-        keys = files.public_keys(self.at(files.COORDINATOR), files.read(self.at(files.COORDINATOR)))
+        keys = files.public_keys(self.at(files.COORDINATOR), files.deployment(self.at(files.COORDINATOR)))
         return LocalGrid({key: Node(self._handler(site), **nodes.get(site, {})) for site, key in keys.items()})
 
     def conduct(self, grid: LocalGrid | None = None) -> Path:
@@ -89,7 +89,7 @@ class Apart:
             now[0] += max(seconds, 0.01)
 
         board, agreement = Board(folder), files.read(folder)
-        keys = {site: flower.fingerprint(key) for site, key in files.public_keys(folder, agreement).items()}
+        keys = {site: flower.fingerprint(key) for site, key in files.public_keys(folder, agreement.deployment).items()}
         settings = agreement.deployment
         clock: Callable[[], float] = lambda: now[0]  # noqa: E731
         wire = flower.Transport(grid, keys, settings.deadline, settings.grace, board.show, 1.0, clock, sleep)

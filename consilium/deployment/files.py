@@ -7,26 +7,32 @@ its images lie, on what it computes. It cannot change what was agreed on; the ha
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import Field, ValidationError, field_validator
 
-from consilium import checkpoint, config, config_file, references, registry
-from consilium.config import Config
-from consilium.deployment.gate import GateConfig
+from consilium import __version__, checkpoint, config_file, registry
+from consilium.config_sites import changed
 from consilium.errors import ConfigError, ConsiliumError, StateError
 from consilium.registry import Options, options_error
 
+if TYPE_CHECKING:  # the whole agreement is read with torch; who takes part and where they meet, without
+    from consilium.config import Config
+    from consilium.deployment.gate import GateConfig
+
 FEDERATION, SITE, SECRET, NODES, COORDINATOR = "federation.toml", "site.toml", "secret.json", "nodes", "coordinator"
-RUN = "run"  # in the coordinator's folder: the run itself
+SOCKET, STATE, LOG, PAGE = Path("socket") / "site", "state", "log.jsonl", "report.html"  # in a hospital's folder
+RUN, SETTLED = "run", "settled"  # in the coordinator's: the run itself, and which agreement was read as a whole
 OWN = ("sites", "engine", "backbone")  # tables of a configuration that a site's file may hold; of the last the weights
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # also a system's service, a host's user, a word of a script
+T = TypeVar("T", bound=Options)
 Seconds = Annotated[float, Field(gt=0)]
 
 
@@ -93,6 +99,8 @@ def read(folder: Path) -> Agreement:
 
 def read_text(path: Path) -> Agreement:
     """The agreement of a file."""
+    from consilium import config, references
+
     folder = path.resolve().parent
     table = config_file.read(path)
     deployment = _options(Deployment, table.pop("deployment", {}), f"deployment in {path}")
@@ -120,14 +128,12 @@ def read_text(path: Path) -> Agreement:
 
 def read_site(folder: Path) -> SiteFile:
     """The agreement with one hospital's own tables in it; ConfigError where that would change what was agreed on."""
+    from consilium import config
+    from consilium.deployment.gate import GateConfig
+
     agreement, path = read(folder), folder / SITE
     own = config_file.read(path)
-    name, rules = own.pop("site", None), own.pop("gate", {})
-    if name not in agreement.deployment.sites:
-        allowed = ", ".join(sorted(agreement.deployment.sites))
-        raise ConfigError(
-            "this site is no part of the agreement", where=f"site in {path}", allowed=allowed, received=name
-        )
+    name, rules = _name_in(own, path, agreement.deployment), own.pop("gate", {})
     _only_own(own, path)
     if "only" in own.get("sites", {}):
         remedy = "leave it out: a table with a site column has the agreement's name in it"
@@ -136,15 +142,55 @@ def read_site(folder: Path) -> SiteFile:
     for key, value in own.items():
         table[key] = {**table.get(key, {}), **value}
     table["sites"] = {**table.get("sites", {}), "only": name}
-    gate: GateConfig = _options(GateConfig, rules, f"gate in {path}")
+    gate = _options(GateConfig, rules, f"gate in {path}")
     found = config.from_dict(table, base=folder.resolve())
     _no_idle(found, path)
-    return SiteFile(str(name), found, gate, folder.resolve())
+    return SiteFile(name, found, gate, folder.resolve())
 
 
-def public_keys(folder: Path, agreement: Agreement) -> dict[str, bytes]:
+def deployment(folder: Path) -> Deployment:
+    """Who takes part and where they meet, of the agreement in a folder; the rest of it is not looked at."""
+    path = folder / FEDERATION
+    return _options(Deployment, config_file.read(path).get("deployment", {}), f"deployment in {path}")
+
+
+def site_name(folder: Path) -> str:
+    """Of the hospital whose folder this is; ConfigError where it is none's of the agreement."""
+    path = folder / SITE
+    return _name_in(config_file.read(path), path, deployment(folder))
+
+
+def _name_in(own: dict[str, Any], path: Path, deployment: Deployment) -> str:
+    name = own.pop("site", None)
+    if name not in deployment.sites:
+        allowed = ", ".join(sorted(deployment.sites))
+        raise ConfigError(
+            "this site is no part of the agreement", where=f"site in {path}", allowed=allowed, received=name
+        )
+    return str(name)
+
+
+def settled(folder: Path) -> Deployment:
+    """The same, of an agreement that was read as a whole: once per version of the package, for the same bytes."""
+    found, path = deployment(folder), folder / SETTLED
+    if not path.is_file() or path.read_bytes() != _mark(folder):
+        read(folder)
+        settle(folder)
+    return found
+
+
+def settle(folder: Path) -> None:
+    """Note that the agreement in a coordinator's folder was read as a whole."""
+    checkpoint.write_bytes(folder / SETTLED, _mark(folder))
+
+
+def _mark(folder: Path) -> bytes:
+    return f"{hashlib.sha256((folder / FEDERATION).read_bytes()).hexdigest()} {__version__}\n".encode()
+
+
+def public_keys(folder: Path, deployment: Deployment) -> dict[str, bytes]:
     """site -> public key of its node, as enrolled at the coordinator; ConfigError where a site has none."""
-    paths = {site: folder / NODES / f"{site}.pub" for site in agreement.deployment.sites}
+    paths = {site: folder / NODES / f"{site}.pub" for site in deployment.sites}
     missing = sorted(site for site, path in paths.items() if not path.is_file())
     if missing:
         remedy = "enrol them: consilium coordinator enrol FOLDER SITE PUBLIC_KEY"
@@ -154,7 +200,7 @@ def public_keys(folder: Path, agreement: Agreement) -> dict[str, bytes]:
 
 def _no_idle(found: Config, path: Path) -> None:
     """ConfigError for keys of the engine that only a simulation of several sites heeds."""
-    idle = sorted(config.changed(found.engine) & {"workers", "pool", "stacked_sites"})
+    idle = sorted(changed(found.engine) & {"workers", "pool", "stacked_sites"})
     if idle:
         remedy = "leave them out: every hospital is a process of its own"
         raise ConfigError(
@@ -188,7 +234,7 @@ def secret(folder: Path) -> int:
     return seed
 
 
-def _options(model: type[Options], table: object, where: str) -> Any:
+def _options(model: type[T], table: object, where: str) -> T:
     try:
         return model.model_validate(table)
     except ValidationError as error:

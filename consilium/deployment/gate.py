@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from consilium import checkpoint
-from consilium.errors import ConfigError, StateError, WireError
+from consilium.deployment import approvals
+from consilium.errors import ConfigError, StateError
 from consilium.messages import Reply, decode_reply, encode, envelope_of
 from consilium.protocols import Failure, Specs, Tag
 from consilium.registry import Options
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from consilium.data import SiteData
     from consilium.experiment import Experiment
 
-APPROVED = "approved.json"
 Numbers = dict[str, Any]
 
 
@@ -82,10 +81,20 @@ class Gate:
             return f"gate.versions does not allow {version}"
         if patients < self.rules.min_patients:
             return f"there are fewer training patients here than gate.min_patients = {self.rules.min_patients}"
+        return self.unapproved() or self._too_soon(fields)
+
+    def unapproved(self) -> str | None:
+        """Why a person's word keeps this agreement out; what was taken back is out, whatever the rules ask for."""
         agreement = self.experiment.handshake.agreement
-        if self.rules.approval and agreement not in approved(self.folder):
+        try:
+            row = approvals.standing(self.folder).get(agreement)
+        except StateError:
+            return "the site's approvals cannot be read (consilium site approvals)"
+        if row is not None and row["word"] == approvals.WITHDRAWN:
+            return f"the site has taken back its approval of agreement {agreement[:16]}"
+        if row is None and self.rules.approval:
             return f"nobody at the site has approved agreement {agreement[:16]} yet (consilium site approve)"
-        return self._too_soon(fields)
+        return None
 
     def _too_soon(self, fields: Mapping[str, Any]) -> str | None:
         """A round that is asked for again costs nothing; a new one before its time is refused."""
@@ -103,6 +112,9 @@ class Gate:
         """A reply as it may leave, and what was blanked in it; a refusal where its tensors may not."""
         specs = self.experiment.wire("up", int(envelope_of(data)["round"]))
         reply = decode_reply(data, specs)
+        why = self.unapproved()
+        if why is not None:  # taken back while the site was at work
+            return self.refuse(fields, why), []
         forbidden = self.forbidden({name: specs[name] for name in reply.tensors})
         if forbidden:
             return self.refuse(fields, f"gate.tensors does not allow {', '.join(forbidden[:4])}"), []
@@ -186,20 +198,3 @@ def check(gate: Gate) -> None:
             where="gate.metrics",
             received=select.select,
         )
-
-
-# ------------------------------------------------------------------------------------------------ approval by a person
-def approved(folder: Path) -> dict[str, Any]:
-    """Agreements that a person at the site has approved: digest -> by whom, when."""
-    path = folder / APPROVED
-    found = checkpoint.read_json(path) if path.is_file() else {}
-    if not isinstance(found, dict):
-        raise StateError("the approvals cannot be read", where=str(path), remedy="remove the file and approve again")
-    return found
-
-
-def approve(folder: Path, agreement: str, by: str, when: str) -> None:
-    """Note an approval; WireError for what is no digest of an agreement."""
-    if len(agreement) != 64 or not set(agreement) <= set("0123456789abcdef"):
-        raise WireError("this is no digest of an agreement", received=agreement)
-    checkpoint.write_json(folder / APPROVED, {**approved(folder), agreement: {"by": by, "when": when}})

@@ -7,29 +7,27 @@ listens on a socket in `socket/`, which the site's Flower node asks for every me
 
 from __future__ import annotations
 
-import os
 import pwd
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from consilium import results, run
-from consilium.deployment import files, own_page, processes
+from consilium.deployment import files, node, own_page
 from consilium.deployment import gate as gating
 from consilium.deployment.files import SiteFile
 from consilium.deployment.gate import Gate
 from consilium.deployment.guard import Guard
 from consilium.deployment.journal import Journal
-from consilium.deployment.log import Log, now
-from consilium.deployment.processes import Supervised
+from consilium.deployment.log import Log
+from consilium.engines.kept import claimed
 from consilium.engines.relay import Listener, Other
-from consilium.engines.resident import Resident, claimed
+from consilium.engines.resident import Resident
 from consilium.engines.site import Site
 from consilium.errors import ConfigError
 from consilium.experiment import assemble
 from consilium.messages import envelope_of
 
-SOCKET, STATE, LOG = Path("socket") / "site", "state", "log.jsonl"
 Show = Callable[[Mapping[str, object]], None]
 
 
@@ -37,7 +35,7 @@ def open_site(own: SiteFile, show: Show) -> Site:
     """Everything a hospital needs to answer: its images, decoded, and the model. Raises what a run would raise."""
     prepared = run.prepare(own.config, show)
     pieces = assemble(own.config, prepared.classes)
-    return Site(pieces, prepared.sites[own.name], own.folder / STATE, files.secret(own.folder))
+    return Site(pieces, prepared.sites[own.name], own.folder / files.STATE, files.secret(own.folder))
 
 
 def guarded(own: SiteFile, site: Site, tell: Show) -> Guard:
@@ -69,11 +67,6 @@ def terms(folder: Path, digest: str | None = None) -> dict[str, Any]:
     }
 
 
-def approve(folder: Path, agreement: str, by: str) -> None:
-    """Note that a person at the site approves an agreement."""
-    gating.approve(folder, agreement, by, now())
-
-
 def serve(
     folder: Path, show: Show, until: Callable[[], None], socket: Path | None = None, node_user: str | None = None
 ) -> None:
@@ -83,13 +76,13 @@ def serve(
     ask, and who runs the node (`connect`).
     """
     own, other = files.read_site(folder), _user(node_user)
-    log = Log(own.folder / LOG)
+    log = Log(own.folder / files.LOG)
 
     def tell(event: Mapping[str, object]) -> None:
         log(event)
         show(event)
 
-    with claimed(own.folder / STATE):
+    with claimed(own.folder / files.STATE):
         site = open_site(own, show)
         guard = guarded(own, site, tell)
 
@@ -102,7 +95,7 @@ def serve(
             _end(own, site, data, reply, tell)
             return reply
 
-        with Listener(socket or own.folder / SOCKET, answer, other):
+        with Listener(socket or own.folder / files.SOCKET, answer, other):
             tell({"event": "ready", "site": own.name, "images": len(site.data.train)})
             until()
 
@@ -121,7 +114,7 @@ def _end(own: SiteFile, site: Site, data: bytes, reply: bytes, tell: Show) -> No
 def page(folder: Path, run: str | None) -> Path:
     """Make the site's own page of a run anew; left out, of the one that ended last."""
     own = files.read_site(folder)
-    name = run if run is not None else own_page.newest(own.folder / STATE)
+    name = run if run is not None else own_page.newest(own.folder / files.STATE)
     return own_page.write(own, open_site(own, lambda _: None), name)
 
 
@@ -139,22 +132,4 @@ def _user(name: str | None) -> Other | None:
 
 def join(folder: Path, show: Show, until: Callable[[], None]) -> None:
     """The service, and Flower's node beside it, by one user."""
-    serve(folder, show, lambda: connect(folder, folder / SOCKET, show, until))
-
-
-def connect(folder: Path, socket: Path, show: Show, until: Callable[[], None]) -> None:
-    """Flower's node alone, until `until` returns. The folder needs no more than the agreement and keys/."""
-    address, log = files.read(folder).deployment.address, Log(folder / LOG)
-    folder = folder.resolve()
-    missing = [name for name in (processes.CA, processes.NODE_KEY) if not os.access(folder / "keys" / name, os.R_OK)]
-    if missing:
-        where, remedy = str(folder / "keys"), "copy keys/ of the site's folder there, for the node's user alone"
-        raise ConfigError("the node cannot read its keys", where=where, received=", ".join(missing), remedy=remedy)
-
-    def tell(event: Mapping[str, object]) -> None:
-        log(event)
-        show(event)
-
-    command = processes.supernode(folder, address, socket.resolve())
-    with Supervised(processes.SUPERNODE, command, folder / processes.HOME, folder / "supernode.log", tell):
-        until()
+    serve(folder, show, lambda: node.connect(folder, folder / files.SOCKET, show, until))

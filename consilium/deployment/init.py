@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from consilium.deployment import files, hospital, leaflets, processes, services, shim
+from consilium.deployment import files, leaflets, processes, services, shim
 from consilium.deployment.processes import CA, CERTIFICATE, KEY, NODE_KEY, PUBLIC_KEY
 from consilium.errors import StateError
 
@@ -51,6 +51,7 @@ def _coordinator(folder: Path, federation: Path, address: str) -> None:
     keys = _private(folder / "keys")
     (folder / files.NODES).mkdir()
     shutil.copy(federation, folder / files.FEDERATION)
+    files.settle(folder)  # `init` has just read it
     certificates(keys, address.rpartition(":")[0])
     shim.write(folder / processes.APP)
     services.leader(folder)
@@ -59,7 +60,7 @@ def _coordinator(folder: Path, federation: Path, address: str) -> None:
 
 def _site(folder: Path, name: str, federation: Path, template: Path | None) -> None:
     keys = _private(folder / "keys")
-    _private(folder / hospital.SOCKET.parent)
+    _private(folder / files.SOCKET.parent)
     shutil.copy(federation, folder / files.FEDERATION)
     own = template.read_text(encoding="utf-8") if template is not None else TEMPLATE
     (folder / files.SITE).write_text(f'site = "{name}"\n\n{own}', encoding="utf-8")

@@ -9,19 +9,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from consilium.deployment import hospital, own_page
+from consilium.deployment import files
 from consilium.deployment.log import Log
-from consilium.engines.resident import claimed
-from consilium.engines.state import StateFolder
+from consilium.engines import kept
+from consilium.engines.kept import claimed
 from consilium.errors import ConfigError
 
 
 def states(folder: Path) -> list[dict[str, Any]]:
     """Of each run that the site keeps something of: its rounds, and bytes."""
     found = []
-    for each in sorted((folder / hospital.STATE).glob("*/")):
+    for each in sorted((folder / files.STATE).glob("*/")):
         size = sum(path.stat().st_size for path in each.rglob("*") if path.is_file())
-        found.append({"run": each.name, "rounds": StateFolder(each, "").rounds(), "bytes": size})
+        found.append({"run": each.name, "rounds": kept.rounds(each), "bytes": size})
     return found
 
 
@@ -31,8 +31,8 @@ def delete(folder: Path, run: str) -> int:
     if run not in known:
         allowed = ", ".join(known) or "none: nothing is kept here"
         raise ConfigError("the site keeps nothing of this run", where=str(folder), allowed=allowed, received=run)
-    with claimed(folder / hospital.STATE):
-        shutil.rmtree(folder / hospital.STATE / run)
-        (folder / own_page.PAGE).unlink(missing_ok=True)  # it may speak of this run; `site page` makes that of another
-    Log(folder / hospital.LOG)({"event": "deleted", "run": run, "bytes": known[run]})
+    with claimed(folder / files.STATE):
+        shutil.rmtree(folder / files.STATE / run)
+        (folder / files.PAGE).unlink(missing_ok=True)  # it may speak of this run; `site page` makes that of another
+    Log(folder / files.LOG)({"event": "deleted", "run": run, "bytes": known[run]})
     return known[run]

@@ -44,13 +44,14 @@ SITE = """# {name}
 - [ ] Keys in earnest: make your own node.key (`ssh-keygen -t ecdsa -b 384 -N '' -f node.key`), give its .pub to the
       coordinator; ask it for ca.crt, and compare by telephone.
 - [ ] `consilium site check .` : everything that a round would meet, before anybody waits.
-- [ ] `consilium site approve . --by NAME`, where `gate.approval = true`
+- [ ] `consilium site approve . --by NAME`, where `gate.approval = true`; `consilium site withdraw . --by NAME` takes it
+      back at once, `consilium site approvals .` lists both.
 - [ ] `./start.sh` to try out, by one user; in earnest as root `./install.sh`: user `{user}` reads images and has no
       network, user `{node_user}` has the network and cannot read images.
 - [ ] `consilium site audit-log .` : everything that left, line by line.
 - [ ] To withdraw: stop both services; `consilium site states .`; `consilium site states . --delete RUN`.
 
-Back up `secret.json`, `state/`, `journal.jsonl`, `journal.head.json`, `approved.json` and `keys/`. All steps: {guide}
+Back up `secret.json`, `state/`, `journal.jsonl`, `journal.head.json`, `approvals.jsonl` and `keys/`. All steps: {guide}
 of the package.
 """
 

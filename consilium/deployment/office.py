@@ -25,14 +25,14 @@ Show = Callable[[Mapping[str, object]], None]
 
 def start(folder: Path, show: Show, until: Callable[[], None]) -> None:
     """Keep the SuperLink running until `until` returns; enrolled sites are registered with it."""
-    agreement, log = files.read(folder), Log(folder / board.LOG)
-    keys = files.public_keys(folder, agreement)
+    meeting, log = files.deployment(folder), Log(folder / board.LOG)
+    keys = files.public_keys(folder, meeting)
 
     def tell(event: Mapping[str, object]) -> None:
         log(event)
         show(event)
 
-    address = agreement.deployment.address
+    address = meeting.address
     processes.write_connection(folder.resolve(), address)
     command = processes.superlink(folder.resolve(), address)
     with Supervised(
@@ -67,9 +67,9 @@ def enrol(folder: Path, site: str, key: Path) -> str:
     """Take a site's public key into the coordinator's folder; its fingerprint, to be compared by telephone."""
     from consilium.engines.flower import fingerprint
 
-    agreement = files.read(folder)
-    if site not in agreement.deployment.sites:
-        allowed = ", ".join(agreement.deployment.sites)
+    sites = files.deployment(folder).sites
+    if site not in sites:
+        allowed = ", ".join(sites)
         raise ConfigError("this site is no part of the agreement", allowed=allowed, received=site)
     try:
         found = fingerprint(key.read_bytes())
@@ -92,7 +92,7 @@ def submit(folder: Path) -> dict[str, Any]:
     if run_folder.is_done(folder / files.RUN):
         remedy = f"look at {folder / files.RUN / 'result.json'}, or move {files.RUN}/ away to begin anew"
         raise StateError("the run of this folder is finished", where=str(folder), remedy=remedy)
-    files.public_keys(folder, files.read(folder))
+    files.public_keys(folder, files.settled(folder))
     here = folder.resolve()
     board.Board(folder).handed_over()
     try:

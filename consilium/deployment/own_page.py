@@ -12,13 +12,14 @@ from typing import Any
 import pandas as pd
 
 from consilium import __version__, checkpoint, keeping, results
+from consilium.deployment import files
 from consilium.deployment.files import SiteFile
 from consilium.deployment.journal import Journal
 from consilium.engines.site import Site
 from consilium.errors import StateError
 from consilium.metrics import without_nan
 
-PAGE, PREDICTIONS = "report.html", "predictions.parquet"
+PREDICTIONS = "predictions.parquet"
 Tree = dict[str, Any]
 
 
@@ -32,7 +33,7 @@ def newest(states: Path) -> str:
 
 def write(own: SiteFile, site: Site, run: str) -> Path:
     """The page of one run; StateError where it has not ended here, or a file of it cannot be read."""
-    state, page = site.folder / run, own.folder / PAGE
+    state, page = site.folder / run, own.folder / files.PAGE
     if not (state / PREDICTIONS).is_file():
         raise StateError("this run has not ended here", where=str(state), remedy="the page is made at its end")
     checkpoint.write_json(state / "config.json", {"config": own.config.to_dict()})

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from consilium import checkpoint
 from consilium.engines.site import Site
 from consilium.errors import StateError, WireError
 from consilium.messages import envelope_of
 
-ANSWERS, LOCK, NAMELESS = "answers", ".lock", "nameless"
+ANSWERS, NAMELESS = "answers", "nameless"
 _RUN = re.compile("[0-9a-f]{16}")
 REMEMBERED = 2  # replies of rounds that may be asked for again: a coordinator repeats one at most
 Tell = Callable[[Mapping[str, object]], None]
@@ -78,16 +77,3 @@ def _run(data: bytes) -> str:
         handshake = None
     name = handshake.get("run") if isinstance(handshake, dict) else None
     return name if isinstance(name, str) and _RUN.fullmatch(name) else NAMELESS
-
-
-@contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Hold a site's folder for this process; StateError where another one does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
-    try:
-        with lock.acquire(timeout=0):
-            yield
-    except Timeout as error:
-        remedy = "stop the other service of this site first"
-        raise StateError("another process serves this site's folder", where=str(folder), remedy=remedy) from error

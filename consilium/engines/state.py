@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from consilium import checkpoint, ranks
+from consilium.engines import kept
 from consilium.errors import StateError
 from consilium.experiment import Experiment
 from consilium.protocols import Personal, Specs
@@ -64,7 +65,7 @@ class StateFolder:
 
     def rounds(self) -> list[int]:
         """Rounds of the states that are there, sorted."""
-        return sorted(int(path.stem.split("-")[1]) for path in self.folder.glob("state-*.safetensors"))
+        return kept.rounds(self.folder)
 
     def load(self, round: int) -> SiteState:
         """The state after `round`; StateError where it is missing, damaged or of another run."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from consilium.deployment import hospital
+from consilium.deployment import files
 from consilium.deployment.journal import Journal
 from consilium.report.load import Run, Value, load_run
 from consilium.report.text import UNDEFINED, bytes_text
@@ -107,7 +107,7 @@ def journals(folders: Path, run: Run) -> list[list[str]]:
         entries = list(Journal(folders / site).entries())
         refused = sum(entry["failure"] is not None for entry in entries)
         sizes = [bytes_text(sum(entry[way]["bytes"] for entry in entries)) for way in ("reply", "request")]
-        kept = [log for log in (folders / site / hospital.LOG).read_text().splitlines() if '"repeated"' in log]
+        kept = [log for log in (folders / site / files.LOG).read_text().splitlines() if '"repeated"' in log]
         answered = f"{len(entries) - refused}" + (f", {len(kept)} of them twice" if kept else "")
         last = Journal(folders / site).last()[:16]
         rows.append([site, str(len(entries)), answered, str(refused), *sizes, f"`{last}`"])

@@ -14,8 +14,9 @@ pytest.importorskip("flwr")
 
 from consilium import checkpoint, config, messages
 from consilium import run as simulation
-from consilium.deployment import board, conduct, files, init, office
-from consilium.engines.resident import REMEMBERED, claimed
+from consilium.deployment import board, files, init, office
+from consilium.engines.kept import claimed
+from consilium.engines.resident import REMEMBERED
 from consilium.errors import ConfigError, ConsiliumError, StateError, TrainingError
 from consilium.messages import envelope_of
 from tests import hospitals_apart
@@ -389,7 +390,7 @@ def test_a_site_without_a_key_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no public key"):
         office.enrol(apart.at("coordinator"), "harbour", private)
     office.enrol(apart.at("coordinator"), "harbour", apart.at("harbour") / "keys" / "node.key.pub")
-    assert conduct.files.public_keys(apart.at("coordinator"), files.read(apart.at("coordinator")))
+    assert files.public_keys(apart.at("coordinator"), files.deployment(apart.at("coordinator")))
 
 
 def test_a_run_whose_process_died_is_said_to_have_died(tmp_path: Path) -> None:

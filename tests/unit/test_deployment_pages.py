@@ -123,13 +123,13 @@ def test_a_hospital_gets_a_page_of_its_own(apart: Apart) -> None:
     for name, request, _ in apart.seen:
         if name == "alpine":
             guard.answer(request)
-    (run,) = [path.name for path in (site / hospital.STATE).glob("*/") if path.name != "nameless"]
+    (run,) = [path.name for path in (site / files.STATE).glob("*/") if path.name != "nameless"]
     page = own_page.write(own, apart.resident("alpine").site, run)
     text = words(page)
     assert page == site.resolve() / "report.html"
     for section in ("Mistakes and calibration", "What left this hospital", "Every request of this run"):
         assert section in text
-    result = checkpoint.read_json(site / hospital.STATE / run / "result.json")
+    result = checkpoint.read_json(site / files.STATE / run / "result.json")
     sent = json.loads((apart.run / "result.json").read_text())["metrics"]["test"]["alpine"]["personal"]
     for metric, value in sent.items():
         mine = result["metrics"]["test"]["personal"][metric]["pooled"]
@@ -146,7 +146,7 @@ def test_the_service_makes_it_when_a_run_ends_and_the_verb_anew(apart: Apart, tm
         hospital.page(site, None)
 
     def ask_all() -> None:
-        answered = [relay.ask(site / hospital.SOCKET, request) for name, request, _ in apart.seen if name == "alpine"]
+        answered = [relay.ask(site / files.SOCKET, request) for name, request, _ in apart.seen if name == "alpine"]
         assert all(answered)
 
     hospital.serve(site, lambda event: told.append(dict(event)), ask_all)
@@ -168,7 +168,7 @@ def test_a_page_that_cannot_be_made_keeps_no_reply_back(apart: Apart, tmp_path: 
 
     def ask_all() -> None:
         requests = [request for name, request, _ in apart.seen if name == "alpine"]
-        replies.extend(relay.ask(site / hospital.SOCKET, request) for request in requests)
+        replies.extend(relay.ask(site / files.SOCKET, request) for request in requests)
 
     hospital.serve(site, lambda event: told.append(dict(event)), ask_all)
     assert all(replies)

@@ -12,12 +12,12 @@ import torch
 
 pytest.importorskip("flwr")
 
-from consilium.deployment import files, gate, hospital
+from consilium.deployment import files, hospital
 from consilium.deployment.gate import Gate, GateConfig
 from consilium.deployment.guard import Guard
 from consilium.deployment.journal import HEAD, JOURNAL, START, Journal
 from consilium.engines.resident import Resident
-from consilium.errors import ConfigError, StateError, WireError
+from consilium.errors import ConfigError, StateError
 from consilium.messages import envelope_of
 from consilium.protocols import Spec, Tag
 from tests.hospitals_apart import SITES, Apart, made
@@ -82,19 +82,6 @@ def test_a_refused_request_never_reaches_the_site(apart: Apart, tmp_path: Path) 
     door = replace(door, resident=replace(door.resident, tell=heard.append))
     door.answer(asked(apart, "round"))
     assert heard == []
-
-
-def test_an_approval_is_for_one_agreement(apart: Apart, tmp_path: Path) -> None:
-    ours = apart.resident("alpine").site.experiment.handshake.agreement
-    rules = GateConfig(approval=True, min_patients=1)
-    gate.approve(tmp_path, "0" * 64, "someone", "then")
-    assert "nobody" in reply(apart, tmp_path, rules)["failure"]["message"]
-    gate.approve(tmp_path, ours, "someone", "now")
-    assert reply(apart, tmp_path, rules)["failure"] is None
-    assert gate.approved(tmp_path)[ours] == {"by": "someone", "when": "now"}
-    for wrong in ("", "g" * 64, ours[:10]):
-        with pytest.raises(WireError, match="no digest"):
-            gate.approve(tmp_path, wrong, "someone", "now")
 
 
 def test_what_a_person_approves_is_what_leaves(apart: Apart) -> None:

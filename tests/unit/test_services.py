@@ -13,7 +13,7 @@ pytest.importorskip("flwr")
 
 from consilium import cli
 from consilium.deployment import board, files, init, reach, services
-from consilium.engines.resident import claimed
+from consilium.engines.kept import claimed
 from tests.hospitals_apart import FEDERATION, SITE, Apart, made
 
 
