@@ -276,9 +276,9 @@ def stop(folder: Folder) -> None:
 
 
 def _follow(folder: Path) -> None:
-    from consilium.deployment import office
+    from consilium.deployment import live
 
-    _leave(office.follow(folder, _print))
+    _leave(live.follow(folder))
 
 
 def _print(table: Mapping[str, Any]) -> None:

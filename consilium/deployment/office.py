@@ -142,13 +142,10 @@ MOMENT = 3.0  # seconds in which a coordinator that ends has let go of the lock 
 
 
 def follow(folder: Path, show: Callable[[dict[str, Any]], None], poll: float = 1.0) -> dict[str, Any]:
-    """Show the state whenever it changes, until the run has ended."""
-    last: dict[str, Any] = {}
+    """Show the state at every look, until the run has ended."""
     while True:
         found = status(folder)
-        if found != last:
-            show(found)
+        show(found)
         if found["state"] in ENDED:
             return found
-        last = found
         time.sleep(poll)

@@ -63,12 +63,12 @@ KINDS = {"good": ("finished", "done", "ok"), "busy": ("running", "training"), "i
 
 def html(folder: Path) -> str:
     """The page as it stands now; also where no run was begun."""
-    table, lines = _table(folder), _rounds(folder / files.RUN / "events.jsonl")
+    table, lines = _table(folder), rounds(folder / files.RUN / "events.jsonl")
     values = [value for line in lines if (value := (line.get("val_mean") or {}).get(METRIC)) is not None]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.ChainableUndefined)
-    environment.filters["kind"] = _kind
+    environment.filters["kind"] = kind
     return environment.from_string(TEMPLATE).render(
-        name=_name(folder),
+        name=name(folder),
         table=table,
         rounds=[_row(line) for line in reversed(lines[-SHOWN:])],
         trend=sparkline(values[-SHOWN:]),
@@ -79,12 +79,14 @@ def html(folder: Path) -> str:
     )
 
 
-def _name(folder: Path) -> str:
+def name(folder: Path) -> str:
+    """Of the agreement."""
     return str(config_file.read(folder / files.FEDERATION).get("name", "run"))
 
 
-def _kind(state: object) -> str:
-    return next((kind for kind, states in KINDS.items() if state in states), "bad")
+def kind(state: object) -> str:
+    """How a state of a run or of a site is to be taken: good, busy, idle, or bad."""
+    return next((each for each, states in KINDS.items() if state in states), "bad")
 
 
 def _table(folder: Path) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def _table(folder: Path) -> dict[str, Any]:
         return {"state": "waiting", "round": 0, "sites": {}, "message": str(error), "time": ""}
 
 
-def _rounds(path: Path) -> list[dict[str, Any]]:
+def rounds(path: Path) -> list[dict[str, Any]]:
     """Closed rounds; a last line that is only half written is left out."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
@@ -149,8 +151,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """The page, or the table as JSON; nothing for who calls this machine by another name, as hostile pages do."""
-        name = self.headers.get("Host", "").rpartition(":")[0]
-        if name not in (HERE, "localhost"):
+        called = self.headers.get("Host", "").rpartition(":")[0]
+        if called not in (HERE, "localhost"):
             self.send_error(403)
         elif self.path == "/":
             self._send("text/html; charset=utf-8", html(self.folder))
