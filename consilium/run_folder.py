@@ -96,8 +96,13 @@ def open_run(folder: Path, identity: Identity, facts: Mapping[str, Any], split: 
         checkpoint.write_json(path, {**identity, **facts})
     if not (folder / SPLIT).is_file():
         checkpoint.write_bytes(folder / SPLIT, split)
+    clean(folder)
+
+
+def clean(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote left in a folder that this one holds."""
     for left in filter(_is_temporary, folder.rglob("*.tmp")):
-        left.unlink()  # of a process that was killed while it wrote
+        left.unlink()
 
 
 def _compare(stored: Any, identity: Identity, config: Mapping[str, Any], folder: Path) -> None:

@@ -62,6 +62,7 @@ def federate(agreement: Agreement, transport: Transport, out: Path, board: Board
     torch.set_num_threads(agreement.config.engine.threads)
     pieces = assemble(agreement.config, agreement.classes)
     with run_folder.claimed(out, resume=True):
+        run_folder.clean(out)
         pieces = _named(pieces, _opened(agreement, pieces, out))
         if not run_folder.is_done(out):
             board.show({"event": "start", "sites": transport.sites(), "rounds": agreement.config.train.rounds})

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from consilium import results, run
+from consilium import results, run, run_folder
 from consilium.deployment import files, node, own_page
 from consilium.deployment import gate as gating
 from consilium.deployment.files import SiteFile
@@ -83,6 +83,7 @@ def serve(
         show(event)
 
     with claimed(own.folder / files.STATE):
+        run_folder.clean(own.folder / files.STATE)
         site = open_site(own, show)
         guard = guarded(own, site, tell)
 

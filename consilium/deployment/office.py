@@ -84,12 +84,13 @@ def enrol(folder: Path, site: str, key: Path) -> str:
 
 
 def submit(folder: Path) -> dict[str, Any]:
-    """Begin the run of this folder, or go on with it; StateError where it is running or finished."""
+    """Begin the run of this folder, or go on with it; StateError where it is running or finished. One that was killed
+    after its last file and before it said so is begun once more, and says so."""
     state = status(folder)["state"] if (folder / board.STATUS).is_file() else "new"
     if state in ("starting", "running"):
         remedy = f"consilium coordinator status {folder}"
         raise StateError("the run of this folder is going on", where=str(folder), remedy=remedy)
-    if run_folder.is_done(folder / files.RUN):
+    if run_folder.is_done(folder / files.RUN) and state not in ("died", "failed"):
         remedy = f"look at {folder / files.RUN / 'result.json'}, or move {files.RUN}/ away to begin anew"
         raise StateError("the run of this folder is finished", where=str(folder), remedy=remedy)
     files.public_keys(folder, files.settled(folder))

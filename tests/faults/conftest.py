@@ -2,50 +2,38 @@
 
 from __future__ import annotations
 
-import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.faults import loss
+from tests.faults.loss import Lost as Lost
+
 FIGURES = Path(__file__).parents[2] / "runs" / "faults.json"
 _tried: dict[str, dict[str, Any]] = {}
-Lost = Callable[..., None]
+_began = time.monotonic()
 
 
 @pytest.fixture
 def lost(record_property: Callable[[str, object], None]) -> Lost:
-    """Note what a fault cost, where all that a test says of it holds. `rounds`: of the site that it befell."""
-
-    def note(fault: str, *, rounds: int = 0, bytes: int = 0) -> None:
-        record_property(f"fault: {fault}", {"rounds_lost": rounds, "bytes_lost": bytes})
-
-    return note
+    """What is about to happen, and what it cost."""
+    return Lost(record_property)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Note every fault that a test names by `lost`; the rows of a test that failed did not recover."""
+    """Note every fault that a test names; those of a test that failed were not recovered from."""
     if report.when == "call":
-        for name, row in report.user_properties:
-            if name.startswith("fault: "):
-                _tried[name.removeprefix("fault: ")] = {**_as_row(row), "recovered": report.passed}
+        rows = [(name, row) for name, row in report.user_properties if name.startswith("fault: ")]
+        for name, row in rows:
+            assert isinstance(row, dict)
+            recovered = report.passed and row["bytes_lost"] is not None
+            _tried[name.removeprefix("fault: ")] = {**row, "recovered": recovered}
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Write the figures where any were taken."""
     if _tried and session.config.getoption("--faults"):
-        rows = list(_tried.values())
-        total: dict[str, int] = {
-            "tried": len(rows),
-            "recovered": sum(row["recovered"] for row in rows),
-            "rounds_lost": sum(row["rounds_lost"] for row in rows),
-            "bytes_lost": sum(row["bytes_lost"] for row in rows),
-        }
-        FIGURES.parent.mkdir(exist_ok=True)
-        FIGURES.write_text(json.dumps({**total, "faults": _tried}, indent=1, sort_keys=True) + "\n")
-
-
-def _as_row(value: object) -> dict[str, Any]:
-    assert isinstance(value, dict)
-    return value
+        loss.write(FIGURES, loss.figures(_tried, time.monotonic() - _began))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from consilium import payload
 from consilium.deployment.guard import Guard
+from consilium.engines.relay import Answer, Listener
 from consilium.engines.site import Site
 from consilium.messages import Reply, decode_reply, encode, envelope_of
 from consilium.protocols import Specs
@@ -19,22 +21,34 @@ PATIENT = "MUELLER_Anna_1962-03-14.png"
 
 def install(plan: Mapping[int, str]) -> None:
     """round -> lie, in this process from now on."""
-    honest, learn = Guard.answer, Site._learn
+    honest, learn, listen = Guard.answer, Site._learn, Listener.__init__
     sent: dict[int, bytes] = {}
+    wires: dict[int, Specs] = {}
     failed = set[int]()
 
-    def answer(self: Guard, data: bytes) -> bytes:
+    def asked(data: bytes) -> tuple[int, str]:
         fields = envelope_of(data)
-        number, kind = fields["round"], plan.get(fields["round"]) if fields["kind"] == "round" else None
+        return fields["round"], plan.get(fields["round"], "") if fields["kind"] == "round" else ""
+
+    def answer(self: Guard, data: bytes) -> bytes:
+        number, kind = asked(data)
         if kind == "fault" and number not in failed:
             failed.add(number)
             raise RuntimeError(f"cannot read /data/patients/{PATIENT}")
-        reply = honest(self, data)
-        if fields["kind"] == "round":
-            sent[number] = reply
-        if kind == "old":
-            return sent[min(sent)]
-        return LIES[kind](reply, self.resident.site.experiment.wire("up", number)) if kind in LIES else reply
+        wires[number] = self.resident.site.experiment.wire("up", number)
+        return honest(self, data)
+
+    def listening(self: Listener, path: Path, whole: Answer, *others: Any) -> None:
+        """Past all that the hospital's own service does."""
+
+        def lie(data: bytes) -> bytes:
+            reply, (number, kind) = whole(data), asked(data)
+            sent[number] = sent.get(number, reply)
+            if kind == "old":
+                return sent[min(sent)]
+            return LIES[kind](reply, wires[number]) if kind in LIES else reply
+
+        listen(self, path, lie, *others)
 
     def learning(self: Site, request: Any, *others: Any) -> Any:
         if plan.get(request.round) == "exception":
@@ -42,6 +56,7 @@ def install(plan: Mapping[int, str]) -> None:
         return learn(self, request, *others)
 
     Guard.answer, Site._learn = answer, learning  # type: ignore[method-assign]
+    Listener.__init__ = listening  # type: ignore[method-assign]
 
 
 def _unchecked(reply: Reply, specs: Specs) -> bytes:

@@ -65,10 +65,11 @@ min_images = 1
 SLOW = """
 import pathlib, time
 from consilium.engines.site import Site
+from consilium.messages import envelope_of
 handle = Site.handle
 def slowly(self, data):
     mark = pathlib.Path({mark!r})
-    while mark.exists():
+    while mark.exists() and mark.read_text() in ("", str(envelope_of(data)["round"])):
         time.sleep(0.1)
     return handle(self, data)
 Site.handle = slowly
@@ -150,10 +151,10 @@ class Loopback:
         for site in SITES:
             self.wait(lambda site=site: "ready site=" in self.output(site), site)  # type: ignore[misc]
 
-    def slowly(self, site: str) -> Path:
-        """Join with a service that waits before it answers, as long as the file is there."""
+    def slowly(self, site: str, round: int | None = None) -> Path:
+        """Join with a service that waits before it answers, in all rounds or in one, as long as the file is there."""
         mark = self.folder / f"{site}.slow"
-        mark.touch()
+        mark.write_text(str(round or ""))
         self.join(site, SLOW.format(mark=str(mark)))
         return mark
 

@@ -43,12 +43,10 @@ def test_a_site_that_loses_power_misses_rounds_and_catches_up_with_its_personal_
         made.link()
         made.join("alpine")
         made.join("harbour")
-        mark = made.slowly("prairie")
-        mark.unlink()
+        mark = made.slowly("prairie", round=2)
         made.submit()
-        made.wait(lambda: made.quick().get("closed") == 1, "round 1")
-        mark.touch()
         made.wait(lambda: "asked kind=round round=2" in made.output("prairie"), "prairie's second round")
+        lost.before(made, "site and node killed in training")
         os.kill(made.process("prairie"), signal.SIGKILL)
         made.kill("prairie")
         mark.unlink()
@@ -62,7 +60,7 @@ def test_a_site_that_loses_power_misses_rounds_and_catches_up_with_its_personal_
         assert "still holds its last connection" in made.output("prairie")  # refused, and tried again
         assert_same(made, simulated(made, tmp_path / "here", {"prairie": gone}))
         assert_journals_whole(made)
-        lost("site and node killed in training", rounds=len(gone))
+        lost.after()
 
 
 @pytest.mark.faults
@@ -71,6 +69,8 @@ def test_a_site_that_is_twenty_times_slower_holds_nobody_up(tmp_path: Path, lost
         made.link()
         made.join_all({"prairie": SLOWER})
         made.submit()
+        made.wait(lambda: made.quick().get("closed") == 1, "round 1")
+        lost.before(made, "site 20 times slower (replies dropped)")
         assert made.ended()["state"] == "finished", made.told()
         assert missed(made, "prairie") == [1, 2, 3]
         rows = [each["sites"]["prairie"] for each in made.rounds()]
@@ -81,7 +81,8 @@ def test_a_site_that_is_twenty_times_slower_holds_nobody_up(tmp_path: Path, lost
         asked = [line for line in made.output("prairie").splitlines() if line.startswith("asked kind=round")]
         assert len(asked) < 3, "a site that is behind is not sent one round after the other"
         assert json.loads((made.run / "result.json").read_text())["untested"] == ["prairie"]
-        lost("site 20 times slower (replies dropped)", rounds=3)
+        assert_journals_whole(made)
+        lost.after(rounds=range(1, 4))
 
 
 @pytest.mark.faults
@@ -94,14 +95,14 @@ def test_whoever_leads_is_killed_and_the_run_goes_on_after_the_last_closed_round
         made.link()
         made.join("alpine")
         made.join("harbour")
-        mark = made.slowly("prairie")
-        mark.unlink()
+        mark = made.slowly("prairie", round=3)
         made.submit()
         made.wait(lambda: made.quick().get("closed") == 1, "round 1")
+        lost.before(made, f"{victim} killed after a closed round")
         kill(made, victim)
-        mark.touch()
         resume(made)
-        made.wait(lambda: "asked kind=round round=2" in made.output("prairie"), "prairie's second round")
+        made.wait(lambda: "asked kind=round round=3" in made.output("prairie"), "prairie's third round")
+        lost.before(made, f"{victim} killed while sites train")
         kill(made, victim)
         mark.unlink()
         resume(made)
@@ -109,8 +110,7 @@ def test_whoever_leads_is_killed_and_the_run_goes_on_after_the_last_closed_round
         assert [missed(made, site) for site in SITES] == [[], [], []]
         assert_same(made, simulated(made, tmp_path / "here"))
         assert_journals_whole(made)
-        lost(f"{victim} killed after a closed round")
-        lost(f"{victim} killed while sites train")
+        lost.after()
 
 
 def kill(made: Loopback, victim: str) -> None:
@@ -145,10 +145,12 @@ def test_a_quorum_that_is_not_reached_stops_with_names_and_can_be_resumed(tmp_pa
         assert "too few sites replied to 'round' of round 1: 2 of 3" in state["message"]
         assert "prairie: absent, its node is not connected" in state["message"]
         assert made.status()["code"] == 1
+        lost.before(made, "quorum not reached, then resumed")
         made.join("prairie")
         text = (made.at(files.COORDINATOR) / files.FEDERATION).read_text()
         (made.at(files.COORDINATOR) / files.FEDERATION).write_text(text.replace("deadline = 15", "deadline = 120"))
         resume(made)
         assert made.ended()["state"] == "finished", made.told()
         assert_same(made, simulated(made, tmp_path / "here"))
-        lost("quorum not reached, then resumed")
+        assert_journals_whole(made)
+        lost.after()

@@ -51,13 +51,16 @@ Site.handle = troubled
 @pytest.mark.faults
 def test_a_full_disk_a_damaged_state_and_a_second_process_keep_the_last_good_state(tmp_path: Path, lost: Lost) -> None:
     (tmp_path / "there").mkdir()
+    befalls = {"disk full at a site": [2], "personal state damaged": [4], "two processes on one folder": [1, 3, 5]}
     with loopback(tmp_path / "there", strategy="fedopal", rounds=5) as made:
         made.link()
         made.join_all({"prairie": TROUBLE})
+        made.submit()
+        made.wait(lambda: made.quick().get("closed") == 1, "round 1")
+        lost.before(made, *befalls)
         second = made.call("site", "join", made.at("prairie"))
         assert second.returncode == 1, second.stderr
         assert "another process serves this site's folder" in second.stderr
-        made.submit()
         again = made.call("coordinator", "submit", made.at(files.COORDINATOR))
         assert again.returncode == 1
         assert "the run of this folder is going on" in again.stderr
@@ -71,9 +74,8 @@ def test_a_full_disk_a_damaged_state_and_a_second_process_keep_the_last_good_sta
         assert "state-00003.safetensors" in damaged
         assert_same(made, simulated(made, tmp_path / "here", {"prairie": [2, 4]}))
         assert_journals_whole(made)
-        lost("disk full at a site", rounds=1)
-        lost("personal state damaged", rounds=1)
-        lost("two processes on one site folder")
+        for fault, rounds in befalls.items():
+            lost.after(fault, rounds=rounds)
 
 
 @contextmanager

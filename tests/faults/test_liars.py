@@ -17,12 +17,27 @@ from tests.faults.outcome import assert_journals_whole, assert_same, missed, sim
 REFUSE = {'name = "fedavg"': 'name = "fedavg"\nrefuse_updates = 1000'}
 
 
-def played(made: Loopback, plan: dict[int, str]) -> None:
+NAMES = {"old": "answer of an old round", "exception": "exception that names a patient"}
+
+
+def played(made: Loopback, plan: dict[int, str], lost: Lost) -> None:
     """A run in which prairie does what the plan says, to its end."""
     made.link()
     made.join_all({"prairie": f"from tests.faults import liar\nliar.install({plan!r})"})
     made.submit()
+    made.wait(lambda: made.quick().get("closed") == 1, "round 1")
+    lost.before(made, *map(named, plan.values()))
     assert made.ended()["state"] == "finished", made.told()
+
+
+def named(lie: str) -> str:
+    return NAMES.get(lie, f"{lie} in a reply")
+
+
+def over(plan: dict[int, str], lost: Lost) -> None:
+    """What every lie cost, in its round."""
+    for number, lie in plan.items():
+        lost.after(named(lie), rounds=[number])
 
 
 def expect(made: Loopback, plan: dict[int, str], said: dict[str, tuple[str, str]]) -> None:
@@ -42,7 +57,7 @@ def test_tensors_that_must_not_come_are_refused_by_name(tmp_path: Path, lost: Lo
     plan = dict(enumerate(("nan", "inf", "shape", "names", "norm", "oversize", "noise"), start=2))
     (tmp_path / "there").mkdir()
     with loopback(tmp_path / "there", rounds=len(plan) + 2, change=REFUSE) as made:
-        played(made, plan)
+        played(made, plan, lost)
         said = {
             "nan": ("non_finite", "site prairie"),
             "inf": ("non_finite", "site prairie"),
@@ -54,8 +69,7 @@ def test_tensors_that_must_not_come_are_refused_by_name(tmp_path: Path, lost: Lo
         }
         expect(made, plan, said)
         assert_same(made, simulated(made, tmp_path / "here", {"prairie": plan}))
-        for name in said:
-            lost(f"{name} in a reply")
+        over(plan, lost)
 
 
 @pytest.mark.faults
@@ -63,7 +77,7 @@ def test_old_and_foreign_replies_and_texts_of_exceptions_do_not_come_in(tmp_path
     plan = dict(enumerate(("old", "other", "images", "cut", "number", "exception", "fault"), start=2))
     (tmp_path / "there").mkdir()
     with loopback(tmp_path / "there", rounds=len(plan) + 2) as made:
-        played(made, plan)
+        played(made, plan, lost)
         without = {number: lie for number, lie in plan.items() if lie != "fault"}  # which is asked again
         said = {
             "old": ("stale", "asked prairie for round 2, got an answer of prairie for round 1"),
@@ -85,5 +99,4 @@ def test_old_and_foreign_replies_and_texts_of_exceptions_do_not_come_in(tmp_path
         kept += [made.folder / f"{name}.out" for name in ("link", *SITES[:2])]
         told = [str(path) for path in kept if b"MUELLER" in path.read_bytes()]
         assert not told
-        for name in plan.values():
-            lost({"old": "answer of an old round", "exception": "exception that names a patient"}.get(name, name))
+        over(plan, lost)

@@ -41,6 +41,7 @@ def test_other_weights_another_configuration_and_another_version_are_refused_by_
         agreed.write_text(agreed.read_text().replace("learning_rate = 1e-2", "learning_rate = 2e-2"))
         made.link()
         made.join_all({"prairie": OTHER_VERSION})
+        lost.before(made, "other backbone weights", "another configuration", "another package version")
         made.submit()
         state = made.ended()
         assert state["state"] == "failed"
@@ -64,8 +65,7 @@ def test_other_weights_another_configuration_and_another_version_are_refused_by_
             assert theirs != mine, "what the site holds"
             assert len(theirs) == (5 if key == "version" else len(mine))
         assert not made.rounds()
-        for what in ("other backbone weights", "another configuration", "another package version"):
-            lost(what)
+        lost.after()
 
 
 @pytest.mark.faults
@@ -73,6 +73,7 @@ def test_who_is_not_registered_or_not_the_coordinator_does_not_get_in(tmp_path: 
     """Wrong authority, foreign key, no key, plain text: the site's own log says which."""
     with loopback(tmp_path) as made:
         made.link()
+        lost.before(made, "wrong authority", "unregistered key", "no key", "plain text")
         (tmp_path / "other").mkdir()
         init.certificates(tmp_path / "other", "127.0.0.1")
         shutil.copy(tmp_path / "other" / processes.CA, made.at("alpine") / "keys" / processes.CA)
@@ -101,8 +102,7 @@ def test_who_is_not_registered_or_not_the_coordinator_does_not_get_in(tmp_path: 
         assert "HTTP" not in plain.stdout
         link = (made.at(files.COORDINATOR) / "superlink.log").read_text()
         assert "Activated node_id" not in link
-        for what in ("wrong authority", "unregistered key", "no key", "plain text"):
-            lost(what)
+        lost.after()
 
 
 def refused(port: int, arguments: list[str]) -> bool:
