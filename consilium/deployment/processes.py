@@ -13,11 +13,14 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -64,6 +67,29 @@ def superlink(folder: Path, address: str) -> list[str]:
     stays = ["--database", folder / DATABASE, "--disable-runtime-dependency-installation", "--enable-supernode-auth"]
     behind = [sys.executable, "-m", door.__name__]
     return [*behind, "--host", "0.0.0.0", "--port", port, *map(str, [*secured, *stays])]
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Move a SuperLink's database that cannot be read away; its new name. What is lost with it are messages that were
+    under way, and which keys were registered, which `start` does again. None where it is sound or not there."""
+    path = folder / DATABASE
+    if not path.is_file() or _is_sound(path):
+        return None
+    kept = path.with_name(f"{DATABASE}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
+    for end in ("", "-wal", "-shm"):
+        with suppress(FileNotFoundError):
+            path.with_name(path.name + end).rename(kept.with_name(kept.name + end))
+    return kept
+
+
+def _is_sound(path: Path) -> bool:
+    try:
+        with closing(sqlite3.connect(path)) as database:
+            return bool(database.execute("PRAGMA quick_check(1)").fetchone() == ("ok",))
+    except sqlite3.OperationalError:  # locked, or not ours to read: no damage, and the SuperLink says so itself
+        return True
+    except sqlite3.DatabaseError:
+        return False
 
 
 def is_guarded(folder: Path, address: str) -> bool:

@@ -135,9 +135,10 @@ class Loopback:
         return path.read_text(errors="replace") if path.is_file() else ""
 
     # -------------------------------------------------------------------------------------------- parts
-    def link(self) -> None:
-        self.start("link", "coordinator", "start", self.at(files.COORDINATOR))
-        self.wait(lambda: "ready" in self.output("link"), "the SuperLink")
+    def link(self, hook: str = "") -> None:
+        before = self.output("link").count("ready address=")
+        self.start("link", "coordinator", "start", self.at(files.COORDINATOR), hook=hook)
+        self.wait(lambda: self.output("link").count("ready address=") > before, "the SuperLink")
 
     def join(self, site: str, hook: str = "") -> None:
         before = self.output(site).count("ready site=")

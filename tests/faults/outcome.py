@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from consilium import checkpoint, config
 from consilium import run as simulation
-from consilium.deployment import files
+from consilium.deployment import files, journal
 from consilium.engines import simulate
 from consilium.messages import envelope_of
 from consilium.protocols import Failure
@@ -68,6 +69,29 @@ def assert_same(made: Loopback, run: Path) -> None:
 def missed(made: Loopback, site: str) -> list[int]:
     """Rounds that were closed without a site."""
     return [each["round"] for each in made.rounds() if each["sites"][site]["status"] != "ok"]
+
+
+def died(made: Loopback) -> bool:
+    """Whether the coordinator says, or its folder shows, that the run has ended too early."""
+    return made.status()["state"] in ("died", "failed")
+
+
+def resume(made: Loopback) -> None:
+    """As soon as the SuperLink takes it."""
+    folder = made.at(files.COORDINATOR)
+    made.wait(lambda: made.call("coordinator", "resume", folder).returncode == 0, "a SuperLink that takes the run")
+
+
+def written(made: Loopback, site: str, round: int) -> list[dict[str, Any]]:
+    """Lines of a site's journal about the requests of a round."""
+    lines = [json.loads(line) for line in (made.at(site) / journal.JOURNAL).read_text().splitlines()]
+    return [line for line in lines if (line["kind"], line["round"]) == ("round", round)]
+
+
+def up(run: Path) -> dict[str, int]:
+    """Bytes of tensors that each site's replies brought, as the run has counted them."""
+    found: dict[str, int] = checkpoint.read_json(run / "summary.json")["bytes"]["up"]["per_site"]
+    return found
 
 
 def assert_journals_whole(made: Loopback) -> None:

@@ -14,7 +14,7 @@ pytest.importorskip("flwr")
 from consilium.deployment import files
 from tests.faults.conftest import Lost
 from tests.faults.loopback import SITES, Loopback, loopback
-from tests.faults.outcome import assert_journals_whole, assert_same, missed, simulated
+from tests.faults.outcome import assert_journals_whole, assert_same, died, missed, resume, simulated
 
 SLOWER = """
 import time
@@ -121,15 +121,9 @@ def kill(made: Loopback, victim: str) -> None:
     else:
         os.kill(made.process("link"), signal.SIGKILL)
         made.kill("link")
-    made.wait(lambda: made.status()["state"] in ("died", "failed"), "news of it")
+    made.wait(lambda: died(made), "news of it")
     if victim == "both":
         made.link()
-
-
-def resume(made: Loopback) -> None:
-    """As soon as the SuperLink takes it."""
-    folder = made.at(files.COORDINATOR)
-    made.wait(lambda: made.call("coordinator", "resume", folder).returncode == 0, "a SuperLink that takes the run")
 
 
 @pytest.mark.faults

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,26 @@ def test_a_coordinator_killed_after_its_last_file_is_begun_once_more_and_says_th
     assert not left.exists()
     assert (out / "result.json").read_bytes() == result
     assert len(apart.seen) == asked, "no site is asked again"
+
+
+def test_a_database_that_cannot_be_read_is_set_aside_and_a_sound_one_stays(tmp_path: Path) -> None:
+    path = tmp_path / processes.DATABASE
+    assert processes.set_aside(tmp_path) is None
+    with sqlite3.connect(path) as database:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("CREATE TABLE message (content BLOB)")
+        database.executemany("INSERT INTO message VALUES (?)", [(bytes(5000),)] * 50)
+    database.close()
+    assert processes.set_aside(tmp_path) is None
+    with sqlite3.connect(path) as database:  # of a SuperLink that is at work
+        database.execute("BEGIN EXCLUSIVE")
+        assert processes.set_aside(tmp_path) is None
+    database.close()
+    good = path.read_bytes()
+    for bad in (b"no database" * 1000, good[: len(good) // 2], good[:5000] + bytes(100_000) + good[105_000:]):
+        path.write_bytes(bad)
+        kept = processes.set_aside(tmp_path)
+        assert kept is not None
+        assert kept.read_bytes() == bad
+        assert not path.exists()
+        kept.unlink()
