@@ -7,7 +7,10 @@ and the start of that process.
 
 Which site a node speaks for is decided by the public key it was registered with, which the federation file names. A
 node that dies is asked again when it is back, as long as the round is open: a request that comes twice gets the reply
-of the first time. A round closes when all have replied, or at its deadline and grace.
+of the first time. A round closes when all have replied, or at its deadline and grace. Who had not replied then is not
+asked again until it has, so that no closed rounds queue up at its node. But replies get lost: such a request is given up
+when its node went away, when Flower says that there will be no reply, and at the latest after one further deadline and
+grace, when Flower no longer hands it out either.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -37,7 +40,7 @@ if TYPE_CHECKING:
 
 AT_ONCE = 8  # replies that are fetched together, so that they do not pile up
 AGAIN = 15.0  # seconds before a node that failed is asked again
-LONGEST_TTL = 12 * 3600.0  # seconds; what Flower gives a message by default
+SLACK = 60.0  # seconds that a coordinator may take between two rounds: no reply that it waits for expires meanwhile
 SOCKET = "consilium-socket"  # key of the node's own configuration
 Tell = Callable[[Mapping[str, object]], None]
 
@@ -79,6 +82,7 @@ def answered(content: RecordDict, node: Mapping[str, Any]) -> RecordDict:
     return RecordDict({"code": ConfigRecord({"code": code})})
 
 
+NODE_GONE = 5  # Flower's code of a node whose heartbeat stopped
 _CODES = {
     "unreachable": "the site's node is there, but its service does not answer: see the site's log",
     "error": "the site's node could not read the request: see the site's log",
@@ -104,6 +108,21 @@ def fingerprint(public_key: bytes) -> str:
     return hashlib.sha256(known).hexdigest()
 
 
+class Link(NamedTuple):
+    """A site's node, and since when it is connected."""
+
+    node: int
+    since: str
+
+
+class Sent(NamedTuple):
+    """A request that is under way: to whom, over which link, and until when somebody waits for its reply."""
+
+    site: str
+    link: Link
+    until: float
+
+
 @dataclass
 class Transport:
     """The seam between the round loop and hospitals. `keys`: site -> fingerprint of its node's key.
@@ -120,8 +139,8 @@ class Transport:
     poll: float = 1.0
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
-    late: dict[str, str] = field(default_factory=dict)  # message -> site, of rounds that were closed without it
-    known: list[Any] = field(default_factory=list)  # nodes that were connected at the last look
+    late: dict[str, Sent] = field(default_factory=dict)  # by message, of rounds that were closed without it
+    links: dict[str, Link] = field(default_factory=dict)  # of sites that were connected at the last look
 
     def sites(self) -> tuple[str, ...]:
         """Names of all sites, sorted, there or not."""
@@ -129,28 +148,24 @@ class Transport:
 
     def round(self, requests: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
         """Replies as they come; of a site that gave none until deadline and grace, why."""
-        asked = _Asked(self, requests)
-        end = self.clock() + self.deadline + self.grace
+        asked = _Asked(self, requests, self.clock() + self.deadline + self.grace)
+        self.give_up(lambda sent: self.clock() >= sent.until, "no reply within one further deadline and grace")
         while asked.open:
             yield from asked.look()
-            if not asked.open or self.clock() >= end:
+            if not asked.open or self.clock() >= asked.end:
                 break
-            self.sleep(max(0.0, min(self.poll, end - self.clock())))
+            self.sleep(max(0.0, min(self.poll, asked.end - self.clock())))
         yield from asked.close()
 
-    def nodes(self) -> dict[str, int]:
-        """site -> node, of those that are connected now."""
+    def look(self) -> None:
+        """Note which sites are connected now, and since when."""
         site_of = {key: site for site, key in self.keys.items()}
         try:
-            self.known = list(self.grid.get_nodes())
+            nodes = [(fingerprint(bytes(node.public_key)), node) for node in self.grid.get_nodes()]
         except Exception as error:
             self.stumbled("nodes", error)
-        found = {site_of.get(fingerprint(bytes(node.public_key)), ""): node.node_id for node in self.known}
-        return {site: node for site, node in found.items() if site}
-
-    def ttl(self) -> float:
-        """How long a request lives: as long as somebody may wait for its reply."""
-        return max(LONGEST_TTL, 2 * (self.deadline + self.grace))
+            return
+        self.links = {site_of[key]: Link(node.node_id, node.last_activated_at) for key, node in nodes if key in site_of}
 
     def pulled(self, ids: Iterable[str]) -> Iterator[Message]:
         """What came back for these requests, a few at a time; what Flower cannot give now it may give the next time."""
@@ -167,60 +182,98 @@ class Transport:
         """A fault of Flower's ends no run: it is said, and the next look tries again, as long as the round is open."""
         self.tell({"event": "stumble", "doing": doing, "message": f"{type(error).__name__}: {error}"})
 
+    def is_gone(self, sent: Sent) -> bool:
+        """Whether the node of a request is not there any more, or came back without knowing of it."""
+        return self.links.get(sent.site) != sent.link
+
     def drop_late(self) -> None:
         """Replies to rounds that were closed: said, and not used. The state they speak of is not built upon."""
         for message in self.pulled(self.late):
-            site = self.late.pop(message.metadata.reply_to_message_id, "")
-            if site and not message.has_error() and "message" in message.content:
-                size = len(unpack(message.content))
-                self.tell({"event": "late", "site": site, "bytes": size, "policy": "dropped"})
+            sent = self.late.pop(message.metadata.reply_to_message_id, None)
+            if sent is not None:  # whoever holds a registered key may answer twice
+                self.tell({"event": "late", "site": sent.site, **_too_late(message)})
+        self.give_up(self.is_gone, "its node went away")
+
+    def give_up(self, is_lost: Callable[[Sent], bool], why: str) -> None:
+        """Wait no longer for some of the late replies; their sites are asked again."""
+        for name, sent in list(self.late.items()):
+            if is_lost(sent):
+                del self.late[name]
+                self.tell({"event": "late", "site": sent.site, "policy": "given up", "message": why})
+
+
+def read(message: Message) -> bytes | str:
+    """A reply, or why there is none; ValueError where it is no message of ours."""
+    if message.has_error():
+        code = message.error.code
+        return f"{'its node went away' if code == NODE_GONE else 'its reply is lost'} (Flower's code {code})"
+    record = message.content.get("code")
+    if isinstance(record, ConfigRecord):
+        return _CODES.get(str(record.get("code")), _CODES["error"])
+    return unpack(message.content)
+
+
+def _too_late(message: Message) -> dict[str, object]:
+    try:
+        answer = read(message)
+    except ValueError as error:
+        answer = str(error)
+    if isinstance(answer, str):
+        return {"policy": "given up", "message": answer}
+    return {"bytes": len(answer), "policy": "dropped"}
 
 
 class _Asked:
     """The requests of one question that are not answered yet."""
 
-    def __init__(self, transport: Transport, requests: Mapping[str, bytes]) -> None:
-        self.transport, self.requests = transport, requests
+    def __init__(self, transport: Transport, requests: Mapping[str, bytes], end: float) -> None:
+        self.transport, self.requests, self.end = transport, requests, end
         self.open = set(requests)
-        self.under_way: dict[str, str] = {}  # message -> site
+        self.under_way: dict[str, Sent] = {}  # by message
         self.reasons: dict[str, tuple[str, str]] = {}  # site -> code and why it has not answered so far
         self.failed: dict[str, float] = {}  # site -> when it last did
 
     def look(self) -> Iterator[tuple[str, bytes | Failure]]:
         """Ask whoever is there and was not asked; hand on what came back since."""
-        self.transport.drop_late()
-        nodes = self.transport.nodes()
-        behind = set(self.transport.late.values())
-        for site in sorted(self.open - set(self.under_way.values())):
-            if site not in nodes:
+        transport = self.transport
+        transport.look()
+        transport.drop_late()
+        behind = {sent.site for sent in transport.late.values()}
+        for site in sorted(self.open - self._working):
+            if site not in transport.links:
                 self._note(site, "absent", "its node is not connected")
             elif site in behind:  # asked again now, it would answer one round after the other too late
                 self._note(site, "late", "it is still at work on an earlier request")
-            elif self.transport.clock() - self.failed.get(site, -AGAIN) >= AGAIN:
-                self._ask(site, nodes[site])
-        for message in self.transport.pulled(self.under_way):
-            site = self.under_way.pop(message.metadata.reply_to_message_id, "")
-            if not site:  # whoever holds a registered key may answer twice
-                continue
-            answer = self._read(site, message)
-            if answer is not None:
-                self.open.discard(site)
-                yield site, answer
+            elif transport.clock() - self.failed.get(site, -AGAIN) >= AGAIN:
+                self._ask(site, transport.links[site])
+        for message in transport.pulled(self.under_way):
+            sent = self.under_way.pop(message.metadata.reply_to_message_id, None)
+            answer = self._read(sent.site, message) if sent is not None else None  # who has a key may answer twice
+            if sent is not None and answer is not None:
+                self.open.discard(sent.site)
+                yield sent.site, answer
+        for name in [name for name, sent in self.under_way.items() if transport.is_gone(sent)]:
+            self._failed(self.under_way.pop(name).site, "its node went away")
 
     def close(self) -> Iterator[tuple[str, bytes | Failure]]:
         """The round is closed for those who are left: which of them still works, and which was never there."""
         from consilium.protocols import Failure
 
         self.transport.late |= self.under_way
-        working = set(self.under_way.values())
         for site in sorted(self.open):
             late = "late", f"no reply within {self.transport.deadline:g} s and {self.transport.grace:g} s of grace"
-            yield site, Failure(site, *(late if site in working else self.reasons[site]))
+            yield site, Failure(site, *(late if site in self._working else self.reasons[site]))
 
-    def _ask(self, site: str, node: int) -> None:
+    @property
+    def _working(self) -> set[str]:
+        return {sent.site for sent in self.under_way.values()}
+
+    def _ask(self, site: str, link: Link) -> None:
         content, transport = pack(self.requests[site]), self.transport
-        message = Message(content, node, MessageType.TRAIN, ttl=transport.ttl())
+        until = self.end + transport.deadline + transport.grace
+        ttl = until - transport.clock() + SLACK
         try:
+            message = Message(content, link.node, MessageType.TRAIN, ttl=ttl)
             pushed = next(iter(transport.grid.push_messages([message])), None)
         except Exception as error:  # of Flower's, as when its database is busy; an engineer finds the rest in its log
             transport.stumbled("push", error)
@@ -228,7 +281,7 @@ class _Asked:
         if pushed is None:
             self._failed(site, "Flower did not take the request")
         else:
-            self.under_way[pushed] = site
+            self.under_way[pushed] = Sent(site, link, until)
             status = "back" if self.reasons.pop(site, None) else "asked"
             transport.tell({"event": "link", "site": site, "status": status})
 
@@ -236,17 +289,14 @@ class _Asked:
         """A reply; or None where the site may yet answer when it is asked again."""
         from consilium.protocols import Failure
 
-        if message.has_error():
-            self._failed(site, f"its node went away (Flower's code {message.error.code})")
-            return None
-        code = message.content.get("code")
-        if isinstance(code, ConfigRecord):
-            self._failed(site, _CODES.get(str(code.get("code")), _CODES["error"]))
-            return None
         try:
-            return unpack(message.content)
+            answer = read(message)
         except ValueError as error:
             return Failure(site, "refused", str(error))
+        if isinstance(answer, str):
+            self._failed(site, answer)
+            return None
+        return answer
 
     def _failed(self, site: str, why: str) -> None:
         self.failed[site] = self.transport.clock()

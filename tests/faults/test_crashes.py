@@ -65,7 +65,7 @@ def test_a_site_that_loses_power_misses_rounds_and_catches_up_with_its_personal_
 
 @pytest.mark.faults
 def test_a_site_that_is_twenty_times_slower_holds_nobody_up(tmp_path: Path, lost: Lost) -> None:
-    with loopback(begun(tmp_path / "there"), rounds=3, deadline=20, grace=2) as made:
+    with loopback(begun(tmp_path / "there"), rounds=3, deadline=30, grace=2) as made:
         made.link()
         made.join_all({"prairie": SLOWER})
         made.submit()
