@@ -77,7 +77,7 @@ def test_a_site_that_is_twenty_times_slower_holds_nobody_up(tmp_path: Path, lost
         assert [row["status"] for row in rows] == ["late", "late", "late"]
         late = [each for each in made.log() if each["event"] == "late"]
         assert [(each["site"], each["policy"]) for each in late][:1] == [("prairie", "dropped")]
-        assert all(each["bytes"] > 0 for each in late)
+        assert all(each["bytes"] > 0 for each in late if each["policy"] == "dropped")
         asked = [line for line in made.output("prairie").splitlines() if line.startswith("asked kind=round")]
         assert len(asked) < 3, "a site that is behind is not sent one round after the other"
         assert json.loads((made.run / "result.json").read_text())["untested"] == ["prairie"]
