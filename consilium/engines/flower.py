@@ -8,7 +8,7 @@ and the start of that process.
 Which site a node speaks for is decided by the public key it was registered with, which the federation file names. A
 node that dies is asked again when it is back, as long as the round is open: a request that comes twice gets the reply
 of the first time. A round closes when all have replied, or at its deadline and grace. Who had not replied then is not
-asked again until it has, so that no closed rounds queue up at its node. But replies get lost: such a request is given up
+asked again until it has, so that no closed rounds queue up at its node. Replies get lost, so such a request is given up
 when its node went away, when Flower says that there will be no reply, and at the latest after one further deadline and
 grace, when Flower no longer hands it out either.
 """
