@@ -18,7 +18,17 @@ from torch import Tensor
 from consilium import messages, metrics, payload
 from consilium.errors import ConfigError, TrainingError, WireError
 from consilium.experiment import Experiment
-from consilium.messages import Reply, Request, RequestKind, check_learned, check_numbers, decode_reply, encode
+from consilium.messages import (
+    CODES,
+    Reply,
+    Request,
+    RequestKind,
+    check_learned,
+    check_numbers,
+    decode_reply,
+    encode,
+    plain,
+)
 from consilium.protocols import Failure, Specs, Update
 from consilium.rounds import Progress, Versions
 from consilium.tensors import Tensors, digest
@@ -118,15 +128,20 @@ class Exchange:
             self.progress.ledger.add("up", site, opened.size)
             reply = decode_reply(opened, self.allowed("up", site))
         except TrainingError as error:
-            return Failure(site, "non_finite", str(error))
+            return Failure(site, "non_finite", plain(str(error)))
         except WireError as error:
-            return Failure(site, "refused", str(error))
+            return Failure(site, "refused", plain(str(error)))
+        except Exception as error:  # bytes of a stranger end no run, in whatever way they are odd
+            if not self.partners.remote:
+                raise
+            return Failure(site, "refused", f"its reply cannot be read: {type(error).__name__}")
         if reply.failure is not None:
-            failure = replace(reply.failure, site=site)
+            code = reply.failure.code if reply.failure.code in CODES else "error"
+            failure = Failure(site, code, plain(reply.failure.message))
             return replace(failure, message=self.partners.explain(failure))
         if (reply.site, reply.round) != (site, self.number):
             message = f"asked {site} for round {self.number}, got an answer of {reply.site} for round {reply.round}"
-            return Failure(site, "stale", message)
+            return Failure(site, "stale", plain(message))
         return self._counted(reply)
 
     @cached_property
@@ -158,6 +173,15 @@ class Exchange:
             return reply.tensors
         return experiment.codec.read(reply.tensors, experiment.send(self.progress.server, reply.site), declared)
 
+    def _complete(self, reply: Reply) -> None:
+        """WireError where a site that has images leaves out what it was to send, which a sum would count on."""
+        if self.kind == "round" and reply.num_examples:
+            experiment = self.partners.experiment
+            missing = sorted(experiment.sent(self.number, reply.site).keys() - reply.tensors.keys())
+            if missing:
+                what, received = f"{reply.site} leaves tensors out", f"without {', '.join(missing[:4])}"
+                raise WireError(what, allowed=f"{len(missing)} more", received=received)
+
     def _bounded(self, reply: Reply) -> None:
         """WireError where an update is longer than the strategy lets it be, or larger than any model's numbers are: a
         site that is broken, or not honest; else the honest ones would be blamed a round later."""
@@ -184,11 +208,12 @@ class Exchange:
             check_numbers(self.kind, reply.numbers, len(task.classes) if task.class_counts == "federation" else 0)
             check_learned(reply.numbers, self.partners.experiment.strategy.declares.numbers)
             reply = replace(reply, tensors=self._whole(reply))
+            self._complete(reply)
             self._bounded(reply)
         except TrainingError as error:
-            return Failure(reply.site, "non_finite", str(error))
+            return Failure(reply.site, "non_finite", plain(str(error)))
         except WireError as error:
-            return Failure(reply.site, "refused", str(error))
+            return Failure(reply.site, "refused", plain(str(error)))
         known = self.progress.num_examples.setdefault(reply.site, reply.num_examples)
         if known != reply.num_examples:
             message = f"it has {reply.num_examples} training images now and had {known} before"
@@ -324,11 +349,11 @@ class Updates:
 
 # ------------------------------------------------------------------------------------------------ what is told
 def _site_event(kind: str, number: int, site: str, answer: Reply | Failure) -> dict[str, object]:
-    return {"event": "site", "kind": kind, "round": number, "site": site, **status(answer)}
+    return {**status(answer), "event": "site", "kind": kind, "round": number, "site": site}
 
 
 def status(answer: Reply | Failure) -> dict[str, Any]:
     """How a site did in a round, as a line of events.jsonl says it."""
     if isinstance(answer, Failure):
         return {"status": answer.code, "message": answer.message}
-    return {"status": "ok", **metrics.without_nan(answer.numbers)}
+    return {**metrics.without_nan(answer.numbers), "status": "ok"}

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import struct
+import unicodedata
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -147,7 +148,7 @@ def open_message(data: bytes) -> Opened:
     end = _LENGTH + int(struct.unpack("<Q", body[:_LENGTH])[0])
     try:
         fields = json.loads(bytes(body[_LENGTH:end]))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # also text that is no UTF-8, and lists in lists without end
         raise WireError("the envelope of this message is not JSON", received=str(error)) from error
     if end > len(body) or not isinstance(fields, dict):
         raise WireError("this message has no envelope", received=f"{len(data)} bytes")
@@ -201,33 +202,37 @@ def _check_envelope(reply: Reply) -> None:
     counts = [reply.round, reply.num_examples]
     fits = all(isinstance(text, str) for text in texts) and all(map(is_count, counts))
     if not fits or not isinstance(reply.numbers, Mapping):
-        received = f"site {reply.site!r}, round {reply.round!r}, num_examples {reply.num_examples!r}"
+        received = f"site {reply.site!r:.80}, round {reply.round!r:.80}, num_examples {reply.num_examples!r:.80}"
         raise WireError("the envelope of this reply holds what it must not", received=received)
 
 
 def check_numbers(kind: RequestKind, numbers: Mapping[str, Any], class_counts: int) -> None:
-    """WireError unless the numbers of a reply are what the coordinator reckons with. `class_counts`: how many come."""
+    """WireError unless the numbers of a reply are what the coordinator reckons with, and nothing beside: what is not
+    known here goes nowhere, not into events, files or pages. `class_counts`: how many come."""
     counts = numbers.get("class_counts")
     fits = {
         "class_counts": isinstance(counts, list) and len(counts) == class_counts and all(map(is_count, counts)),
         "image_passes": is_count(numbers.get("image_passes")),
         "num_steps": is_count(numbers.get("num_steps")),
-        "loss": isinstance(numbers.get("loss"), float),  # NaN where nothing was trained
+        "loss": _is_loss(numbers.get("loss")),
         "seconds": _is_finite(numbers.get("seconds")),
         "val": _is_validation(numbers.get("val")),
-        "metrics": _is_tree(numbers.get("metrics", {})),
+        "metrics": _is_tested(numbers.get("metrics", {})),
+        "models": _is_names(numbers.get("models", [])),
+        "learned": True,  # `check_learned` knows what a strategy declares
     }
     work = {"image_passes", "seconds"}
     described = {"class_counts"} if class_counts else {"class_counts"} & numbers.keys()
     needed = {
         "describe": described,
-        "round": fits.keys() - {"class_counts", "metrics"},
+        "round": {*work, "num_steps", "loss", "val"},
         "evaluate": {"val"},
-        "finish": {*work, "metrics"},
-    }.get(kind, set())
-    broken = [key for key in sorted(needed) if not fits[key]]
+        "finish": {*work, "metrics", "models"},
+    }[kind]
+    foreign = numbers.keys() - needed - ({"learned"} if kind == "round" else set())
+    broken = [*(key for key in sorted(needed) if not fits[key]), *sorted(foreign)]
     if broken:
-        received = ", ".join(f"{key} {numbers.get(key)!r:.60}" for key in broken)
+        received = ", ".join(f"{key!r:.60} {numbers.get(key)!r:.60}" for key in broken[:8])
         raise WireError(f"numbers in the reply to '{kind}' are missing or of another kind", received=received)
 
 
@@ -241,32 +246,67 @@ def check_learned(numbers: Mapping[str, Any], declared: Collection[str]) -> None
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a number is one that sums of many stay finite with; NaN and integers of any length are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST_NUMBER
+
+
+def _is_loss(value: object) -> bool:
+    """NaN stands where nothing was trained, infinity where it came to no good."""
+    return isinstance(value, float) and (not math.isfinite(value) or _is_finite(value))
 
 
 def _is_validation(value: object) -> bool:
-    tables = value.values() if isinstance(value, Mapping) and "incoming" in value else [None]
+    if not isinstance(value, Mapping) or not {"incoming"} <= value.keys() <= {"incoming", "outgoing"}:
+        return False
     return all(
-        isinstance(table, Mapping) and all(number is None or _is_finite(number) for number in table.values())
-        for table in tables
+        isinstance(table, Mapping)
+        and _is_names(list(table))
+        and all(number is None or _is_finite(number) for number in table.values())
+        for table in value.values()
     )
 
 
-def _is_tree(value: object) -> bool:
-    """Whether nested tables hold finite numbers, names and gaps alone."""
-    if isinstance(value, Mapping):
-        return all(isinstance(key, str) and _is_tree(each) for key, each in value.items())
-    if isinstance(value, list):
-        return all(map(_is_tree, value))
-    return value is None or isinstance(value, (str, bool)) or _is_finite(value)
+def _is_tested(value: object) -> bool:
+    """{split: {model: {metric: value}}} of both splits, or nothing."""
+    if not isinstance(value, Mapping) or value.keys() not in ({"val", "test"}, set()):
+        return False
+    return all(isinstance(models, Mapping) and _is_names(list(models)) for models in value.values()) and all(
+        isinstance(tree, Mapping) and _is_names(list(tree)) and all(map(_is_value, tree.values()))
+        for models in value.values()
+        for tree in models.values()
+    )
+
+
+def _is_value(value: object) -> bool:
+    """Of a metric, with its interval, and of how many images."""
+    if not isinstance(value, Mapping) or value.keys() != {"value", "low", "high", "n"}:
+        return False
+    return is_count(value["n"]) and all(value[k] is None or _is_finite(value[k]) for k in ("value", "low", "high"))
+
+
+def _is_names(values: object) -> bool:
+    """Whether these are short words of one line, as metrics and models are called."""
+    return isinstance(values, list) and all(
+        isinstance(each, str) and len(each) <= _LONGEST_NAME and plain(each) == each for each in values
+    )
+
+
+def plain(text: str, longest: int = 1000) -> str:
+    """Words of somebody else for a log, a terminal or a page: one line, without signs that command a terminal, hide
+    what stands beside them, or are no text; cut where they are too long."""
+    found = " ".join("".join(" " if unicodedata.category(sign)[0] in "CZ" else sign for sign in text).split())
+    return found if len(found) <= longest else f"{found[: longest - 4]} ..."
 
 
 def is_count(value: object) -> bool:
-    """Whether a plain value is a whole number, not negative."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    """Whether a plain value is a whole number, not negative, that a float64 can hold."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST_COUNT
 
 
 _CHECKSUM, _LENGTH = 32, 8  # bytes: SHA-256 of all that follows, then the length of the envelope
+_LARGEST_COUNT, _LARGEST_NUMBER = 2**53, 1e30
+_LONGEST_NAME = 200  # of a metric or a model
+CODES = ("refused", "non_finite", "stale", "error")  # of a site's own failures
 
 
 def _build(kind: Callable[..., Any], fields: Any, tensors: Tensors | None = None) -> Any:

@@ -43,7 +43,7 @@ def conduct(folder: Path, grid: Grid) -> None:
     with board.reporting():
         agreement = files.read(folder)
         settings = agreement.deployment
-        keys = {site: flower.fingerprint(key) for site, key in files.public_keys(folder, settings).items()}
+        keys = flower.fingerprints(files.public_keys(folder, settings))
         transport = flower.Transport(grid, keys, settings.deadline, settings.grace, board.show, poll=settings.poll)
         federate(agreement, transport, folder / RUN, board)
 

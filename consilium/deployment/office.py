@@ -89,6 +89,8 @@ def enrol(folder: Path, site: str, key: Path) -> str:
 def submit(folder: Path) -> dict[str, Any]:
     """Begin the run of this folder, or go on with it; StateError where it is running or finished. One that was killed
     after its last file and before it said so is begun once more, and says so."""
+    from consilium.engines.flower import fingerprints
+
     state = status(folder)["state"] if (folder / board.STATUS).is_file() else "new"
     if state in ("starting", "running"):
         remedy = f"consilium coordinator status {folder}"
@@ -96,7 +98,7 @@ def submit(folder: Path) -> dict[str, Any]:
     if run_folder.is_done(folder / files.RUN) and state not in ("died", "failed"):
         remedy = f"look at {folder / files.RUN / 'result.json'}, or move {files.RUN}/ away to begin anew"
         raise StateError("the run of this folder is finished", where=str(folder), remedy=remedy)
-    files.public_keys(folder, files.settled(folder))
+    fingerprints(files.public_keys(folder, files.settled(folder)))
     here = folder.resolve()
     board.Board(folder).handed_over()
     try:

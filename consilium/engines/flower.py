@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     PublicFormat,
@@ -123,6 +124,28 @@ class Sent(NamedTuple):
     until: float
 
 
+def fingerprints(public_keys: Mapping[str, bytes]) -> dict[str, str]:
+    """site -> fingerprint; ConfigError where two sites have one key, as one of them would speak for the other."""
+    from consilium.errors import ConfigError
+
+    found: dict[str, str] = {}
+    for site, key in sorted(public_keys.items()):
+        same = [other for other, known in found.items() if known == fingerprint(key)]
+        if same:
+            remedy = "each hospital makes a node.key of its own: consilium coordinator enrol FOLDER SITE PUBLIC_KEY"
+            raise ConfigError("two sites have the same node key", received=f"{same[0]}, {site}", remedy=remedy)
+        found[site] = fingerprint(key)
+    return found
+
+
+def _known_key(public_key: bytes) -> str:
+    """Fingerprint of any node's key; "" for what is no key, which is no site's."""
+    try:
+        return fingerprint(public_key)
+    except (ValueError, UnsupportedAlgorithm):
+        return ""
+
+
 @dataclass
 class Transport:
     """The seam between the round loop and hospitals. `keys`: site -> fingerprint of its node's key.
@@ -161,7 +184,7 @@ class Transport:
         """Note which sites are connected now, and since when."""
         site_of = {key: site for site, key in self.keys.items()}
         try:
-            nodes = [(fingerprint(bytes(node.public_key)), node) for node in self.grid.get_nodes()]
+            nodes = [(_known_key(bytes(node.public_key)), node) for node in self.grid.get_nodes()]
         except Exception as error:
             self.stumbled("nodes", error)
             return

@@ -72,7 +72,8 @@ class Fake:
     def _reply(self, site: str, number: int, kind: str) -> bytes:
         by = torch.tensor(float(site[1:]) + 1) / self.count
         tensors = {n: START[n] + by for n in PIECES.up(number)} if kind == "round" else {}
-        return encode(Reply(site, number, int(site[1:]) % 7 + 1, tensors, NUMBERS), PIECES.up(number))
+        numbers = NUMBERS if kind == "round" else {"image_passes": 2, "seconds": 0.25}
+        return encode(Reply(site, number, int(site[1:]) % 7 + 1, tensors, numbers), PIECES.up(number))
 
 
 def _exchange(fake: Fake, folder: Path = Path(), sites: Sequence[str] | None = None) -> Exchange:
