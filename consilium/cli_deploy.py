@@ -1,8 +1,8 @@
 """Common: the verbs of a federation across hospitals. In: words. Out: one call per verb.
 
 `deploy` prepares folders, `site` is for a hospital, `coordinator` for whoever leads the round loop. Exit codes tell
-how a run ended, whatever the programs below say: 0 finished, 1 failed or died, 2 words or files that cannot be used,
-3 still going on.
+how a run ended, whatever the programs below say: 0 finished, 1 failed, stopped or died, 2 words or files that cannot
+be used, 3 still going on.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def status(
         int | None, typer.Option(metavar="PORT", min=0, max=65535, help="Serve a page to this machine, until Ctrl-C.")
     ] = None,
 ) -> None:
-    """How the run and every site stand; exit code 0 finished, 1 failed or died, 3 going on."""
+    """How the run and every site stand; exit code 0 finished, 1 failed, stopped or died, 3 going on."""
     from consilium.deployment import office
 
     if page is not None:
@@ -288,7 +288,7 @@ def _print(table: Mapping[str, Any]) -> None:
 
 
 def _leave(table: Mapping[str, Any]) -> None:
-    code = {"finished": 0, "failed": 1, "died": 1}.get(str(table["state"]), 3)
+    code = {"finished": 0, "failed": 1, "stopped": 1, "died": 1}.get(str(table["state"]), 3)
     raise typer.Exit(code)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from consilium.errors import StateError
 
 LOCK, CONFIG, SPLIT, DONE = ".lock", "config.json", "split.parquet", "summary.json"
 OTHER = "choose another --out"
+_ATTEMPTS = 5
 Identity = Mapping[str, object]  # hashes and versions that two runs share only if they give the same bits
 
 
@@ -26,7 +28,7 @@ def claimed(folder: Path, resume: bool) -> Iterator[None]:
     is_new = not folder.exists()
     if not is_new and not (folder / LOCK).exists():  # somebody else's folder does not even get a lock
         _admit(folder, resume)
-    with _lock(folder):
+    with locked(folder):
         try:
             _admit(folder, resume)
             yield
@@ -46,13 +48,18 @@ def _admit(folder: Path, resume: bool) -> None:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder, as long as this process lives; StateError where another one does."""
     with _lock_file(folder) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            remedy = f"wait for it, or {OTHER}"
-            raise StateError("another process works in this run folder", where=str(folder), remedy=remedy) from error
+        for attempt in range(_ATTEMPTS):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if attempt == _ATTEMPTS - 1:
+                    what, remedy = "another process works in this run folder", f"wait for it, or {OTHER}"
+                    raise StateError(what, where=str(folder), remedy=remedy) from error
+                time.sleep(0.05)  # it may be one that only looks: `is_held`
         yield
 
 

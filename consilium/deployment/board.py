@@ -1,7 +1,7 @@
 """Composition: how a run stands. In: the coordinator's events. Out: `status.json`, always whole, and `log.jsonl`.
 
-States of a run: starting, running, finished, failed. Of a site: waiting (its turn comes), training, done (it replied in
-this round), late, lost, absent, refused, or the code of another failure.
+States of a run: starting, running, finished, failed, stopped; `office.status` adds died. Of a site: waiting (its turn
+comes), training, done (it replied in this round), late, lost, absent, refused, or the code of another failure.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from consilium import checkpoint
+from consilium import checkpoint, run_folder
 from consilium.deployment.log import Log, now
 from consilium.errors import ConsiliumError, StateError
 
 STATUS, LOG = "status.json", "log.jsonl"
+STOPPED = "Flower was told to stop it; consilium coordinator resume goes on after the last closed round"
 
 
 @dataclass
@@ -59,23 +60,28 @@ class Board:
 
     @contextmanager
     def reporting(self) -> Iterator[None]:
-        """The state of the run at the end, whatever it is: no runner's exit code is to be trusted."""
-        self.table |= {"state": "starting", "process": os.getpid()}
-        self._write()
-        try:
-            yield
-        except BaseException as error:
-            text = str(error) if isinstance(error, ConsiliumError) else f"{type(error).__name__}: {error}"
-            self.broke_off(text)
-            raise
-        self.table |= {"state": "finished", "message": ""}
-        self.log({"event": "finished"})
-        self._write()
+        """The state of the run at the end, whatever it is: no runner's exit code is to be trusted. The folder is held
+        from before the first word to after the last one: who finds it free has all that this process will ever say."""
+        with run_folder.locked(self.folder):
+            self.table |= {"state": "starting", "process": os.getpid()}
+            self._write()
+            try:
+                yield
+            except SystemExit:  # by which Flower ends the process of a run that it was told to stop
+                self.broke_off(STOPPED, "stopped")
+                raise
+            except BaseException as error:
+                text = str(error) if isinstance(error, ConsiliumError) else f"{type(error).__name__}: {error}"
+                self.broke_off(text)
+                raise
+            self.table |= {"state": "finished", "message": ""}
+            self.log({"event": "finished"})
+            self._write()
 
-    def broke_off(self, why: str) -> None:
+    def broke_off(self, why: str, state: str = "failed") -> None:
         """The run ends here, from outside."""
-        self.table |= {"state": "failed", "message": why}
-        self.log({"event": "failed", "message": why})
+        self.table |= {"state": state, "message": why}
+        self.log({"event": state, "message": why})
         self._write()
 
     def _write(self) -> None:

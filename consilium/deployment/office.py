@@ -1,7 +1,8 @@
 """Composition: what an engineer asks of a coordinator's folder. In: the folder. Out: a link, a run, its state.
 
 Flower's own exit codes say that a run was handed over, not how it ended; the state comes from the folder:
-`status.json`, written by the coordinator itself, and the lock that it holds while it lives.
+`status.json`, written by the coordinator itself, and the lock that it holds while it lives. Before it lives, Flower is
+asked.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from consilium.deployment.processes import APP, CONNECTION, Supervised
 from consilium.errors import ConfigError, StateError
 
 FLOWER_RUN = "flower.json"
-ENDED = ("finished", "failed", "died")
+ENDED = ("finished", "failed", "stopped", "died")
 Show = Callable[[Mapping[str, object]], None]
 
 
@@ -100,6 +101,7 @@ def submit(folder: Path) -> dict[str, Any]:
         raise StateError("the run of this folder is finished", where=str(folder), remedy=remedy)
     fingerprints(files.public_keys(folder, files.settled(folder)))
     here = folder.resolve()
+    (folder / FLOWER_RUN).unlink(missing_ok=True)
     board.Board(folder).handed_over()
     try:
         found = processes.flwr(here, "run", str(here / APP), CONNECTION, "--run-config", f"folder='{here}'")
@@ -129,11 +131,34 @@ def status(folder: Path) -> dict[str, Any]:
     """How the run stands; "died" where it says that it is going on and nobody works on it."""
     _known(folder)
     found = board.read(folder)
-    alive = run_folder.is_held(folder / files.RUN)
-    patience = {"starting": START, "running": MOMENT}.get(str(found.get("state")))
-    if patience is not None and not alive and board.age(found) > patience:
-        found |= {"state": "died", "message": "the coordinator's process ended without a word: resume it"}
-    return found
+    if found.get("state") in ENDED or run_folder.is_held(folder):
+        return found
+    end = DIED if "process" in found else _before(folder, board.age(found))
+    again = board.read(folder)
+    if end is None or again != found:  # it came, went on, or ended meanwhile
+        return again
+    return again | {"state": end[0], "message": end[1]}
+
+
+def _before(folder: Path, age: float) -> tuple[str, str] | None:
+    """How a run ended whose coordinator never said a word; None where it may yet."""
+    if not (folder / FLOWER_RUN).is_file():  # `submit` is at work, or ended before Flower had the run
+        return ("died", "it was not handed over to Flower: submit it again") if age > HANDING else None
+    if age < USUAL:
+        return None
+    run = str(checkpoint.read_json(folder / FLOWER_RUN)["run"])
+    try:
+        (told,) = processes.flwr(folder.resolve(), "list", CONNECTION, "--run-id", run)["runs"]
+    except (StateError, ValueError):
+        if processes.is_guarded(folder, files.deployment(folder).address):
+            return None  # it is busy: the next look asks again
+        return "died", "the SuperLink does not answer: consilium coordinator start, then submit it again"
+    said, _, how = str(told["status"]).partition(":")
+    if said != "finished":
+        return None
+    if how == "stopped":
+        return "stopped", board.STOPPED
+    return "died", f"its process ended before it said a word (Flower: {told['status']}): see superlink.log"
 
 
 def _known(folder: Path) -> None:
@@ -143,8 +168,9 @@ def _known(folder: Path) -> None:
         raise ConfigError("this is no coordinator's folder", where=str(folder), remedy=remedy)
 
 
-START = 90.0  # seconds from handing a run over until its coordinator holds the lock of its folder
-MOMENT = 3.0  # seconds in which a coordinator that ends has let go of the lock and not yet written how it ended
+DIED = "died", "the coordinator's process ended without a word: resume it"
+USUAL = 10.0  # seconds in which a coordinator's process says its first word, as a rule; after that Flower is asked
+HANDING = 150.0  # seconds that `submit` may take to hand a run over to Flower, and a little more
 
 
 def follow(folder: Path, show: Callable[[dict[str, Any]], None], poll: float = 1.0) -> dict[str, Any]:

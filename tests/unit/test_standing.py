@@ -1,0 +1,198 @@
+"""How a run stands: what its own process wrote, whether it lives, and before it lives what Flower says of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from consilium import run_folder
+from consilium.deployment import board, office, processes
+from consilium.deployment.board import Board
+from consilium.errors import StateError
+
+LONG_AGO = "2020-01-01T00:00:00.000+00:00"
+WORKS = """
+import sys
+from pathlib import Path
+from consilium.deployment.board import Board
+board = Board(Path(sys.argv[1]))
+with board.reporting():
+    board.show({"event": "start", "sites": ["alpine"], "rounds": 3})
+    print("at work", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """As a coordinator's, as far as its state goes."""
+    (tmp_path / "federation.toml").write_text('[deployment]\nsites = ["alpine"]\naddress = "127.0.0.1:1"\n')
+    return tmp_path
+
+
+def handed_over(folder: Path, when: str = LONG_AGO, **more: object) -> None:
+    table = {"state": "starting", "round": 0, "sites": {}, "time": when, **more}
+    (folder / board.STATUS).write_text(json.dumps(table))
+    (folder / office.FLOWER_RUN).write_text('{"run": "7"}')
+
+
+def flower(monkeypatch: pytest.MonkeyPatch, answer: Callable[[], Any], listens: bool = True) -> list[tuple[str, ...]]:
+    asked: list[tuple[str, ...]] = []
+
+    def flwr(_: Path, *words: str) -> Any:
+        asked.append(words)
+        return answer()
+
+    monkeypatch.setattr(processes, "flwr", flwr)
+    monkeypatch.setattr(processes, "is_guarded", lambda *_: listens)
+    return asked
+
+
+def told(status: str) -> dict[str, Any]:
+    return {"success": True, "runs": [{"run-id": "7", "status": status}]}
+
+
+def broken() -> Any:
+    raise StateError("flwr list failed")
+
+
+# ------------------------------------------------------------------------------------------------ a process that lived
+def test_a_process_that_was_killed_is_missed_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = flower(monkeypatch, broken)
+    with subprocess.Popen(
+        [sys.executable, "-c", WORKS, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as work:
+        assert work.stdout is not None
+        assert work.stdout.readline() == b"at work\n"
+        assert office.status(folder)["state"] == "running"
+        work.kill()
+    found = office.status(folder)
+    assert (found["state"], found["message"]) == office.DIED
+    assert asked == []
+
+
+def test_a_process_says_itself_how_it_ended(folder: Path) -> None:
+    with Board(folder).reporting():
+        assert office.status(folder)["state"] == "starting"
+    assert office.status(folder)["state"] == "finished"
+    with pytest.raises(ZeroDivisionError), Board(folder).reporting():
+        raise ZeroDivisionError("by hand")
+    assert office.status(folder)["message"] == "ZeroDivisionError: by hand"
+    with pytest.raises(SystemExit), Board(folder).reporting():
+        raise SystemExit(0)
+    assert office.status(folder)["state"] == "stopped"
+
+
+def test_a_second_process_does_not_speak_for_the_first(folder: Path) -> None:
+    with Board(folder).reporting():
+        before = (folder / board.STATUS).read_bytes()
+        with pytest.raises(StateError, match="another process"), Board(folder).reporting():
+            pass
+        assert (folder / board.STATUS).read_bytes() == before
+    assert office.status(folder)["state"] == "finished"
+
+
+def test_who_looks_keeps_nobody_out(folder: Path) -> None:
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            run_folder.is_held(folder)
+
+    with run_folder.locked(folder):
+        pass  # from now on there is a file to look at
+    lookers = [threading.Thread(target=look) for _ in range(3)]
+    for each in lookers:
+        each.start()
+    try:
+        for _ in range(300):
+            with run_folder.locked(folder):
+                assert run_folder.is_held(folder)
+    finally:
+        done.set()
+        for each in lookers:
+            each.join()
+
+
+# ------------------------------------------------------------------------------------------------ before it lives
+@pytest.mark.parametrize(
+    ("answer", "state"),
+    [
+        ("pending", "starting"),
+        ("starting", "starting"),
+        ("running", "starting"),
+        ("finished:failed", "died"),
+        ("finished:completed", "died"),
+        ("finished:stopped", "stopped"),
+    ],
+)
+def test_flower_knows_whether_the_process_may_yet_come(
+    answer: str, state: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed_over(folder)
+    asked = flower(monkeypatch, lambda: told(answer))
+    found = office.status(folder)
+    assert found["state"] == state
+    assert asked == [("list", processes.CONNECTION, "--run-id", "7")]
+    assert (answer in found.get("message", "")) == (state == "died")
+
+
+def test_a_superlink_that_is_away_begins_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handed_over(folder)
+    flower(monkeypatch, broken, listens=False)
+    found = office.status(folder)
+    assert (found["state"], "SuperLink does not answer" in found["message"]) == ("died", True)
+    flower(monkeypatch, broken)  # it listens, and is busy
+    assert office.status(folder)["state"] == "starting"
+
+
+def test_flower_is_not_asked_before_its_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handed_over(folder, board.now())
+    asked = flower(monkeypatch, lambda: told("finished:failed"))
+    assert office.status(folder)["state"] == "starting"
+    assert asked == []
+
+
+def test_a_run_that_flower_never_got(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = flower(monkeypatch, broken)
+    handed_over(folder, board.now())
+    (folder / office.FLOWER_RUN).unlink()
+    assert office.status(folder)["state"] == "starting"  # `submit` is at work
+    handed_over(folder)
+    (folder / office.FLOWER_RUN).unlink()
+    assert office.status(folder)["state"] == "died"
+    assert asked == []
+
+
+def test_a_process_that_comes_while_flower_is_asked_has_the_last_word(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed_over(folder)
+
+    def comes() -> Any:
+        with Board(folder).reporting():
+            pass
+        return told("finished:completed")
+
+    flower(monkeypatch, comes)
+    assert office.status(folder)["state"] == "finished"
+
+
+@pytest.mark.parametrize("state", ["died", "stopped", "failed"])
+def test_what_ended_can_be_begun_again(state: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handed_over(folder, state=state, process=1)
+    (folder / "nodes").mkdir()
+    (folder / "nodes" / "alpine.pub").write_text("key")
+    monkeypatch.setattr(office.files, "settled", office.files.deployment)
+    flower(monkeypatch, lambda: {"success": True, "run-id": 8})
+    assert office.submit(folder)["run-id"] == 8
+    assert json.loads((folder / office.FLOWER_RUN).read_text()) == {"run": "8"}
+    with pytest.raises(StateError, match="going on"):
+        office.submit(folder)
