@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,26 +99,12 @@ def test_a_second_process_does_not_speak_for_the_first(folder: Path) -> None:
     assert office.status(folder)["state"] == "finished"
 
 
-def test_who_looks_keeps_nobody_out(folder: Path) -> None:
-    done = threading.Event()
-
-    def look() -> None:
-        while not done.is_set():
-            run_folder.is_held(folder)
-
-    with run_folder.locked(folder):
-        pass  # from now on there is a file to look at
-    lookers = [threading.Thread(target=look) for _ in range(3)]
-    for each in lookers:
-        each.start()
-    try:
-        for _ in range(300):
-            with run_folder.locked(folder):
-                assert run_folder.is_held(folder)
-    finally:
-        done.set()
-        for each in lookers:
-            each.join()
+def test_who_looks_keeps_nobody_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (folder / run_folder.LOCK).open("ab") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)  # as `is_held` does for a moment
+        monkeypatch.setattr(run_folder.time, "sleep", lambda _: fcntl.flock(looking, fcntl.LOCK_UN))
+        with run_folder.locked(folder):
+            assert run_folder.is_held(folder)
 
 
 # ------------------------------------------------------------------------------------------------ before it lives
