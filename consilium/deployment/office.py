@@ -96,7 +96,7 @@ def submit(folder: Path) -> dict[str, Any]:
     if state in ("starting", "running"):
         remedy = f"consilium coordinator status {folder}"
         raise StateError("the run of this folder is going on", where=str(folder), remedy=remedy)
-    if run_folder.is_done(folder / files.RUN) and state not in ("died", "failed"):
+    if run_folder.is_done(folder / files.RUN) and state not in ("died", "failed", "stopped"):
         remedy = f"look at {folder / files.RUN / 'result.json'}, or move {files.RUN}/ away to begin anew"
         raise StateError("the run of this folder is finished", where=str(folder), remedy=remedy)
     fingerprints(files.public_keys(folder, files.settled(folder)))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from consilium import run_folder
-from consilium.deployment import board, office, processes
+from consilium.deployment import board, files, init, office, processes
 from consilium.deployment.board import Board
 from consilium.errors import StateError
 
@@ -173,10 +173,12 @@ def test_a_process_that_comes_while_flower_is_asked_has_the_last_word(
 
 @pytest.mark.parametrize("state", ["died", "stopped", "failed"])
 def test_what_ended_can_be_begun_again(state: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("flwr")
     handed_over(folder, state=state, process=1)
     (folder / "nodes").mkdir()
-    (folder / "nodes" / "alpine.pub").write_text("key")
-    monkeypatch.setattr(office.files, "settled", office.files.deployment)
+    init.node_key(folder, "alpine")
+    (folder / processes.PUBLIC_KEY).rename(folder / "nodes" / "alpine.pub")
+    monkeypatch.setattr(files, "settled", files.deployment)
     flower(monkeypatch, lambda: {"success": True, "run-id": 8})
     assert office.submit(folder)["run-id"] == 8
     assert json.loads((folder / office.FLOWER_RUN).read_text()) == {"run": "8"}
