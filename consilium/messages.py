@@ -13,7 +13,7 @@ import struct
 import unicodedata
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import consilium
 from consilium import payload
@@ -165,6 +165,26 @@ def envelope_of(data: bytes) -> dict[str, Any]:
     return open_message(data).fields
 
 
+def check_request(fields: Mapping[str, Any], rounds: int) -> None:
+    """WireError unless the envelope of a request is one of a run of so many rounds: an agreement is for its rounds, and
+    not for as many questions as somebody likes."""
+    number, builds_on, kind = (fields.get(key) for key in ("round", "builds_on", "kind"))
+    texts = fields.get("handshake"), fields.get("context")
+    first = 1 if kind == "round" else 0
+    fits = (
+        kind in ("describe", "round", "evaluate", "finish")
+        and all(isinstance(each, Mapping) for each in texts)
+        and is_count(number)
+        and is_count(builds_on)
+        and first <= number <= rounds
+        and builds_on <= number
+    )
+    if not fits:
+        received = f"kind {kind!r:.40}, round {number!r:.40}, builds on {builds_on!r:.40}"
+        allowed = f"a round of 1 to {rounds}, on a state of at most that round; a handshake and a context"
+        raise WireError("this is no request of a run", allowed=allowed, received=received)
+
+
 def decode_request(data: bytes | Opened, allowed: Specs) -> Request:
     """A request whose tensors are all declared."""
     opened = data if isinstance(data, Opened) else open_message(data)
@@ -298,7 +318,7 @@ def plain(text: str, longest: int = 1000) -> str:
     return found if len(found) <= longest else f"{found[: longest - 4]} ..."
 
 
-def is_count(value: object) -> bool:
+def is_count(value: object) -> TypeGuard[int]:
     """Whether a plain value is a whole number, not negative, that a float64 can hold."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST_COUNT
 

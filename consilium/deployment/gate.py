@@ -11,19 +11,26 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from pydantic import Field
 
+from consilium import payload
 from consilium.deployment import approvals
+from consilium.engines.relay import LARGEST
 from consilium.errors import ConfigError, StateError
-from consilium.messages import Reply, decode_reply, encode, envelope_of
+from consilium.exchange import LARGEST_ENVELOPE
+from consilium.local.train import plan
+from consilium.messages import Reply, decode_reply, encode, envelope_of, is_count, plain
 from consilium.protocols import Failure, Specs, Tag
 from consilium.registry import Options
 
 if TYPE_CHECKING:
-    from consilium.data import SiteData
+    from consilium.data import Examples, SiteData
     from consilium.experiment import Experiment
 
 Numbers = dict[str, Any]
@@ -49,13 +56,13 @@ class GateConfig(Options):
 
     tensors: tuple[TagRule, ...] = (TagRule(),)  # may leave where the strategy shares them; personal ones never do
     metrics: tuple[str, ...] = ("*",)  # names of metrics that may leave; others are blanked
-    min_images: int = Field(default=5, ge=1)  # a metric or class count from fewer images is blanked or refused
-    min_patients: int = Field(default=5, ge=1)  # groups among the training images, or nothing is answered at all
+    min_images: int = Field(default=5, ge=1)  # a metric, class count or update from fewer images is blanked or refused
+    min_patients: int = Field(default=5, ge=1)  # groups among training images, or no answer; of a split, or no metric
     max_bytes: int = Field(default=64 * 1024**2, ge=1)  # of one reply
     strategies: tuple[str, ...] = ("*",)
     versions: tuple[str, ...] = ("*",)  # of the coordinator's package
     approval: bool = Field(default=False, strict=True)  # a person must approve each new agreement: `site approve`
-    min_seconds: float = Field(default=0.0, ge=0)  # between two new rounds
+    min_seconds: float = Field(default=0.0, ge=0)  # between two new questions of a kind, as rounds
 
 
 @dataclass
@@ -66,12 +73,12 @@ class Gate:
     experiment: Experiment
     data: SiteData
     folder: Path  # of the site
-    clock: Callable[[], float] = time.time
-    last: tuple[int, float] = field(default=(0, float("-inf")))  # the newest round, and when it was asked for
+    clock: Callable[[], float] = time.monotonic
+    asked: dict[str, list[tuple[float, str]]] = field(default_factory=dict)  # kind -> when, and digest; oldest first
 
     # -------------------------------------------------------------------------------------------- inwards
-    def refusal(self, fields: Mapping[str, Any]) -> str | None:
-        """Why a request is not answered; None where it may be."""
+    def refusal(self, fields: Mapping[str, Any], digest: str = "") -> str | None:
+        """Why a request is not answered; None where it may be. `digest`: of its bytes."""
         handshake = fields.get("handshake")
         version = str(handshake.get("version")) if isinstance(handshake, dict) else "none"
         strategy, patients = self.experiment.config.strategy.name, len(set(self.data.train.groups.tolist()))
@@ -81,7 +88,7 @@ class Gate:
             return f"gate.versions does not allow {version}"
         if patients < self.rules.min_patients:
             return f"there are fewer training patients here than gate.min_patients = {self.rules.min_patients}"
-        return self.unapproved() or self._too_soon(fields)
+        return self.unapproved() or self._too_soon(str(fields.get("kind")), digest)
 
     def unapproved(self) -> str | None:
         """Why a person's word keeps this agreement out; what was taken back is out, whatever the rules ask for."""
@@ -96,22 +103,43 @@ class Gate:
             return f"nobody at the site has approved agreement {agreement[:16]} yet (consilium site approve)"
         return None
 
-    def _too_soon(self, fields: Mapping[str, Any]) -> str | None:
-        """A round that is asked for again costs nothing; a new one before its time is refused."""
-        number, now = fields.get("round"), self.clock()
-        if fields.get("kind") != "round" or not isinstance(number, int) or number == self.last[0]:
+    def _too_soon(self, kind: str, digest: str) -> str | None:
+        """The same bytes again cost nothing, as the reply is that of the first time. Whatever else is asked, in which
+        run and of which round it may be, is new; before its time it is refused."""
+        if kind not in self._turns:
+            return None  # no kind that a site answers
+        before, now = self.asked.setdefault(kind, []), self.clock()
+        if any(digest == known for _, known in before):
             return None
-        wait = self.last[1] + self.rules.min_seconds - now
+        wait = before[0][0] + self.rules.min_seconds - now if len(before) == self._turns[kind] else 0.0
         if wait > 0:
-            return f"gate.min_seconds = {self.rules.min_seconds:g}: the next round may come in {wait:.0f} s"
-        self.last = (number, now)
+            return f"gate.min_seconds = {self.rules.min_seconds:g}: the next {kind} may come in {wait:.0f} s"
+        self.asked[kind] = [*before, (now, digest)][-self._turns[kind] :]
         return None
+
+    @cached_property
+    def _turns(self) -> dict[str, int]:
+        """How many new questions of a kind an agreement has in a row."""
+        choice = self.experiment.strategy.declares.choice
+        looks = (self.experiment.config.evaluation.serve == "best") + len(choice.candidates if choice else ())
+        return {"describe": 1, "round": 1, "evaluate": max(1, looks), "finish": 1}
+
+    @cached_property
+    def largest(self) -> int:
+        """Bytes that a request of this agreement can have."""
+        each = [self.experiment.wire("down", number, self.data.name) for number in _rounds(self.experiment)]
+        if any(None in spec.shape for specs in each for spec in specs.values()):
+            return LARGEST
+        return max(payload.num_bytes(specs, specs) for specs in each) + LARGEST_ENVELOPE
 
     # -------------------------------------------------------------------------------------------- outwards
     def let_out(self, fields: Mapping[str, Any], data: bytes) -> tuple[bytes, list[str]]:
         """A reply as it may leave, and what was blanked in it; a refusal where its tensors may not."""
-        specs = self.experiment.wire("up", int(envelope_of(data)["round"]))
+        specs = self.experiment.wire("up", int(envelope_of(data)["round"]), self.data.name)
         reply = decode_reply(data, specs)
+        if reply.failure is not None:  # its text may repeat words of the request
+            failure = replace(reply.failure, message=plain(reply.failure.message))
+            return encode(replace(reply, failure=failure), specs), []
         why = self.unapproved()
         if why is not None:  # taken back while the site was at work
             return self.refuse(fields, why), []
@@ -134,7 +162,7 @@ class Gate:
     def refuse(self, fields: Mapping[str, Any], why: str) -> bytes:
         """The reply that says so; it speaks of the rules alone."""
         number = fields.get("round")
-        site, counted = self.data.name, number if isinstance(number, int) and number >= 0 else 0
+        site, counted = self.data.name, number if is_count(number) else 0
         return encode(Reply(site, counted, 0, failure=Failure(site, "refused", why)), {})
 
     def _rare(self, reply: Reply, specs: Specs) -> bool:
@@ -145,9 +173,9 @@ class Gate:
         return any(0 < count < self.rules.min_images for count in counts)
 
     def _numbers(self, reply: Reply) -> tuple[Numbers, list[str]]:
-        """Validation and test metrics without those that may not leave, or come from too few images."""
+        """Validation and test metrics without those that may not leave, or come from too few images or patients."""
         numbers, blanked = dict(reply.numbers), list[str]()
-        few = len(self.data.val) < self.rules.min_images
+        few = self._few(self.data.val)
         if "val" in numbers:
             numbers["val"] = {
                 when: {
@@ -157,15 +185,29 @@ class Gate:
             }
         if "metrics" in numbers:
             numbers["metrics"] = {
-                split: {model: self._tree(tree, f"{split}.{model}", blanked) for model, tree in models.items()}
+                split: {
+                    model: self._tree(tree, getattr(self.data, split), f"{split}.{model}", blanked)
+                    for model, tree in models.items()
+                }
                 for split, models in numbers["metrics"].items()
             }
         return numbers, blanked
 
-    def _tree(self, tree: Mapping[str, Any], where: str, blanked: list[str]) -> Numbers:
+    def _few(self, examples: Examples) -> bool:
+        patients = len(set(examples.groups.tolist()))
+        return len(examples) < self.rules.min_images or patients < self.rules.min_patients
+
+    def _has_rare(self, examples: Examples) -> bool:
+        """Whether a class is there with too few images: its own metrics could then be reckoned from those of the other
+        classes and those of all images, and so could their number."""
+        _, counts = np.unique(examples.labels, return_counts=True)
+        return bool((counts < self.rules.min_images).any())
+
+    def _tree(self, tree: Mapping[str, Any], examples: Examples, where: str, blanked: list[str]) -> Numbers:
         found: Numbers = {}
+        all_few, rare = self._few(examples), self._has_rare(examples)
         for name, entry in tree.items():
-            few = int(entry.get("n") or 0) < self.rules.min_images
+            few = all_few or (rare and "." in name) or int(entry.get("n") or 0) < self.rules.min_images
             kept = self._value(name, entry, few, f"{where}.{name}", blanked)
             found[name] = entry if kept is not None else {"value": None, "low": None, "high": None, "n": 0}
         return found
@@ -181,10 +223,32 @@ def _fits(value: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(value, pattern) for pattern in patterns)
 
 
+def _rounds(experiment: Experiment) -> range:
+    return range(1, experiment.config.train.rounds + 1)
+
+
+def fewest(experiment: Experiment, images: int) -> int:
+    """Different images that an update of a round is learnt from, where a site has so many to train on."""
+    passes = {share for number in _rounds(experiment) for share in experiment.strategy.declares.passes(number)}
+    steps = [plan(images, experiment.config.train, share, torch.Generator().manual_seed(0)) for share in passes]
+    return min((len({int(row) for step in each for rows in step for row in rows}) for each in steps), default=images)
+
+
 def check(gate: Gate) -> None:
     """ConfigError where the rules would refuse every round of this agreement: better known before anybody waits."""
-    rounds = range(1, gate.experiment.config.train.rounds + 1)
-    forbidden = sorted({name for number in rounds for name in gate.forbidden(gate.experiment.wire("up", number))})
+    experiment, rules = gate.experiment, gate.rules
+    every = [experiment.wire("up", number, gate.data.name) for number in _rounds(experiment)]
+    learnt = fewest(experiment, len(gate.data.train))
+    if any(every) and len(gate.data.train) > 0 and learnt < rules.min_images:
+        remedy = "agree on a larger train.batch_size, on more train.local_steps, or do not take part"
+        raise ConfigError(
+            "a round would learn from too few images, and what it sends would tell of each of them",
+            where="train",
+            allowed=f"gate.min_images = {rules.min_images}",
+            received=f"{learnt} images",
+            remedy=remedy,
+        )
+    forbidden = sorted({name for specs in every for name in gate.forbidden(specs)})
     if forbidden:
         remedy = "allow them, or do not take part in this agreement"
         received = ", ".join(forbidden[:6])

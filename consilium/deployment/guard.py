@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from consilium.deployment.gate import Gate
 from consilium.deployment.journal import Journal
 from consilium.engines.resident import Resident
 from consilium.errors import WireError
-from consilium.messages import envelope_of
+from consilium.messages import envelope_of, plain
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,13 @@ class Guard:
 
     def answer(self, data: bytes) -> bytes:
         """What leaves in answer to a request. StateError where it cannot be written down first."""
-        try:
-            fields = envelope_of(data)
-        except WireError:
-            fields = {}
-        why = self.gate.refusal(fields) if fields else None
+        digest, fields = hashlib.sha256(data).hexdigest(), dict[str, Any]()
+        why = None if len(data) <= self.gate.largest else "no request of this agreement is as large"
+        if why is None:
+            with suppress(WireError):
+                fields = envelope_of(data)
+        if fields:
+            why = self.gate.refusal(fields, digest)
         if why is not None:
             reply, blanked = self.gate.refuse(fields, why), list[str]()
         else:
@@ -45,13 +48,13 @@ class Guard:
     def _entry(self, fields: Mapping[str, Any], data: bytes, reply: bytes, blanked: list[str]) -> dict[str, Any]:
         handshake, said = fields.get("handshake"), envelope_of(reply)
         asked = handshake if isinstance(handshake, dict) else {}
-        specs = self.resident.site.experiment.wire("up", int(said["round"]))
+        specs = self.resident.site.experiment.wire("up", int(said["round"]), said["site"])
         return {
             "site": said["site"],
-            "kind": fields.get("kind", "unreadable"),
+            "kind": _word(fields.get("kind", "unreadable"), 20),
             "round": said["round"],
-            "run": asked.get("run", ""),
-            "agreement": asked.get("agreement", ""),
+            "run": _word(asked.get("run", ""), 40),
+            "agreement": _word(asked.get("agreement", ""), 64),
             "request": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()},
             "reply": {"bytes": len(reply), "sha256": hashlib.sha256(reply).hexdigest()},
             "tensors": [[row["name"], row["shape"], row["dtype"], row["bytes"]] for row in messages.rows(reply, specs)],
@@ -60,6 +63,11 @@ class Guard:
             "blanked": blanked,
             "failure": said["failure"],
         }
+
+
+def _word(said: object, longest: int) -> str:
+    """What the caller wrote, as it may stand in a file that people read and that must not fill the disk."""
+    return plain(str(said), longest)
 
 
 def _names(numbers: Mapping[str, Any], before: str = "") -> list[str]:

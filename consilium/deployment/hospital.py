@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from consilium import results, run, run_folder
+from consilium.config import TrainConfig
 from consilium.deployment import files, node, own_page
 from consilium.deployment import gate as gating
 from consilium.deployment.files import SiteFile
@@ -60,11 +61,18 @@ def terms(folder: Path, digest: str | None = None) -> dict[str, Any]:
         "task": {"name": config.task.name, "classes": list(pieces.task.classes)},
         "method": {"tuner": [table.name for table in config.tuner], "strategy": config.strategy.name},
         "rounds": config.train.rounds,
+        "each_round": _work(config.train),
         "looks_at_single_updates": pieces.strategy.declares.needs_individual_updates,
         "leaves": results.wire(up, pieces.codec),
         "arrives": {"tensors": len(down)},
         "numbers": results.numbers(pieces, remote=True),
     }
+
+
+def _work(train: TrainConfig) -> str:
+    """How much is learnt before something is sent: of few images an update tells most."""
+    steps = f"{train.local_steps} steps" if train.local_steps is not None else f"epochs {train.local_epochs or 1:g}"
+    return f"{steps}, {train.batch_size} images at a time; a strategy may have its own"
 
 
 def serve(
@@ -96,7 +104,8 @@ def serve(
             _end(own, site, data, reply, tell)
             return reply
 
-        with Listener(socket or own.folder / files.SOCKET, answer, other):
+        where, largest = socket or own.folder / files.SOCKET, 2 * guard.gate.largest
+        with Listener(where, answer, other, largest):
             tell({"event": "ready", "site": own.name, "images": len(site.data.train)})
             until()
 

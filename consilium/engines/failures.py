@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import secrets
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,11 +14,12 @@ LOG = "failures.jsonl"
 
 def seal(folder: Path, text: str) -> str:
     """Write a text to the log in the site's folder; what may travel instead."""
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    salt = secrets.token_hex(16)  # else whoever guesses a file's name could see from the digest that it is right
+    digest = hashlib.sha256(f"{salt}{text}".encode(errors="replace")).hexdigest()[:16]
     with suppress(OSError):  # a full disk is often the failure itself, and the reply must leave all the same
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / LOG).open("a", encoding="utf-8") as log:
-            log.write(json.dumps({"digest": digest, "text": text}) + "\n")
+            log.write(json.dumps({"digest": digest, "salt": salt, "text": text}) + "\n")
     return f"see {LOG} at the site, {digest}"
 
 

@@ -38,7 +38,7 @@ def ask(path: Path, request: bytes, timeout: float | None = None) -> bytes:
             caller.settimeout(timeout)
             caller.connect(str(path))
             _send(caller, request)
-            return _receive(caller)
+            return _receive(caller, LARGEST)
     except (OSError, EOFError) as error:
         raise Unreachable(f"{type(error).__name__}: {error}") from error
 
@@ -52,10 +52,11 @@ class Other:
 
 
 class Listener:
-    """Answers one request after the other until it is closed. Use as a context manager."""
+    """Answers one request after the other until it is closed. Use as a context manager. `largest`: bytes of a request;
+    of a longer one nothing is read."""
 
-    def __init__(self, path: Path, answer: Answer, other: Other | None = None) -> None:
-        self.path, self.answer = path, answer
+    def __init__(self, path: Path, answer: Answer, other: Other | None = None, largest: int = LARGEST) -> None:
+        self.path, self.answer, self.largest = path, answer, largest
         self._users = {os.getuid(), 0} | ({other.user} if other is not None else set())
         self._socket = _bound(path, other)
         self._thread = threading.Thread(target=self._serve, name="relay", daemon=True)
@@ -84,7 +85,7 @@ class Listener:
             with caller, suppress(Exception):  # who went away, or met a fault, gets no answer and may ask again
                 caller.settimeout(_PATIENCE)
                 if _may_ask(caller, self._users):
-                    _send(caller, self.answer(_receive(caller)))
+                    _send(caller, self.answer(_receive(caller, self.largest)))
 
 
 def _bound(path: Path, other: Other | None) -> socket.socket:
@@ -135,9 +136,9 @@ def _send(to: socket.socket, data: bytes) -> None:
         to.sendall(data)
 
 
-def _receive(caller: socket.socket) -> bytes:
+def _receive(caller: socket.socket, largest: int) -> bytes:
     (length,) = _LENGTH.unpack(_exactly(caller, _LENGTH.size))
-    if length > LARGEST:
+    if length > largest:
         raise EOFError(f"a message of {length} bytes")
     return bytes(_exactly(caller, length))
 

@@ -19,7 +19,7 @@ import torch
 from consilium import checkpoint
 from consilium.engines.site import Site
 from consilium.errors import StateError, WireError
-from consilium.messages import envelope_of
+from consilium.messages import envelope_of, is_count, plain
 
 ANSWERS, NAMELESS = "answers", "nameless"
 _RUN = re.compile("[0-9a-f]{16}")
@@ -61,12 +61,21 @@ class Resident:
 
 
 def _about(data: bytes) -> dict[str, object]:
-    """What a message says of itself."""
+    """What a message says of itself, in short and plain words: they come from elsewhere, and go to log and terminal."""
     try:
         fields = envelope_of(data)
     except WireError:
         return {"kind": "unreadable"}
-    return {key: fields[key] for key in ("kind", "round", "site", "failure") if key in fields}
+    return {key: _short(fields[key]) for key in ("kind", "round", "site", "failure") if key in fields}
+
+
+def _short(value: object) -> object:
+    """As it is, where it is what it should be."""
+    if value is None or is_count(value):
+        return value
+    if isinstance(value, dict):
+        return {plain(str(key), 20): plain(str(each), 300) for key, each in value.items()}
+    return plain(str(value), 80)
 
 
 def _run(data: bytes) -> str:

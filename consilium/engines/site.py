@@ -28,7 +28,16 @@ from consilium.local.predict import outputs, pooled_features
 from consilium.local.prefix import FEW, Prefixes
 from consilium.local.seats import Seat
 from consilium.local.train import Setting, Trainer
-from consilium.messages import Reply, Request, check_learned, decode_request, encode, is_count, open_message
+from consilium.messages import (
+    Reply,
+    Request,
+    check_learned,
+    check_request,
+    decode_request,
+    encode,
+    is_count,
+    open_message,
+)
 from consilium.metrics import without_nan
 from consilium.protocols import Failure, Fitted, Learned, Personal
 from consilium.sealing import sealed
@@ -55,6 +64,7 @@ class Site:
             opened = open_message(data)
             fields = opened.fields
             self._agree(fields)
+            check_request(fields, self.experiment.setting.config.rounds)
             request = decode_request(opened, self.experiment.wire("down", int(fields["round"]), self.data.name))
             self._accept(request)
             if request.kind != "finish" or _trains(request):  # who took no part only looks at the model
@@ -82,13 +92,16 @@ class Site:
         return encode(self._failed(fields, code, failures.seal(self.folder, text)), {})
 
     def _failed(self, fields: Mapping[str, Any], code: str, message: str) -> Reply:
-        return Reply(self.data.name, int(fields.get("round", 0)), 0, failure=Failure(self.data.name, code, message))
+        number = fields.get("round")
+        failure = Failure(self.data.name, code, message)
+        return Reply(self.data.name, number if is_count(number) else 0, 0, failure=failure)
 
     def _agree(self, fields: Mapping[str, Any]) -> None:
         """WireError unless the request is for this site, from the same version, agreement and backbone."""
-        ours, theirs, site = self.experiment.handshake, fields.get("handshake") or {}, fields.get("site")
+        ours, theirs, site = self.experiment.handshake, fields.get("handshake"), fields.get("site")
         if site != self.data.name:
-            raise WireError("this request is for another site", allowed=self.data.name, received=site)
+            raise WireError("this request is for another site", allowed=self.data.name, received=f"{site!r:.80}")
+        theirs = theirs if isinstance(theirs, Mapping) else {}
         for key in ("version", "backbone", "agreement"):  # the agreement's digest covers the backbone's
             if getattr(ours, key) != theirs.get(key):
                 remedy = "all sites and the coordinator need the same package, configuration and weights"
