@@ -95,9 +95,9 @@ class Exchange:
     def __iter__(self) -> Iterator[Reply]:
         """Replies sorted by site. TrainingError at the end where a site sent numbers that are not finite or the quorum
         was not reached."""
-        self.asked, self.news = sorted(self.sites), _News(self)
+        self.asked, news = sorted(self.sites), _News(self)  # not kept here: it holds the payloads, and this exchange
         waiting, early = list(reversed(self.asked)), dict[str, Reply | Failure]()
-        answers = self.partners.transport.round(_Requests(self.asked, self.news.request))
+        answers = self.partners.transport.round(_Requests(self.asked, news.request))
         for done, (site, data) in enumerate(answers, start=1):
             early[site] = data if isinstance(data, Failure) else self._read(site, data)
             event = _site_event(self.kind, self.number, site, early[site])

@@ -13,6 +13,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.app import Error, Message, RecordDict
+from flwr.app.message import remove_content_from_message
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import (
@@ -57,7 +58,7 @@ class LocalGrid(Grid):
     until: dict[str, float] = field(default_factory=dict)  # message -> last look at which anybody gets it
     to: dict[str, Node] = field(default_factory=dict)
     replies: dict[str, Message] = field(default_factory=dict)
-    pushed: list[Message] = field(default_factory=list)
+    pushed: list[Message] = field(default_factory=list)  # without contents: Flower keeps none either
 
     def __post_init__(self) -> None:
         TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1  # whose messages these are
@@ -92,7 +93,7 @@ class LocalGrid(Grid):
         for message in messages:
             name = f"message-{len(self.pushed)}"
             message.metadata.__dict__["_message_id"] = name
-            self.pushed.append(message)
+            self.pushed.append(remove_content_from_message(message))
             self.until[name] = self.looks + message.metadata.ttl
             self.to[name] = list(self.nodes.values())[message.metadata.dst_node_id - 1]
             self.to[name].waiting.append(message)
