@@ -1,6 +1,6 @@
 """What the benchmark of hospitals runs in processes of its own, and reads from their logs.
 
-`python -m benchmarks.apart coordinate FOLDER`: the coordinator on the in-process double; a line of JSON per round.
+`python -m benchmarks.apart coordinate FOLDER`: the coordinator on the in-process double.
 `python -m benchmarks.apart hospitals FOLDER`: all hospitals of a federation behind their sockets, until its input ends.
 """
 
@@ -29,6 +29,7 @@ from consilium.engines.site import Site
 from consilium.experiment import assemble
 
 ANEW, BUILT = "anew", "built.jsonl"  # files in a site's folder: it asks no service; seconds of every message
+MEMORY = "memory.txt"  # in the coordinator's folder
 
 
 def resident_bytes(process: int) -> int:
@@ -81,18 +82,11 @@ def coordinate(folder: Path) -> None:
     agreement = files.read(own)
     public = files.public_keys(own, agreement.deployment)
     nodes = {key: double.Node(_asking(flower, folder / site)) for site, key in public.items()}
-    board = Board(own)
-    show = board.show
     keys = {site: flower.fingerprint(key) for site, key in public.items()}
-
-    def tell(event: Mapping[str, object]) -> None:
-        show(event)
-        if event["event"] == "round":
-            print(json.dumps({"memory": resident_bytes(os.getpid())}), flush=True)
-
-    board.show = tell  # type: ignore[method-assign]
-    grid = double.LocalGrid(nodes)
-    transport = flower.Transport(grid, keys, 120.0, 5.0, tell, poll=0.01)
+    telling_memory()
+    conduct.hold_no_free_memory()
+    board = Board(own)
+    transport = flower.Transport(double.LocalGrid(nodes), keys, 120.0, 5.0, board.show, poll=0.01)
     with board.reporting():
         conduct.federate(agreement, transport, own / conduct.RUN, board)
 
@@ -102,6 +96,31 @@ def _asking(flower: Any, site: Path) -> Any:
         return flower.answered(content, {flower.SOCKET: str(site / files.SOCKET)})
 
     return handle
+
+
+# ------------------------------------------------------------------------------------------------ memory
+def telling_memory() -> None:
+    """From now on this process, a coordinator's, writes what it takes whenever a round is closed."""
+    show = Board.show
+
+    def tell(self: Board, event: Mapping[str, object]) -> None:
+        show(self, event)
+        if event["event"] == "round":
+            with (self.folder / MEMORY).open("a") as file:
+                file.write(f"{resident_bytes(os.getpid())}\n")
+
+    Board.show = tell  # type: ignore[method-assign]
+
+
+def server() -> Any:
+    """The package's server app, which tells its memory."""
+    telling_memory()
+    return importlib.import_module("consilium.engines.flower").server(conduct.conduct)
+
+
+def memory(coordinator: Path) -> list[int]:
+    """Bytes of the coordinator's process after every round."""
+    return [int(line) for line in (coordinator / MEMORY).read_text().splitlines()]
 
 
 # ------------------------------------------------------------------------------------------------ built anew

@@ -75,7 +75,7 @@ def _double(result: Result, scale: Scale, folder: Path) -> None:
     made(folder, sites, rounds, processes.free_port())
     with apart.hospitals(folder):
         found = _coordinated(folder)
-    check(len(found.events) == rounds, "rounds")
+    check(len(found.events) == len(found.memory) == rounds, "rounds")
     what = f"{sites} sites on the in-process double, {rounds} rounds"
     _memory(result, what, found)
     result.add(f"{what}: a round", Estimate.of([event["seconds"] for event in found.events]), "s")
@@ -87,7 +87,7 @@ def _nodes(result: Result, scale: Scale, folder: Path) -> None:
     with federation(folder, sites, rounds) as there:
         found = _followed(there)
         legs = apart.legs(there, there_sites(there))
-    check(len(found.events) == rounds, "rounds")
+    check(len(found.events) == len(found.memory) == rounds, "rounds")
     what = f"{sites} SuperNodes, {rounds} rounds"
     _memory(result, what, found)
     seconds, work = [event["seconds"] for event in found.events][1:], found.own_work()[1:]  # nodes came in the first
@@ -174,10 +174,9 @@ def federation(folder: Path, sites: int, rounds: int, anew: int = 0) -> Iterator
     port = processes.free_port()
     names = made(folder, sites, rounds, port)
     there = Loopback(folder / "made", port)
-    app = there.at(files.COORDINATOR) / processes.APP / "consilium_federation" / "site.py"
-    check(app.read_text() == shim.FILES["consilium_federation/site.py"], "the app of the package")
+    _replace(there, "coordinator", "server")
     if anew:
-        app.write_text("from benchmarks import apart\n\napp = apart.client()\n")
+        _replace(there, "site", "client")
     for name in names[:anew]:
         (there.at(name) / apart.ANEW).touch()
     try:
@@ -194,30 +193,33 @@ def federation(folder: Path, sites: int, rounds: int, anew: int = 0) -> Iterator
             there.running.pop(name).wait(60)
 
 
+def _replace(there: Loopback, part: str, by: str) -> None:
+    """One of the two apps that Flower carries by one that does the same and tells more."""
+    app = there.at(files.COORDINATOR) / processes.APP / "consilium_federation" / f"{part}.py"
+    check(app.read_text() == shim.FILES[f"consilium_federation/{part}.py"], "the app of the package")
+    app.write_text(f"from benchmarks import apart\n\napp = apart.{by}()\n")
+
+
 def there_sites(there: Loopback) -> list[str]:
     """Names of the sites of a federation."""
     return sorted(files.read(there.at(files.COORDINATOR)).deployment.sites)
 
 
 def _followed(there: Loopback) -> Watched:
-    """Submit, and look at the ServerApp's process whenever a round is closed, until the run has ended."""
-    found = Watched()
+    """Submit, and wait until the run has ended."""
     there.submit()
     while (state := there.quick())["state"] in ("starting", "running"):
-        if state.get("closed", 0) > len(found.memory):
-            found.memory.append(apart.resident_bytes(state["process"]))
-        time.sleep(0.05)
+        time.sleep(0.5)
     check(state["state"] == "finished", there.told())
-    found.events = there.rounds()
-    return found
+    return Watched(apart.memory(there.at(files.COORDINATOR)), there.rounds())
 
 
 def _coordinated(folder: Path) -> Watched:
-    """The coordinator of the double in a process of its own, which says what it takes after every round."""
+    """The coordinator of the double in a process of its own."""
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "benchmarks.apart", "coordinate", str(folder / "made")]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     check(done.returncode == 0, done.stderr[-3000:])
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    events = folder / "made" / files.COORDINATOR / "run" / "events.jsonl"
-    return Watched([line["memory"] for line in lines], [json.loads(line) for line in events.read_text().splitlines()])
+    own = folder / "made" / files.COORDINATOR
+    events = (own / files.RUN / "events.jsonl").read_text().splitlines()
+    return Watched(apart.memory(own), [json.loads(line) for line in events])

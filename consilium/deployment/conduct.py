@@ -13,7 +13,6 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,20 +26,23 @@ from consilium.deployment import files, outcome
 from consilium.deployment.board import Board
 from consilium.deployment.files import Agreement
 from consilium.errors import StateError
-from consilium.exchange import Display, Transport
+from consilium.exchange import Transport
 from consilium.experiment import Experiment, assemble
 
 if TYPE_CHECKING:
     from consilium.engines.flower import Grid
 
 RUN = files.RUN
-_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+LARGE = 1 << 17  # bytes
+_TUNE = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+_MMAP_THRESHOLD = -3  # of `mallopt`: blocks as large are mappings of their own; unless it is set, it grows
 
 
 def conduct(folder: Path, grid: Grid) -> None:
     """Begin the run of a coordinator's folder, or go on with it; what fails is on the board before it is raised."""
     from consilium.engines import flower
 
+    hold_no_free_memory()
     board = Board(folder)
     threading.Thread(target=_end_with, args=(os.getppid(), board), daemon=True).start()
     with board.reporting():
@@ -49,6 +51,16 @@ def conduct(folder: Path, grid: Grid) -> None:
         keys = flower.fingerprints(files.public_keys(folder, settings))
         transport = flower.Transport(grid, keys, settings.deadline, settings.grace, board.show, poll=settings.poll)
         federate(agreement, transport, folder / RUN, board)
+
+
+def hold_no_free_memory() -> None:
+    """Let blocks as large as a message go back to the system whenever they are free, where the C library knows how.
+
+    Flower fetches every reply in threads of its own, and each leaves its part of the heap in pieces: a process that
+    holds no more than before would take more from round to round.
+    """
+    if _TUNE is not None:
+        _TUNE(_MMAP_THRESHOLD, LARGE)
 
 
 def _end_with(parent: int, board: Board) -> None:
@@ -69,28 +81,10 @@ def federate(agreement: Agreement, transport: Transport, out: Path, board: Board
         pieces = _named(pieces, _opened(agreement, pieces, out))
         if not run_folder.is_done(out):
             board.show({"event": "start", "sites": transport.sites(), "rounds": agreement.config.train.rounds})
-            progress = Coordinator(pieces, transport, out, _showing(board), remote=True).run()
+            progress = Coordinator(pieces, transport, out, board.show, remote=True).run()
             outcome.write(out, pieces, progress)
         if not (out / "report.html").is_file():
             results.report(out)
-
-
-def _showing(board: Board) -> Display:
-    """Events go to the board, and what a round has freed goes back to the system before anybody looks."""
-
-    def show(event: Mapping[str, object]) -> None:
-        if event["event"] == "round":
-            give_back()
-        board.show(event)
-
-    return show
-
-
-def give_back() -> None:
-    """Return free memory to the system, where the C library knows how. Flower fetches every reply in threads of its own,
-    which leave their share of the heap in pieces: a process that holds no more than before would take more and more."""
-    if _TRIM is not None:
-        _TRIM(0)
 
 
 def _named(pieces: Experiment, run: str) -> Experiment:
