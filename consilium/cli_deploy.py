@@ -88,15 +88,20 @@ def node(
 
 
 @site.command("check")
-def check(folder: Folder, json: Json = False) -> None:
-    """Data, splits, rules, disk, device, clock, connection and digests, before anybody waits; exit code 1 if bad."""
+def check(
+    folder: Folder,
+    digest: Annotated[
+        str | None, typer.Option(help="Of the agreement, as another party tells it, or how that begins.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Users, data, leakage, digests, rules, room, device, connection, clock, before anybody waits; code 1 if bad."""
     from consilium import listing, progress
     from consilium.deployment.site_check import check as examine
 
     with progress.quiet() as show:
-        found = examine(folder, show)
-    rows = [vars(each) for each in found]
-    print_json(rows) if json else listing.show(listing.rows(rows))
+        found = examine(folder, show, digest)
+    print_json([vars(each) for each in found]) if json else listing.show(listing.findings(found))
     if any(each.verdict == "bad" for each in found):
         raise typer.Exit(1)
 

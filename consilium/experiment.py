@@ -258,6 +258,9 @@ def pick_device(wanted: str, precision: str) -> str:
     device = found if wanted == "auto" else wanted
     if device.startswith("cuda") and found == "cpu":
         raise ConfigError("no GPU was found", where="engine.device", allowed="auto, cpu", received=wanted)
+    if ":" in device and int(device.partition(":")[2]) >= torch.cuda.device_count():
+        allowed = f"cuda:0 to cuda:{torch.cuda.device_count() - 1}"
+        raise ConfigError("there is no GPU of this number", where="engine.device", allowed=allowed, received=wanted)
     if precision == "float16" and not device.startswith("cuda"):
         allowed = "float32 or bfloat16 on a CPU"
         raise ConfigError("float16 needs a GPU", where="train.precision", allowed=allowed, received=precision)

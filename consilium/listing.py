@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from rich.console import Console, Group, RenderableType
 from rich.filesize import decimal
@@ -81,8 +81,29 @@ def merged(found: Mapping[str, Any], where: str) -> RenderableType:
 
 
 def rows(table: Sequence[Mapping[str, object]]) -> Table:
-    """Rows that share their keys, as they are."""
-    return _grid(dict(enumerate(table)))
+    """Rows that share their keys, as they are, all of them."""
+    return _grid(dict(enumerate(table)), len(table))
+
+
+class Finding(Protocol):
+    """What a look at something found."""
+
+    @property
+    def what(self) -> str: ...
+    @property
+    def verdict(self) -> str: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def remedy(self) -> str: ...
+
+
+def findings(found: Sequence[Finding]) -> Table:
+    """A line for each, and where it is not good, what to do below it."""
+    table = Table("what", "verdict", "found", box=None, pad_edge=False)
+    for each in found:
+        table.add_row(each.what, each.verdict, each.text + (f"\n-> {each.remedy}" if each.remedy else ""))
+    return table
 
 
 def comparison(runs: Sequence[Path]) -> Table:
@@ -199,13 +220,13 @@ def _grow_mapping(branch: Tree, value: Mapping[str, Any]) -> None:
         _grow(branch, value)
 
 
-def _grid(rows: Mapping[Any, Mapping[str, Any]]) -> Table:
+def _grid(rows: Mapping[Any, Mapping[str, Any]], most: int = _ROWS) -> Table:
     columns = list(next(iter(rows.values())))
     table = Table("", *map(str, columns), box=None, pad_edge=False)
-    for name, row in islice(rows.items(), _ROWS):
+    for name, row in islice(rows.items(), most):
         table.add_row("" if isinstance(name, int) else str(name), *(_short(row.get(column)) for column in columns))
-    if len(rows) > _ROWS:
-        table.caption = f"{len(rows) - _ROWS} more rows: --json shows all"
+    if len(rows) > most:
+        table.caption = f"{len(rows) - most} more rows: --json shows all"
     return table
 
 

@@ -27,11 +27,12 @@ SOON = 14 * 86400.0  # seconds before its end in which a certificate is to be re
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """One thing that was looked at, and where it is not good, what to do."""
 
     what: str
     verdict: Verdict
     text: str
+    remedy: str = ""
 
 
 def connection(authority: Path, address: str) -> list[Finding]:
@@ -46,16 +47,26 @@ def connection(authority: Path, address: str) -> list[Finding]:
             until = str((link.sock.getpeercert() or {}).get("notAfter"))
             link.request("HEAD", "/")
             date = link.getresponse().headers.get("Date")
+    except _Unreadable as error:
+        return [Finding("connection", "bad", f"{authority} cannot be read: {error}", _AUTHORITY)]
     except ssl.SSLCertVerificationError as error:
-        known = f"keys/{authority.name}"
-        return [Finding("connection", "bad", f"{address} is not whom {known} vouches for{by}: {error.verify_message}")]
+        text = f"{address} is not whom keys/{authority.name} vouches for{by}: {error.verify_message}"
+        return [Finding("connection", "bad", text, f"{_AUTHORITY}; its certificate must name the address")]
     except (OSError, http.client.HTTPException, ValueError) as error:
-        return [Finding("connection", "bad", f"{address} cannot be reached{by}: {error or type(error).__name__}")]
-    soon = ssl.cert_time_to_seconds(until) - time.time() < SOON
-    return [
-        Finding("connection", "doubtful" if soon else "good", f"{address}{by}, certificate until {until}"),
-        _clock(date),
-    ]
+        text = f"{address} cannot be reached{by}: {error or type(error).__name__}"
+        remedy = "the coordinator starts (consilium coordinator start); open the way out to this one address"
+        return [Finding("connection", "bad", text, remedy)]
+    text = f"{address}{by}, certificate until {until}"
+    if ssl.cert_time_to_seconds(until) - time.time() < SOON:
+        return [Finding("connection", "doubtful", text, "the coordinator renews keys/server.pem"), _clock(date)]
+    return [Finding("connection", "good", text), _clock(date)]
+
+
+_AUTHORITY = "ask the coordinator for its ca.crt, and compare by telephone"
+
+
+class _Unreadable(Exception):
+    """The authority's file is missing or none."""
 
 
 def proxy_for(host: str) -> SplitResult | None:
@@ -76,7 +87,10 @@ def without_proxy(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _link(host: str, port: int, proxy: SplitResult | None, authority: Path) -> http.client.HTTPSConnection:
-    context = ssl.create_default_context(cafile=str(authority))
+    try:
+        context = ssl.create_default_context(cafile=str(authority))
+    except OSError as error:
+        raise _Unreadable(error.strerror or str(error)) from error
     if proxy is None:
         return http.client.HTTPSConnection(host, port, timeout=PATIENCE, context=context)
     if proxy.scheme != "http" or not proxy.hostname:
@@ -90,9 +104,14 @@ def _link(host: str, port: int, proxy: SplitResult | None, authority: Path) -> h
 
 def _clock(date: str | None) -> Finding:
     if date is None:
-        return Finding("clock", "doubtful", "the coordinator does not say what time it is")
+        return Finding("clock", "doubtful", "the coordinator does not say what time it is", _TIME)
     try:
         apart = abs((datetime.now(UTC) - parsedate_to_datetime(date)).total_seconds())
     except (TypeError, ValueError):
-        return Finding("clock", "doubtful", "the time that the coordinator says is none")
-    return Finding("clock", "good" if apart < SKEW else "bad", f"{apart:.0f} s from the coordinator's")
+        return Finding("clock", "doubtful", "the time that the coordinator says is none", _TIME)
+    if apart >= SKEW:
+        return Finding("clock", "bad", f"{apart:.0f} s from the coordinator's: requests will be refused", _TIME)
+    return Finding("clock", "good", f"{apart:.0f} s from the coordinator's")
+
+
+_TIME = "set both clocks by NTP; more than a minute apart, requests are refused"

@@ -1,41 +1,48 @@
 """Composition: a hospital before anybody waits for it. In: the site's folder. Out: findings, good, doubtful or bad.
 
-Nothing is trained and nothing leaves but a greeting to the coordinator's address.
+Nothing is trained and nothing leaves but a greeting to the coordinator's address. What can be looked at is looked at,
+also where something before it is bad.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from consilium import run
-from consilium.deployment import files, gate, hospital, processes, reach
+from consilium.deployment import files, gate, machine, processes, reach
 from consilium.deployment.files import SiteFile
 from consilium.deployment.journal import Journal
 from consilium.deployment.reach import Finding, Verdict
-from consilium.engines.site import Site
-from consilium.engines.state import least_bytes
 from consilium.errors import ConsiliumError
+from consilium.experiment import Experiment, assemble
 from consilium.results import site_table
+from consilium.sites import audit
+from consilium.sites.federation import Federation
 
 Show = Callable[[Mapping[str, object]], None]
-ROOM = 4  # states that a site keeps at once, with one to spare
+_NAMED = 5  # images that are named in a line
 
 
-def check(folder: Path, show: Show) -> list[Finding]:
-    """All findings, in the order in which they would be mended. ConsiliumError where the folder's files are wrong."""
+def check(folder: Path, show: Show, digest: str | None = None) -> list[Finding]:
+    """All findings, in the order in which they would be mended. ConsiliumError where the folder's files are wrong.
+
+    `digest`: of the agreement, as somebody else tells it, or how that begins.
+    """
     own = files.read_site(folder)
-    found = [*_data(own, show), _journal(own)]
-    site = None
+    found = [machine.users(own.folder), machine.permissions(own.folder), *machine.socket(own.folder), machine.flower()]
+    prepared = None
+    with _reported(found, "data"):
+        prepared = run.prepare(own.config, show)
+        found += _data(own, prepared)
     with _reported(found, "model"):
-        site = hospital.open_site(own, lambda _: None)
-        found += [*_model(site), *_rules(own, site), _disk(own, site)]
-    address = files.read(folder).deployment.address
-    return [*found, _memory(), _device(own), *reach.connection(own.folder / "keys" / processes.CA, address)]
+        pieces = assemble(own.config, own.config.task.classes or ())
+        found += [*_model(pieces, digest), *(_rules(own, pieces, prepared) if prepared else [])]
+        found += [*machine.disk(own, pieces), machine.memory(), machine.device(own, pieces.setting.device)]
+    found.append(_journal(own))
+    address = files.deployment(folder).address
+    return [*found, *reach.connection(own.folder / "keys" / processes.CA, address)]
 
 
 @contextmanager
@@ -43,69 +50,74 @@ def _reported(found: list[Finding], what: str) -> Iterator[None]:
     try:
         yield
     except ConsiliumError as error:
-        found.append(Finding(what, "bad", str(error)))
+        found.append(_bad(what, error))
 
 
-def _data(own: SiteFile, show: Show) -> list[Finding]:
-    found: list[Finding] = []
-    with _reported(found, "data"):
-        prepared = run.prepare(own.config, show)
-        table = site_table(prepared.sites[own.name], prepared.classes)
-        for split, row in table.items():
-            counts = ", ".join(f"{name} {count}" for name, count in row["classes"].items())
-            verdict: Verdict = "good" if row["n"] else "doubtful"
-            found.append(Finding(f"{split} images", verdict, f"{row['n']} of {row['groups']} groups: {counts}"))
-        found += [Finding("data", "doubtful", text) for text in prepared.warnings]
-        found.append(Finding("split", "good", prepared.split_hash))
-    return found
+def _bad(what: str, error: ConsiliumError) -> Finding:
+    told = {"where": error.where, "allowed": error.allowed, "received": error.received}
+    facts = [f"{name}: {value}" for name, value in told.items() if value is not None]
+    return Finding(what, "bad", "; ".join([error.what, *facts]), error.remedy or "mend it where the line says")
 
 
-def _model(site: Site) -> list[Finding]:
-    handshake = site.experiment.handshake
+# ------------------------------------------------------------------------------------------------ data
+def _data(own: SiteFile, prepared: Federation) -> list[Finding]:
+    found = []
+    for split, row in site_table(prepared.sites[own.name], prepared.classes).items():
+        counts = ", ".join(f"{name} {count}" for name, count in row["classes"].items())
+        text = f"{row['n']} of {row['groups']} groups: {counts}"
+        remedy = "" if row["n"] else f"nothing will be measured on {split} images: more groups, or other sites.split"
+        found.append(Finding(f"{split} images", "good" if row["n"] else "doubtful", text, remedy))
+    found.append(_leakage(prepared))
+    remedy = "for your data's owner to judge; training goes on"
+    said = [text for text in prepared.warnings if "byte for byte" not in text]  # `leakage` names the images
+    found += [Finding("data", "doubtful", text, remedy) for text in said]
+    return [*found, Finding("split", "good", prepared.split_hash)]
+
+
+def _leakage(prepared: Federation) -> Finding:
+    """Whether anything of a training image is measured upon: groups in two splits, and images byte for byte in two."""
+    looked = audit.audit(prepared.split, prepared.hashes, prepared.corrupt)
+    groups = [each.group for each in looked.groups_across_splits]
+    doubled = [" = ".join(each.ids) for each in looked.duplicates if len(each.splits) > 1]
+    if not groups and not doubled:
+        return Finding("leakage", "good", "no group and no image is in two splits")
+    text = f"{len(groups)} groups and {len(doubled)} images are in two splits: {_few([*groups, *doubled])}"
+    return Finding("leakage", "doubtful", text, "give equal images one group, or take all but one out of the table")
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+
+
+# ------------------------------------------------------------------------------------------------ what was agreed on
+def _model(pieces: Experiment, digest: str | None) -> list[Finding]:
+    handshake, same = pieces.handshake, "(the same everywhere)"
+    wrong = digest is not None and not handshake.agreement.startswith(digest)
+    verdict: Verdict = "bad" if wrong else "good"
+    text = f"{handshake.agreement}, not {digest}" if wrong else f"{handshake.agreement} {same}"
+    remedy = "compare federation.toml, byte by byte, and the digest of the backbone below" if wrong else ""
     return [
-        Finding("agreement", "good", f"{handshake.agreement} (the same everywhere)"),
-        Finding("backbone", "good", f"{handshake.backbone} (the same everywhere)"),
-        Finding("version", "good", f"{handshake.version} (the same everywhere)"),
+        Finding("agreement", verdict, text, remedy),
+        Finding("backbone", "good", f"{handshake.backbone} {same}"),
+        Finding("version", "good", f"{handshake.version} {same}"),
     ]
 
 
-def _rules(own: SiteFile, site: Site) -> list[Finding]:
+def _rules(own: SiteFile, pieces: Experiment, prepared: Federation) -> list[Finding]:
     found: list[Finding] = []
     with _reported(found, "gate"):
-        rules = gate.Gate(own.gate, site.experiment, site.data, own.folder)
+        rules = gate.Gate(own.gate, pieces, prepared.sites[own.name], own.folder)
         gate.check(rules)
-        why = rules.refusal({"handshake": {"version": site.experiment.handshake.version}, "kind": "check"})
-        found.append(Finding("gate", "bad" if why else "good", why or "this agreement may be answered"))
+        why = rules.refusal({"handshake": {"version": pieces.handshake.version}, "kind": "check"})
+        remedy = "the hospital's own word: change [gate] or approve, or do not take part" if why else ""
+        found.append(Finding("gate", "bad" if why else "good", why or "this agreement may be answered", remedy))
     return found
 
 
+# ------------------------------------------------------------------------------------------------ what is there
 def _journal(own: SiteFile) -> Finding:
     try:
         lines = sum(1 for _ in Journal(own.folder).entries())
     except ConsiliumError as error:
-        return Finding("journal", "bad", str(error))
+        return _bad("journal", error)
     return Finding("journal", "good", f"{lines} lines, whole")
-
-
-def _disk(own: SiteFile, site: Site) -> Finding:
-    needed, free = ROOM * least_bytes(site.experiment, own.name), shutil.disk_usage(own.folder).free
-    text = f"{free / 1e9:.3g} GB free, {needed / 1e6:.3g} MB needed at least"
-    return Finding("disk", "good" if free > needed else "bad", text)
-
-
-def _memory() -> Finding:
-    try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return Finding("memory", "doubtful", "this system does not say how much is free")
-    return Finding("memory", "good" if free > 2e9 else "doubtful", f"{free / 1e9:.3g} GB free")
-
-
-def _device(own: SiteFile) -> Finding:
-    wanted, there = own.config.engine.device, torch.cuda.is_available()
-    if there:
-        return Finding("device", "good", torch.cuda.get_device_name())
-    bad = wanted.startswith("cuda")
-    text = f"{own.config.engine.threads} processor threads, no GPU"
-    return Finding("device", "bad" if bad else "good", f"{text}, and engine.device = {wanted!r}" if bad else text)
