@@ -21,13 +21,13 @@ METRICS = ("balanced_accuracy", "macro_auroc", "accuracy", "expected_calibration
 def main() -> None:
     """Print them, or put them between the marks of a page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path, help="the folder that run.sh made")
+    parser.add_argument("out", type=Path, nargs="?", help="the folder that run.sh made; left out: the faults alone")
     parser.add_argument("--faults", type=Path, default=Path("runs/faults.json"), help="what `make faults` wrote")
     parser.add_argument("--into", type=Path, help="the page whose tables are renewed")
     wanted = parser.parse_args()
-    parts = {"run": of_run(wanted.out), "faults": of_faults(wanted.faults)}
+    parts = {"run": of_run(wanted.out) if wanted.out else "", "faults": of_faults(wanted.faults)}
     if wanted.into is None:
-        print("\n\n".join(parts.values()))
+        print("\n\n".join(filter(None, parts.values())))
         return
     page = wanted.into.read_text()
     for name, text in parts.items():
@@ -57,10 +57,22 @@ def of_faults(path: Path) -> str:
     """What the tests of faults found; nothing where they were not run."""
     if not path.is_file():
         return ""
-    found = json.loads(path.read_text())["faults"]
-    keys = ("recovered", "rounds_lost", "bytes_lost")
-    rows = [[name, *(str(each[key]) for key in keys)] for name, each in sorted(found.items())]
-    return table(["fault", *(key.replace("_", " ") for key in keys)], rows)
+    found = json.loads(path.read_text())
+    said = (
+        f"Commit {found['commit']}, {found['cores']} cores, {found['seconds'] / 60:.0f} minutes: "
+        f"**{found['tried']} faults tried, {found['recovered']} recovered, {found['rounds_lost']} rounds lost, "
+        f"{found['bytes_lost']} bytes lost.**"
+    )
+    rows = [
+        [name, "yes" if each["recovered"] else "**no**", *(known(each[key]) for key in ("rounds_lost", "bytes_lost"))]
+        for name, each in sorted(found["faults"].items(), key=lambda pair: pair[0].lower())
+    ]
+    return f"{said}\n\n{table(['fault', 'recovered', 'rounds lost', 'bytes lost'], rows)}"
+
+
+def known(number: int | None) -> str:
+    """What a fault cost; not known where the federation did not recover."""
+    return UNDEFINED if number is None else str(number)
 
 
 def commit() -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,5 +37,13 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Write the figures where any were taken."""
-    if _tried and session.config.getoption("--faults"):
-        loss.write(FIGURES, loss.figures(_tried, time.monotonic() - _began))
+    whole = not hasattr(session.config, "workerinput")  # of pytest-xdist, where each worker knows its own tests alone
+    if _tried and whole and session.config.getoption("--faults"):
+        machine = {"cores": os.cpu_count(), "commit": _commit()}
+        loss.write(FIGURES, {**loss.figures(_tried, time.monotonic() - _began), **machine})
+
+
+def _commit() -> str:
+    words = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    return done.stdout.strip() or "unknown"

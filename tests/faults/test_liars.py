@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,16 @@ def played(made: Loopback, plan: dict[int, str], lost: Lost) -> None:
 
 def named(lie: str) -> str:
     return NAMES.get(lie, f"{lie} in a reply")
+
+
+def told(made: Loopback) -> list[str]:
+    """Files that speak of the patient, at the coordinator, with the SuperLink's log and database, or at others."""
+    names = (files.COORDINATOR, *SITES[:2])
+    looked = [path for name in names for path in made.at(name).rglob("*") if path.is_file()]
+    looked += [made.folder / f"{name}.out" for name in ("link", *SITES[:2])]
+    assert {"superlink.db", "superlink.log", "log.jsonl", "events.jsonl"} <= {path.name for path in looked}
+    parts = [part.encode() for part in (*PATIENT.removesuffix(".png").split("_"), "data/patients")]
+    return [str(path) for path in looked for part in parts if part in path.read_bytes()]
 
 
 def over(plan: dict[int, str], lost: Lost) -> None:
@@ -69,6 +80,7 @@ def test_tensors_that_must_not_come_are_refused_by_name(tmp_path: Path, lost: Lo
         }
         expect(made, plan, said)
         assert_same(made, simulated(made, tmp_path / "here", {"prairie": plan}))
+        assert_journals_whole(made)
         over(plan, lost)
 
 
@@ -90,13 +102,10 @@ def test_old_and_foreign_replies_and_texts_of_exceptions_do_not_come_in(tmp_path
         expect(made, without, said)
         assert_same(made, simulated(made, tmp_path / "here", {"prairie": without}))
         assert_journals_whole(made)
-        assert PATIENT in (next(made.at("prairie").glob("state/*/failures.jsonl"))).read_text()
+        (kept,) = next(made.at("prairie").glob("state/*/failures.jsonl")).read_text().splitlines()
+        assert PATIENT in json.loads(kept)["text"]
         assert PATIENT in (made.at("prairie") / "log.jsonl").read_text()
-        kept = [path for path in made.at(files.COORDINATOR).rglob("*") if path.is_file()]
-        assert any(path.name.startswith("superlink.db") for path in kept)
-        for name in SITES[:2]:
-            kept += [path for path in made.at(name).rglob("*") if path.is_file()]
-        kept += [made.folder / f"{name}.out" for name in ("link", *SITES[:2])]
-        told = [str(path) for path in kept if b"MUELLER" in path.read_bytes()]
-        assert not told
+        row = made.rounds()[-3]["sites"]["prairie"]
+        assert row == {"status": "error", "message": f"see failures.jsonl at the site, {json.loads(kept)['digest']}"}
+        assert not told(made), "nothing of the text is anywhere but at prairie"
         over(plan, lost)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,17 @@ from safetensors.torch import save_file
 from consilium.deployment import files, init, processes
 from tests.faults.conftest import Lost
 from tests.faults.loopback import SITES, loopback
+from tests.faults.outcome import assert_journals_whole, assert_same, resume, simulated
 
+UNSIGNED = """
+import http.client, ssl, sys
+context = ssl.create_default_context(cafile=sys.argv[2])
+link = http.client.HTTPSConnection("127.0.0.1", int(sys.argv[1]), timeout=20, context=context)
+for name in ("activate-node", "pull-messages", "push-messages", "pull-object", "push-object"):
+    link.request("POST", f"/v1/fleet/{name}", b"", {"Content-Type": "application/x-protobuf"})
+    answer = link.getresponse()
+    print(answer.status, len(answer.read()))
+"""
 PLAIN = """
 import socket, sys
 with socket.create_connection(("127.0.0.1", int(sys.argv[1])), timeout=20) as link:
@@ -32,10 +43,12 @@ OTHER_VERSION = "import consilium\nconsilium.__version__ = '0.0.1'"
 def test_other_weights_another_configuration_and_another_version_are_refused_by_name(
     tmp_path: Path, lost: Lost
 ) -> None:
-    with loopback(tmp_path, rounds=2) as made:
+    (tmp_path / "there").mkdir()
+    with loopback(tmp_path / "there", rounds=2) as made:
         own = made.at("alpine") / files.SITE
         model = timm.create_model("test_vit", num_classes=0, img_size=32)
         save_file({name: value.contiguous() for name, value in model.state_dict().items()}, tmp_path / "w.safetensors")
+        mended = {path: path.read_text() for path in (own, made.at("harbour") / files.FEDERATION)}
         own.write_text(own.read_text() + f'[backbone]\nweights = "{tmp_path / "w.safetensors"}"\n')
         agreed = made.at("harbour") / files.FEDERATION
         agreed.write_text(agreed.read_text().replace("learning_rate = 1e-2", "learning_rate = 2e-2"))
@@ -64,7 +77,17 @@ def test_other_weights_another_configuration_and_another_version_are_refused_by_
             theirs = said["message"].partition("allowed: ")[2].split()[0]
             assert theirs != mine, "what the site holds"
             assert len(theirs) == (5 if key == "version" else len(mine))
+            assert not list(made.at(site).glob("state/*/state-*")), "its data were touched"
         assert not made.rounds()
+        for path, text in mended.items():
+            path.write_text(text)
+        for site in SITES:
+            made.kill(site, signal.SIGTERM)
+            made.join(site)
+        resume(made)
+        assert made.ended()["state"] == "finished", made.told()
+        assert_same(made, simulated(made, tmp_path / "here"))
+        assert_journals_whole(made)
         lost.after()
 
 
@@ -100,6 +123,10 @@ def test_who_is_not_registered_or_not_the_coordinator_does_not_get_in(tmp_path: 
             [sys.executable, "-c", PLAIN, str(made.port)], capture_output=True, text=True, check=True
         )
         assert "HTTP" not in plain.stdout
+        command = [sys.executable, "-c", UNSIGNED, str(made.port), str(keys / processes.CA)]
+        unsigned = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[::2]
+        assert len(unsigned) == 5
+        assert set(unsigned) <= {"401", "403"}, unsigned
         link = (made.at(files.COORDINATOR) / "superlink.log").read_text()
         assert "Activated node_id" not in link
         lost.after()
