@@ -43,14 +43,14 @@ def main() -> None:
             if name in wanted:
                 push_object(message.metadata.run_id, session, name, part.deflate())
 
-    def pushing(state: Any, store: Any, send: Any, push_object: Any) -> None:
+    def pushing(state: Any, object_store: Any, send: Any, push_object: Any) -> None:
         now = list[Message]()
 
         def noting(message: Message, *others: Any) -> Any:
             now.append(message)
             return send(message, *others)
 
-        push(state, store, noting, push_object)
+        push(state, object_store, noting, push_object)
         for message in now:
             again("at once", message, send, push_object)
         for message in before:
