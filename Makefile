@@ -17,10 +17,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -q -n $(WORKERS)
 
-# Real SuperLink and SuperNodes that are killed, cut off and lied to: about 40 minutes. Figures: runs/faults.json, and
-# then `python examples/deployment/summary.py --into docs/results/deployment.md` writes them into the page.
+# Real SuperLink and SuperNodes that are killed, cut off and lied to, two federations at a time: about half an hour on 4
+# cores. Figures go to runs/faults.json; `python examples/deployment/summary.py --into docs/results/deployment.md` tells.
 faults: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -q --faults --durations=0 tests/faults
+	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -q --faults -n 2 --dist worksteal --durations=0 tests/faults
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

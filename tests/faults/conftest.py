@@ -32,7 +32,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         for name, row in rows:
             assert isinstance(row, dict)
             recovered = report.passed and row["bytes_lost"] is not None
-            _tried[name.removeprefix("fault: ")] = {**row, "recovered": recovered}
+            _tried[name.removeprefix("fault: ")] = {**row, "recovered": recovered, "test": report.nodeid}
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
