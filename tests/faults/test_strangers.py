@@ -26,7 +26,7 @@ import http.client, ssl, sys
 context = ssl.create_default_context(cafile=sys.argv[2])
 link = http.client.HTTPSConnection("127.0.0.1", int(sys.argv[1]), timeout=20, context=context)
 for name in ("activate-node", "pull-messages", "push-messages", "pull-object", "push-object"):
-    link.request("POST", f"/v1/fleet/{name}", b"", {"Content-Type": "application/x-protobuf"})
+    link.request("POST", f"/v1/fleet/{name}", b"", {"Content-Type": "application/protobuf"})
     answer = link.getresponse()
     print(answer.status, len(answer.read()))
 """
