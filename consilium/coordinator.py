@@ -6,14 +6,17 @@ A site gets every tensor whose content differs from what its state holds, so tha
 reply was lost, catches up by the same rule; before its first round it holds what starts alike whatever the seed.
 A round's checkpoint, written after its line in events.jsonl, closes it;
 `--resume` drops the lines of rounds that were not closed and repeats them from there.
+
+Where `expect` is given, a reply that comes while the next round is open stands for the site's reply to that one, with
+the same weight: its tensors enter the sum of that round, and the site goes on from the state that it reached with them.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -24,13 +27,13 @@ import torch
 from consilium import metrics, registry, rounds, seeds, stages
 from consilium.config import Config
 from consilium.errors import TrainingError
-from consilium.exchange import Display, Exchange, Partners, Transport, Updates, status
+from consilium.exchange import Display, Exchange, Partners, Transport, Updates
 from consilium.experiment import Experiment
 from consilium.ledger import Ledger
 from consilium.local.train import plan
 from consilium.messages import Reply, RequestKind
 from consilium.protocols import Failure, ServerState
-from consilium.rounds import Progress
+from consilium.rounds import Progress, Versions
 
 LOWER_IS_BETTER = metrics.LOWER_IS_BETTER | {"loss"}
 
@@ -46,6 +49,8 @@ class Coordinator:
     explain: Callable[[Failure], str] = lambda failure: failure.message  # a simulation can read what stayed at a site
     remote: bool = False  # sites whose disks cannot be read: they send their metrics, and may be away at the end
     ends: bool = True  # no stage follows, so sites read their test split
+    expect: Callable[[Collection[str]], None] | None = None  # told whose reply to the last round may yet count
+    owed: dict[str, Versions] = field(default_factory=dict)  # of these: what they were sent in it; in no checkpoint
 
     def run(self) -> Progress:
         """All rounds, from the newest checkpoint if there is one; then the finish. Raises TrainingError, StateError."""
@@ -70,13 +75,17 @@ class Coordinator:
         started = perf_counter()
         before = Ledger.from_dict(progress.ledger.to_dict())
         exchange = self._exchange(progress, "round", number, self._drawn(number), self._context(progress, number))
+        if self.expect is not None:
+            exchange.owed = self.owed
+            self.expect(self.owed.keys())
         server = self._broadcast(progress, self._combined(progress.server, exchange))
         replies = [*exchange.replied.values()]
-        self._judge(progress, replies)
-        progress.take_receipts({reply.site: exchange.versions[reply.site] for reply in replies})
+        self._judge(progress, [reply for reply in replies if reply.round == number])
+        progress.take_receipts({reply.site: exchange.known(reply) for reply in replies})
         for reply in replies:  # only these sites have a new state, which holds what the request brought
-            progress.builds_on[reply.site] = number
+            progress.builds_on[reply.site] = reply.round
             self._add_work(progress, reply)
+        self.owed = exchange.overdue
         seconds = perf_counter() - started
         progress = replace(progress, server=replace(server, round=number), seconds=progress.seconds + seconds)
         event = self._event(progress, before, exchange, seconds)
@@ -209,19 +218,23 @@ class Coordinator:
             self.display({"event": "warning", "text": f"{path} is damaged: its round is repeated"})
 
         progress = rounds.newest(self.folder, self.experiment.handshake.agreement, warn)
-        rounds.drop_lines(self.folder, progress.server.round if progress else 0)
+        last = rounds.drop_lines(self.folder, progress.server.round if progress else 0)
+        late = sorted(site for site, each in last.get("sites", {}).items() if each["status"] == "late")
+        if late and self.expect is not None:
+            text = f"late replies to round {last['round']} are dropped, as it was closed before: {', '.join(late)}"
+            self.display({"event": "warning", "text": text})
         return progress
 
     def _event(self, progress: Progress, before: Ledger, exchange: Exchange, seconds: float) -> dict[str, object]:
         replies = exchange.replied.values()
         sites: dict[str, Any] = {site: {"status": "not_drawn"} for site in self.transport.sites()}
-        sites |= {failure.site: status(failure) for failure in exchange.failures}
-        sites |= {reply.site: status(reply) for reply in replies}
+        sites |= {failure.site: exchange.status(failure) for failure in exchange.failures}
+        sites |= {reply.site: exchange.status(reply) for reply in replies}
         exchanged = {
             direction: {site: total - before.payload[direction].get(site, 0) for site, total in totals.items()}
             for direction, totals in progress.ledger.payload.items()
         }
-        rows = [reply.numbers["val"]["incoming"] for reply in replies]
+        rows = [reply.numbers["val"]["incoming"] for reply in replies if reply.round == progress.server.round]
         return {
             "round": progress.server.round,
             "seconds": seconds,

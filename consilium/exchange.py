@@ -7,7 +7,7 @@ so that neither pile up: what is kept of a site is its numbers. Sites that lack 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,7 @@ from consilium.rounds import Progress, Versions
 from consilium.tensors import Tensors, digest
 
 Display = Callable[[Mapping[str, object]], None]
+LATE_FROM = "late_from"  # ours: no number of a site's own is called so
 LARGEST_ENVELOPE = 1024**2  # bytes of a reply beside its tensors: numbers, and those of a test split at the end
 
 
@@ -47,6 +48,13 @@ class Transport(Protocol):
 
     def round(self, requests: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
         """One answer per request, best sorted by site. A request is encoded whenever it is looked up."""
+
+
+class Patient(Transport, Protocol):
+    """A transport that remembers what it asked, so that a reply that comes late may stand for the next one."""
+
+    def expect(self, sites: Collection[str]) -> None:
+        """Of these sites, in the question that is put next."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,7 @@ class Exchange:
     replied: dict[str, Reply] = field(default_factory=dict)  # without their tensors, sorted by site
     failures: list[Failure] = field(default_factory=list)
     versions: dict[str, Versions] = field(default_factory=dict)  # site -> all it should know, equal ones once
+    owed: Mapping[str, Versions] = field(default_factory=dict)  # the same of the round before, of who may answer it now
 
     def __iter__(self) -> Iterator[Reply]:
         """Replies sorted by site. TrainingError at the end where a site sent numbers that are not finite or the quorum
@@ -100,8 +109,8 @@ class Exchange:
         answers = self.partners.transport.round(_Requests(self.asked, news.request))
         for done, (site, data) in enumerate(answers, start=1):
             early[site] = data if isinstance(data, Failure) else self._read(site, data)
-            event = _site_event(self.kind, self.number, site, early[site])
-            self.partners.display({**event, "done": done, "total": len(self.asked)})
+            event = {"event": "site", "kind": self.kind, "round": self.number, "site": site}
+            self.partners.display({**self.status(early[site]), **event, "done": done, "total": len(self.asked)})
             while waiting and waiting[-1] in early:
                 yield from self._noted(early.pop(waiting.pop()))
         for site in filter(early.__contains__, reversed(waiting)):
@@ -111,6 +120,28 @@ class Exchange:
     def updates(self) -> Iterator[Update]:
         """What the sites learnt; a site without training images has nothing to say."""
         return (Update(reply.site, reply.tensors, reply.num_examples) for reply in self if reply.num_examples > 0)
+
+    def status(self, answer: Reply | Failure) -> dict[str, Any]:
+        """How a site did, as a line of events.jsonl says it; `late_from`: the round before, which it answered late."""
+        if isinstance(answer, Failure):
+            return {"status": answer.code, "message": answer.message}
+        numbers = {name: value for name, value in metrics.without_nan(answer.numbers).items() if name != LATE_FROM}
+        return {**numbers, "status": "ok", **({} if answer.round == self.number else {LATE_FROM: answer.round})}
+
+    def _answers(self, site: str) -> set[int]:
+        """Rounds that a reply may be for: the one before as long as it is owed, and this one, if it was asked for."""
+        before = {self.number - 1} if site in self.owed else set()
+        return before | ({self.number} if site in self.versions or not before else set())
+
+    def known(self, reply: Reply) -> Versions:
+        """Digests of all that a site's state holds after the request that it answered."""
+        return self.versions[reply.site] if reply.round == self.number else self.owed[reply.site]
+
+    @property
+    def overdue(self) -> dict[str, Versions]:
+        """Of the sites that were asked and had not replied at the end: what they should know once they have."""
+        late = [failure.site for failure in self.failures if failure.code == "late"]
+        return {site: self.versions[site] for site in late if site in self.versions}
 
     def _noted(self, answer: Reply | Failure) -> Iterator[Reply]:
         if isinstance(answer, Failure):
@@ -139,7 +170,7 @@ class Exchange:
             code = reply.failure.code if reply.failure.code in CODES else "error"
             failure = Failure(site, code, plain(reply.failure.message))
             return replace(failure, message=self.partners.explain(failure))
-        if (reply.site, reply.round) != (site, self.number):
+        if reply.site != site or reply.round not in self._answers(site):
             message = f"asked {site} for round {self.number}, got an answer of {reply.site} for round {reply.round}"
             return Failure(site, "stale", plain(message))
         return self._counted(reply)
@@ -345,15 +376,3 @@ class Updates:
             raise ConfigError("a strategy reads the updates of a round a second time", where="combine", remedy=remedy)
         updates, self._updates = self._updates, None
         return updates
-
-
-# ------------------------------------------------------------------------------------------------ what is told
-def _site_event(kind: str, number: int, site: str, answer: Reply | Failure) -> dict[str, object]:
-    return {**status(answer), "event": "site", "kind": kind, "round": number, "site": site}
-
-
-def status(answer: Reply | Failure) -> dict[str, Any]:
-    """How a site did in a round, as a line of events.jsonl says it."""
-    if isinstance(answer, Failure):
-        return {"status": answer.code, "message": answer.message}
-    return {**metrics.without_nan(answer.numbers), "status": "ok"}

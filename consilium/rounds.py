@@ -145,13 +145,14 @@ def add_line(folder: Path, event: Mapping[str, object]) -> None:
     checkpoint.append_line(folder / "events.jsonl", json.dumps(event, allow_nan=False))
 
 
-def drop_lines(folder: Path, last: int) -> None:
-    """Leave the lines of the rounds up to `last`, which are closed; StateError unless exactly these are there. A line
-    without an end is what a killed process left, and belongs to a later round."""
+def drop_lines(folder: Path, last: int) -> Mapping[str, Any]:
+    """Leave the lines of the rounds up to `last`, which are closed, and return that of `last`; StateError unless
+    exactly these are there. A line without an end is what a killed process left, and belongs to a later round."""
     path = folder / "events.jsonl"
     try:
         lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-        rounds = [json.loads(line)["round"] for line in lines if line.endswith(b"\n")]
+        found = [json.loads(line) for line in lines if line.endswith(b"\n")]
+        rounds = [line["round"] for line in found]
         kept = [line for line, number in zip(lines, rounds, strict=False) if number <= last]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StateError("this file cannot be read", where=str(path), received=str(error)) from error
@@ -160,3 +161,4 @@ def drop_lines(folder: Path, last: int) -> None:
         raise StateError("this file cannot be read", where=str(path), allowed=f"rounds 1 to {last}", received=received)
     if kept != lines or not path.is_file():
         checkpoint.write_bytes(path, b"".join(kept))
+    return found[len(kept) - 1] if kept else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,7 @@ def run(
     wrap: Wrap = lambda transport: transport,
     watch: Callable[[str, str, bytes], None] = lambda *_: None,
     display: Callable[[Mapping[str, Any]], None] = lambda _: None,
+    expect: Callable[[Collection[str]], None] | None = None,
 ) -> Outcome:
     """Run a federation in this process; members in hand take the place of those the configuration names."""
     pieces = assemble(settings, strategy, tuners)
@@ -145,7 +146,7 @@ def run(
     with Simulation({"run": here}, 1, record) as simulation:
         simulation.answering.experiments["run"] = pieces
         wired = wrap(simulation.transport("run"))
-        progress = Coordinator(pieces, wired, folder, show, simulation.explain("run")).run()
+        progress = Coordinator(pieces, wired, folder, show, simulation.explain("run"), expect=expect).run()
     return Outcome(progress, pieces, folder, by_question(wire), events)
 
 
@@ -210,6 +211,33 @@ class Lossy:
         replies = dict(self.inner.round(asked))
         for site in requests:
             yield site, Failure(site, "lost", "the wire broke") if site in lost else replies[site]
+
+
+@dataclass
+class Belated:
+    """A wire on which some (site, round) reply when the next round is open, and are not asked that one."""
+
+    inner: Transport
+    belated: Collection[tuple[str, int]]
+    held: dict[str, bytes | Failure] = field(default_factory=dict)
+
+    def sites(self) -> tuple[str, ...]:
+        return self.inner.sites()
+
+    def round(self, requests: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
+        came, self.held = {site: each for site, each in self.held.items() if site in requests}, {}
+        for site in requests:
+            if site in came:
+                yield site, came[site]
+                continue
+            data = requests[site]
+            fields = envelope_of(data)
+            ((_, reply),) = self.inner.round({site: data})
+            if fields["kind"] == "round" and (site, fields["round"]) in self.belated:
+                self.held[site] = reply
+                yield site, Failure(site, "late", "its reply is under way")
+            else:
+                yield site, reply
 
 
 def bits(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:

@@ -48,7 +48,8 @@ class Board:
             sites[event["site"]] = {"status": status, "since": now(), "message": event.get("message", "")}
         elif kind == "site":
             status = "done" if event["status"] == "ok" else event["status"]
-            sites[event["site"]] = {"status": status, "since": now(), "message": event.get("message", "")}
+            late = f"its reply to round {event['late_from']}, which came late" if "late_from" in event else ""
+            sites[event["site"]] = {"status": status, "since": now(), "message": event.get("message", late)}
             self.table |= {"round": event["round"], "kind": event["kind"]}
         elif kind == "round":
             self.table |= {"closed": event["round"], "val_mean": event["val_mean"], "bytes": event["bytes"]}

@@ -26,7 +26,7 @@ from consilium.deployment import files, outcome
 from consilium.deployment.board import Board
 from consilium.deployment.files import Agreement
 from consilium.errors import StateError
-from consilium.exchange import Transport
+from consilium.exchange import Patient
 from consilium.experiment import Experiment, assemble
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _end_with(parent: int, board: Board) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def federate(agreement: Agreement, transport: Transport, out: Path, board: Board) -> None:
+def federate(agreement: Agreement, transport: Patient, out: Path, board: Board) -> None:
     """All rounds of the run in `out`, begun or continued."""
     torch.set_num_threads(agreement.config.engine.threads)
     pieces = assemble(agreement.config, agreement.classes)
@@ -81,8 +81,10 @@ def federate(agreement: Agreement, transport: Transport, out: Path, board: Board
         pieces = _named(pieces, _opened(agreement, pieces, out))
         if not run_folder.is_done(out):
             board.show({"event": "start", "sites": transport.sites(), "rounds": agreement.config.train.rounds})
-            progress = Coordinator(pieces, transport, out, board.show, remote=True).run()
-            outcome.write(out, pieces, progress)
+            late = agreement.deployment.late
+            expect = transport.expect if late == "next_round" else None
+            progress = Coordinator(pieces, transport, out, board.show, remote=True, expect=expect).run()
+            outcome.write(out, pieces, progress, late)
         if not (out / "report.html").is_file():
             results.report(out)
 

@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -43,6 +43,11 @@ class Deployment(Options):
     address: str = "127.0.0.1:9092"  # of the SuperLink, host:port, as hospitals reach it
     deadline: Seconds = 3600.0  # seconds that a round waits for all of its sites
     grace: float = Field(default=60.0, ge=0)  # seconds after that for those that are late
+    late: Literal["drop", "next_round"] = Field(
+        default="drop",
+        description="what becomes of a reply that comes after its round: drop, or next_round: it stands for the site's "
+        "reply to the round after it, where that is still open; refused for methods whose rounds are no plain means",
+    )
     poll: Seconds = 1.0  # seconds between two looks of the coordinator
 
     @field_validator("sites")
@@ -100,6 +105,7 @@ def read(folder: Path) -> Agreement:
 def read_text(path: Path) -> Agreement:
     """The agreement of a file."""
     from consilium import config, references
+    from consilium.deployment import late
 
     folder = path.resolve().parent
     table = config_file.read(path)
@@ -123,6 +129,8 @@ def read_text(path: Path) -> Agreement:
     if registry.build("strategies", name, agreed.strategy.options()).declares.pools_images:
         remedy = "choose another strategy; a simulation may pool images"
         raise ConfigError("images do not leave hospitals", where=f"strategy in {path}", received=name, remedy=remedy)
+    if deployment.late == late.NEXT_ROUND:
+        late.check(agreed, deployment.sites, path)
     return Agreement(agreed, deployment, table, folder)
 
 

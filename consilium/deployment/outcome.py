@@ -6,6 +6,7 @@ image and no prediction left a hospital. The mean is over sites, each weighing t
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,8 +19,8 @@ from consilium.rounds import Progress
 Tree = dict[str, Any]
 
 
-def write(out: Path, experiment: Experiment, progress: Progress) -> None:
-    """result.json, then the global adapter and summary.json, which closes the run."""
+def write(out: Path, experiment: Experiment, progress: Progress, late: str) -> None:
+    """result.json, then the global adapter and summary.json, which closes the run. `late`: the policy for replies."""
     sites = sorted(progress.server.sites)
     up, down = results.both_ways(experiment)
     checkpoint.write_json(
@@ -42,6 +43,7 @@ def write(out: Path, experiment: Experiment, progress: Progress) -> None:
             "wire": {"up": results.wire(up, experiment.codec), "down": results.wire(down, experiment.codec)},
             "kept_at_site": results.wire(keeping.kept(experiment, sites)),
             "numbers": results.numbers(experiment, remote=True),
+            "late": {"policy": late, "counted": counted(out)},
             "untested": [site for site in sites if progress.tested.get(site) is None],
             "metrics": {
                 split: {site: tree[split] for site, tree in sorted(progress.tested.items()) if tree}
@@ -51,6 +53,16 @@ def write(out: Path, experiment: Experiment, progress: Progress) -> None:
         },
     )
     results.close(out, experiment, progress)
+
+
+def counted(out: Path) -> dict[str, list[int]]:
+    """site -> rounds in which its reply to the round before counted."""
+    found: dict[str, list[int]] = {}
+    for line in (out / "events.jsonl").read_text(encoding="utf-8").splitlines():
+        event = json.loads(line)
+        for site in sorted(site for site, each in event["sites"].items() if "late_from" in each):
+            found.setdefault(site, []).append(event["round"])
+    return found
 
 
 def over_sites(tested: Mapping[str, Any], split: str, model: str = "personal") -> Tree:

@@ -110,6 +110,7 @@ def rounds(path: Path) -> list[dict[str, Any]]:
 def _row(line: Mapping[str, Any]) -> dict[str, object]:
     sites = {site: each["status"] for site, each in line["sites"].items()}
     others = [f"{site} {status}" for site, status in sorted(sites.items()) if status != "ok"]
+    others += [f"{site} for round {each['late_from']}" for site, each in line["sites"].items() if "late_from" in each]
     return {
         "round": line["round"],
         "seconds": f"{line['seconds']:.1f}",

@@ -10,14 +10,15 @@ node that dies is asked again when it is back, as long as the round is open: a r
 of the first time. A round closes when all have replied, or at its deadline and grace. Who had not replied then is not
 asked again until it has, so that no closed rounds queue up at its node. Replies get lost, so such a request is given up
 when its node went away, when Flower says that there will be no reply, and at the latest after one further deadline and
-grace, when Flower no longer hands it out either.
+grace, when Flower no longer hands it out either. A late reply is dropped, unless the coordinator said that it expects
+it: then it stands for the site's reply to the question that is open, and the site is not asked that one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -164,14 +165,20 @@ class Transport:
     sleep: Callable[[float], None] = time.sleep
     late: dict[str, Sent] = field(default_factory=dict)  # by message, of rounds that were closed without it
     links: dict[str, Link] = field(default_factory=dict)  # of sites that were connected at the last look
+    expected: frozenset[str] = frozenset()  # sites whose late reply may stand for that to the next question
 
     def sites(self) -> tuple[str, ...]:
         """Names of all sites, sorted, there or not."""
         return tuple(sorted(self.keys))
 
+    def expect(self, sites: Collection[str]) -> None:
+        """Replies of these sites to the last question, which come late, may stand for those to the next one."""
+        self.expected = frozenset(sites)
+
     def round(self, requests: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
         """Replies as they come; of a site that gave none until deadline and grace, why."""
-        asked = _Asked(self, requests, self.clock() + self.deadline + self.grace)
+        asked = _Asked(self, requests, self.clock() + self.deadline + self.grace, self.expected & requests.keys())
+        self.expected = frozenset()
         self.give_up(lambda sent: self.clock() >= sent.until, "no reply within one further deadline and grace")
         while asked.open:
             yield from asked.look()
@@ -209,12 +216,17 @@ class Transport:
         """Whether the node of a request is not there any more, or came back without knowing of it."""
         return self.links.get(sent.site) != sent.link
 
-    def drop_late(self) -> None:
-        """Replies to rounds that were closed: said, and not used. The state they speak of is not built upon."""
+    def overdue(self, expected: Collection[str]) -> Iterator[tuple[str, bytes]]:
+        """Replies to rounds that were closed: handed on where they are expected, else said and not used."""
         for message in self.pulled(self.late):
             sent = self.late.pop(message.metadata.reply_to_message_id, None)
             if sent is not None:  # whoever holds a registered key may answer twice
-                self.tell({"event": "late", "site": sent.site, **_too_late(message)})
+                answer = _too_late(message)
+                told = {"policy": "given up", "message": answer} if isinstance(answer, str) else {"bytes": len(answer)}
+                counts = isinstance(answer, bytes) and sent.site in expected
+                self.tell({"event": "late", "site": sent.site, "policy": "next_round" if counts else "dropped", **told})
+                if isinstance(answer, bytes) and counts:
+                    yield sent.site, answer
         self.give_up(self.is_gone, "its node went away")
 
     def give_up(self, is_lost: Callable[[Sent], bool], why: str) -> None:
@@ -236,21 +248,20 @@ def read(message: Message) -> bytes | str:
     return unpack(message.content)
 
 
-def _too_late(message: Message) -> dict[str, object]:
+def _too_late(message: Message) -> bytes | str:
     try:
-        answer = read(message)
+        return read(message)
     except ValueError as error:
-        answer = str(error)
-    if isinstance(answer, str):
-        return {"policy": "given up", "message": answer}
-    return {"bytes": len(answer), "policy": "dropped"}
+        return str(error)
 
 
 class _Asked:
     """The requests of one question that are not answered yet."""
 
-    def __init__(self, transport: Transport, requests: Mapping[str, bytes], end: float) -> None:
-        self.transport, self.requests, self.end = transport, requests, end
+    def __init__(
+        self, transport: Transport, requests: Mapping[str, bytes], end: float, expected: frozenset[str]
+    ) -> None:
+        self.transport, self.requests, self.end, self.expected = transport, requests, end, expected
         self.open = set(requests)
         self.under_way: dict[str, Sent] = {}  # by message
         self.reasons: dict[str, tuple[str, str]] = {}  # site -> code and why it has not answered so far
@@ -260,7 +271,9 @@ class _Asked:
         """Ask whoever is there and was not asked; hand on what came back since."""
         transport = self.transport
         transport.look()
-        transport.drop_late()
+        for site, late in transport.overdue(self.expected):
+            self.open.discard(site)
+            yield site, late
         behind = {sent.site for sent in transport.late.values()}
         for site in sorted(self.open - self._working):
             if site not in transport.links:

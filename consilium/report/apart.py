@@ -13,7 +13,7 @@ from markupsafe import Markup
 from consilium import metrics
 from consilium.report import marks, tables
 from consilium.report import sections as shared
-from consilium.report.load import Event, JournalFacts, Run
+from consilium.report.load import Event, JournalFacts, Run, SiteEvent
 from consilium.report.sections import Block, Figure, Section, Tile, pairs
 from consilium.report.tables import Cell, Table
 from consilium.report.text import UNDEFINED, bytes_text, count, duration, recipe, whole
@@ -21,7 +21,8 @@ from consilium.report.text import UNDEFINED, bytes_text, count, duration, recipe
 if TYPE_CHECKING:
     import pandas as pd
 
-STATES = ("ok", "late", "lost", "absent", "refused")  # how a site did in a round; all others are failures
+COUNTED_LATE = "reply to the round before"
+STATES = ("ok", COUNTED_LATE, "late", "lost", "absent", "refused")  # how a site did; all others are failures
 
 
 def sections(run: Run) -> list[Section]:
@@ -57,15 +58,16 @@ def _rounds(run: Run) -> Section:
     mean = duration(sum(seconds) / len(seconds)) if seconds else UNDEFINED
     note = (
         f"A round took {mean} on average, from asking to its checkpoint. Late: no reply until the deadline and its "
-        "grace; a reply that came after was not used. Lost: its node or its service went away and was not back in "
-        "time. Absent: it was not connected. Refused: the hospital declined, or its reply was not accepted."
+        "grace; a reply that came after was not used, unless it is shown as one to the round before, which the "
+        "agreement lets count in the next one. Lost: its node or its service went away and was not back in time. "
+        "Absent: it was not connected. Refused: the hospital declined, or its reply was not accepted."
     )
     return Section("Rounds", [_attendance(run), who], [("Every round", [_each(run.events)])], note)
 
 
 def _attendance(run: Run) -> Figure:
     """A mark per hospital and round, by how it did."""
-    seen = {each.status for event in run.events for each in event.sites.values()}
+    seen = {_state(each) for event in run.events for each in event.sites.values()}
     used = [state for state in [*STATES, *sorted(seen - {*STATES, "not_drawn"})] if state in seen]
     away = {site: rounds for site, rounds in shared.missed(run).items() if rounds}
     told = "; ".join(f"{site} without {rounds}" for site, rounds in away.items()) or "everybody in every round"
@@ -74,6 +76,10 @@ def _attendance(run: Run) -> Figure:
     return shared.wide_and_narrow(
         "How each hospital did in each round", lambda width: _marks(run, used, title, width), words
     )
+
+
+def _state(event: SiteEvent) -> str:
+    return event.status if event.late_from is None else COUNTED_LATE
 
 
 def _marks(run: Run, used: Sequence[str], title: str, width: float) -> Markup:
@@ -88,7 +94,7 @@ def _marks(run: Run, used: Sequence[str], title: str, width: float) -> Markup:
         name = (left - 12, y + 4, site, "end") if roomy else (4, y - 9, site, "start")
         parts.append(marks.name_text(*name))
         for event in run.events:
-            status = event.sites[site].status if site in event.sites else "not_drawn"
+            status = _state(event.sites[site]) if site in event.sites else "not_drawn"
             parts += [marks.marker(used.index(status), x(event.round), y, 4.5)] if status in used else []
     parts.append(marks.word((left + width) / 2, bottom + 34, "round", "middle"))
     return marks.svg(width, bottom + 40, title, parts)
@@ -105,7 +111,8 @@ def _each(events: Sequence[Event]) -> Table:
         reasons = "\n".join(f"{site}: {each.message}" for site, each in away.items() if each.message)
         names = ", ".join(f"{site} {each.status}" for site, each in away.items()) or "nobody"
         up, down = (bytes_text(sum(event.bytes.get(way, {}).values())) for way in ("up", "down"))
-        replied = f"{len(asked) - len(away)} of {len(asked)}"
+        late = "".join(f", {site} for round {each.late_from}" for site, each in asked.items() if each.late_from)
+        replied = f"{len(asked) - len(away)} of {len(asked)}{late}"
         rows.append([
             Cell(str(event.round)), Cell(replied), Cell(duration(event.seconds)), Cell(up), Cell(down),
             Cell(names, reasons),

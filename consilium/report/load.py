@@ -258,6 +258,7 @@ class SiteEvent(Plain):
     """What a site did in a round."""
 
     status: str
+    late_from: int | None = None  # the round before, which it answered late; its reply counted in this one
     message: str = ""
     seconds: float | None = None
     loss: float | None = None

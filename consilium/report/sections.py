@@ -197,7 +197,8 @@ CAME_IN, TRAINED = "after aggregation, as it came in", "before aggregation, afte
 
 def _validation(run: Run, site: str, metric: str) -> dict[str, Curve]:
     """What came in is the model of the round before; the last one is measured when it is served."""
-    rounds = [(event.round, event.sites[site].val) for event in run.events if site in event.sites]
+    seen = [(event.round, event.sites[site]) for event in run.events if site in event.sites]
+    rounds = [(each.late_from or number, each.val) for number, each in seen]
     incoming = [(number - 1, val.get("incoming", {}).get(metric)) for number, val in rounds if val]
     outgoing = [(number, val.get("outgoing", {}).get(metric)) for number, val in rounds if val]
     last = (run.result.metrics.val.get("personal") or {}).get(metric)
@@ -223,7 +224,8 @@ def _changes(run: Run, curves: Mapping[str, Mapping[str, Curve]], name: str) -> 
 
 
 def _losses(run: Run, site: str) -> Curve:
-    return [(event.round, event.sites[site].loss) for event in run.events if site in event.sites]
+    seen = [(event.round, event.sites[site]) for event in run.events if site in event.sites]
+    return [(each.late_from or number, each.loss) for number, each in seen]
 
 
 def _panels(run: Run, curves: Mapping[str, Mapping[str, Curve]], name: str) -> list[tuple[str, Markup]]:

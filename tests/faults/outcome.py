@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +23,44 @@ Tensors = dict[str, Any]
 Absent = Mapping[str, Collection[int]]  # site -> rounds without it
 
 
-def simulated(made: Loopback, folder: Path, absent: Absent | None = None) -> Path:
-    """The run folder of the same federation in one process, where sites may be absent from rounds."""
+def simulated(made: Loopback, folder: Path, absent: Absent | None = None, late: Absent | None = None) -> Path:
+    """The run folder of the same federation in one process, where sites may be absent from rounds, or reply to some
+    when the next one is open, and count in that."""
     agreement = (made.at(files.COORDINATOR) / files.FEDERATION).read_text()
     table, own = (config.config_file.tomllib.loads(each) for each in (agreement.split("[deployment]")[0], OWN))
     del own["gate"]
-    with _without(absent or {}):
+    with _without(absent or {}, late or {}):
         return simulation.run(config.from_dict({**table, **own}), folder)
 
 
 @contextmanager
-def _without(absent: Absent) -> Iterator[None]:
-    whole = simulate.Transport.round
+def _without(absent: Absent, late: Absent) -> Iterator[None]:
+    whole, federation = simulate.Transport.round, simulation.Coordinator
+    held: dict[str, bytes | Failure] = {}
 
     def round(self: simulate.Transport, requests: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
         fields = {site: envelope_of(requests[site]) for site in requests}
         away = {
             site for site, each in fields.items() if each["kind"] == "round" and each["round"] in absent.get(site, ())
         }
-        yield from whole(self, {site: requests[site] for site in requests if site not in away})
+        came = {site: held.pop(site) for site in requests if site in held}
+        for site, reply in whole(self, {site: requests[site] for site in requests if site not in away | came.keys()}):
+            if fields[site]["kind"] == "round" and fields[site]["round"] in late.get(site, ()):
+                held[site] = reply
+                yield site, Failure(site, "late", "under way")
+            else:
+                yield site, reply
+        yield from came.items()
         yield from ((site, Failure(site, "lost", "absent")) for site in sorted(away))
 
     simulate.Transport.round = round  # type: ignore[method-assign]
+    if late:
+        simulation.Coordinator = partial(federation, expect=lambda _: None)  # type: ignore[assignment,misc]
     try:
         yield
     finally:
         simulate.Transport.round = whole  # type: ignore[method-assign]
+        simulation.Coordinator = federation  # type: ignore[misc]
 
 
 def last(run: Path) -> Tensors:

@@ -160,3 +160,48 @@ def test_no_closed_rounds_queue_up_at_a_node_that_is_slower_by_far() -> None:
     for _ in range(2):
         last = dict(wire.round({"a": b"2", "b": b"2"}))
     assert last == ANSWERED
+
+
+# ------------------------------------------------------------------------------------------------ expected ones
+def policies(told: list[Mapping[str, Any]]) -> list[object]:
+    return [(each["site"], each["policy"]) for each in told if each["event"] == "late"]
+
+
+def test_an_expected_late_reply_stands_for_that_to_the_next_question() -> None:
+    """The site is not asked that one, and the round ends when the others have replied."""
+    told: list[Mapping[str, Any]] = []
+    grid = echoing(a={}, b={"takes": 40})
+    wire = overdue(grid, told)
+    wire.expect(["b"])
+    assert dict(wire.round({"a": b"2", "b": b"2"})) == {"a": b"2a", "b": b"1b"}
+    assert policies(told) == [("b", "next_round")]
+    assert grid.nodes[key("b")].handled == 1
+    assert wire.clock() < 45
+    grid.nodes[key("b")].takes = 0
+    assert dict(wire.round({"a": b"2", "b": b"2"})) == ANSWERED
+
+
+def test_a_late_reply_is_expected_for_one_question_and_of_a_site_that_is_asked() -> None:
+    told: list[Mapping[str, Any]] = []
+    grid = echoing(a={"takes": 5}, b={"takes": 33})
+    wire = overdue(grid, told)
+    wire.expect(["b"])
+    assert dict(wire.round({"a": b"2"})) == {"a": b"2a"}
+    assert policies(told) == [("b", "dropped")]
+    wire = overdue(echoing(a={"takes": 5}, b={"takes": 40}), told)
+    wire.expect(["b"])
+    assert dict(wire.round({"a": b"2"})) == {"a": b"2a"}
+    wire.grid.nodes[key("b")].takes = 0  # type: ignore[attr-defined]
+    assert dict(wire.round({"a": b"2", "b": b"2"})) == ANSWERED
+    assert policies(told) == [("b", "dropped")] * 2
+
+
+def test_where_an_expected_reply_is_lost_the_site_is_asked_afresh_and_counts_once() -> None:
+    told: list[Mapping[str, Any]] = []
+    grid = echoing(a={}, b={"takes": 40})
+    wire, node = overdue(grid, told), grid.nodes[key("b")]
+    wire.expect(["b"])
+    node.restart()
+    node.takes = 0
+    assert list(wire.round({"a": b"2", "b": b"2"})) == list(ANSWERED.items())
+    assert policies(told) == [("b", "given up")]

@@ -1,0 +1,57 @@
+"""Replies that come after their round, under late = "next_round": each counts once, in the round after its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("flwr")
+
+from tests.faults.conftest import Lost
+from tests.faults.loopback import SITES, loopback
+from tests.faults.outcome import assert_journals_whole, assert_same, missed, simulated
+from tests.faults.test_crashes import begun
+
+OVERDUE = """
+import pathlib, time
+from consilium.engines.site import Site
+from consilium.messages import envelope_of
+handle = Site.handle
+def slowly(self, data):
+    fields = envelope_of(data)
+    mark = pathlib.Path({mark!r} + str(fields["round"]))
+    while fields["kind"] == "round" and fields["round"] in (1, 3) and not mark.exists():
+        time.sleep(0.1)
+    return handle(self, data)
+Site.handle = slowly
+"""
+
+
+@pytest.mark.faults
+def test_a_slow_sites_replies_count_in_the_rounds_after_their_own(tmp_path: Path, lost: Lost) -> None:
+    """It works on rounds 1 and 3 until these are closed; the bits are those of a simulation in which it does."""
+    change = {"grace = 2": 'grace = 2\nlate = "next_round"'}
+    with loopback(begun(tmp_path / "there"), strategy="fedper", rounds=5, deadline=25, grace=2, change=change) as made:
+        made.link()
+        mark = tmp_path / "done"
+        made.join_all({"prairie": OVERDUE.format(mark=str(mark))})
+        made.submit()
+        for number in (1, 3):
+            made.wait(lambda number=number: made.quick().get("closed") == number, f"round {number}")  # type: ignore[misc]
+            Path(f"{mark}{number}").touch()
+        assert made.ended()["state"] == "finished", made.told()
+        assert [missed(made, site) for site in SITES] == [[], [], [1, 3]]
+        rows = {each["round"]: each["sites"]["prairie"] for each in made.rounds()}
+        assert {number: row["late_from"] for number, row in rows.items() if "late_from" in row} == {2: 1, 4: 3}
+        asked = [line for line in made.output("prairie").splitlines() if line.startswith("asked kind=round")]
+        assert [line.split()[2] for line in asked] == ["round=1", "round=3", "round=5"]
+        late = [(each["site"], each["policy"]) for each in made.log() if each["event"] == "late"]
+        assert late == [("prairie", "next_round")] * 2
+        result = json.loads((made.run / "result.json").read_text())
+        assert result["late"] == {"policy": "next_round", "counted": {"prairie": [2, 4]}}
+        assert "reply to the round before" in (made.run / "report.html").read_text()
+        assert_same(made, simulated(made, tmp_path / "here", late={"prairie": (1, 3)}))
+        assert_journals_whole(made)
+        lost("site slower than rounds (late replies counted in the next round)", rounds=2)
