@@ -25,7 +25,7 @@ from consilium.errors import ConfigError
 from consilium.filters.codec import Codec
 from consilium.local.prefix import Kept
 from consilium.local.train import Setting
-from consilium.messages import Handshake, envelope_of, rows
+from consilium.messages import Handshake, open_message, rows
 from consilium.protocols import Backbone, Model, Selector, ServerState, Slot, Specs, Strategy, Tag, Task, Tuner
 from consilium.sealing import key_id, read_key
 from consilium.sites.store import default_folder
@@ -137,8 +137,8 @@ class Experiment:
     def contents(self, direction: Literal["up", "down"], message: bytes) -> list[dict[str, Any]]:
         """What a recorded message holds, a row per tensor: name, shape, dtype, bytes. WireError where it is not whole
         or belongs to another experiment."""
-        fields = envelope_of(message)
-        return rows(message, self.wire(direction, int(fields["round"]), fields["site"]))
+        opened = open_message(message)
+        return rows(opened, self.wire(direction, int(opened.fields["round"]), opened.fields["site"]))
 
 
 def assemble(config: Config, classes: Sequence[str]) -> Experiment:

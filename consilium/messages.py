@@ -210,9 +210,8 @@ def decode_reply(data: bytes | Opened, allowed: Specs) -> Reply:
     return reply
 
 
-def rows(data: bytes, allowed: Specs) -> list[dict[str, Any]]:
-    """One row per tensor in an encoded message: name, shape, dtype, bytes. `allowed`: as for decoding it."""
-    opened = open_message(data)
+def rows(opened: Opened, allowed: Specs) -> list[dict[str, Any]]:
+    """One row per tensor in a message: name, shape, dtype, bytes. `allowed`: as for decoding it."""
     where = f"site {opened.fields.get('site')}, round {opened.fields.get('round')}"
     return payload.rows(opened.payload, allowed, where)
 

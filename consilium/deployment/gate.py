@@ -25,7 +25,7 @@ from consilium.engines.relay import LARGEST
 from consilium.errors import ConfigError, StateError
 from consilium.exchange import LARGEST_ENVELOPE
 from consilium.local.train import plan
-from consilium.messages import Reply, decode_reply, encode, envelope_of, is_count, plain
+from consilium.messages import Reply, decode_reply, encode, is_count, open_message, plain
 from consilium.protocols import Failure, Specs, Tag
 from consilium.registry import Options
 
@@ -135,8 +135,9 @@ class Gate:
     # -------------------------------------------------------------------------------------------- outwards
     def let_out(self, fields: Mapping[str, Any], data: bytes) -> tuple[bytes, list[str]]:
         """A reply as it may leave, and what was blanked in it; a refusal where its tensors may not."""
-        specs = self.experiment.wire("up", int(envelope_of(data)["round"]), self.data.name)
-        reply = decode_reply(data, specs)
+        opened = open_message(data)
+        specs = self.experiment.wire("up", int(opened.fields["round"]), self.data.name)
+        reply = decode_reply(opened, specs)
         if reply.failure is not None:  # its text may repeat words of the request
             failure = replace(reply.failure, message=plain(reply.failure.message))
             return encode(replace(reply, failure=failure), specs), []

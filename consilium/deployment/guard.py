@@ -42,22 +42,26 @@ class Guard:
             reply, blanked = self.gate.refuse(fields, why), list[str]()
         else:
             reply, blanked = self.gate.let_out(fields, self.resident.answer(data))
-        self.journal.add(self._entry(fields, data, reply, blanked))
+        self.journal.add(self._entry(fields, {"bytes": len(data), "sha256": digest}, reply, blanked))
         return reply
 
-    def _entry(self, fields: Mapping[str, Any], data: bytes, reply: bytes, blanked: list[str]) -> dict[str, Any]:
-        handshake, said = fields.get("handshake"), envelope_of(reply)
+    def _entry(
+        self, fields: Mapping[str, Any], request: Mapping[str, Any], reply: bytes, blanked: list[str]
+    ) -> dict[str, Any]:
+        opened = messages.open_message(reply)
+        handshake, said = fields.get("handshake"), opened.fields
         asked = handshake if isinstance(handshake, dict) else {}
         specs = self.resident.site.experiment.wire("up", int(said["round"]), said["site"])
+        tensors = [[row[key] for key in ("name", "shape", "dtype", "bytes")] for row in messages.rows(opened, specs)]
         return {
             "site": said["site"],
             "kind": _word(fields.get("kind", "unreadable"), 20),
             "round": said["round"],
             "run": _word(asked.get("run", ""), 40),
             "agreement": _word(asked.get("agreement", ""), 64),
-            "request": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()},
+            "request": request,
             "reply": {"bytes": len(reply), "sha256": hashlib.sha256(reply).hexdigest()},
-            "tensors": [[row["name"], row["shape"], row["dtype"], row["bytes"]] for row in messages.rows(reply, specs)],
+            "tensors": tensors,
             "numbers": _names(said.get("numbers", {})),
             "num_examples": said["num_examples"],
             "blanked": blanked,

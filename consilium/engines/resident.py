@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,16 +38,17 @@ class Resident:
     def answer(self, data: bytes) -> bytes:
         """The reply to a request: that of the first time, where it came before."""
         torch.set_num_threads(self.site.experiment.config.engine.threads)  # bits depend on it; it is of this thread
-        about, site = _about(data), replace(self.site, folder=self.site.folder / _run(data))
+        fields = _fields(data)
+        about, site = _about(fields), replace(self.site, folder=self.site.folder / _run(fields))
         path = site.folder / ANSWERS / f"{hashlib.sha256(data).hexdigest()}.reply"
         if path.is_file():
             reply = path.read_bytes()
-            if _about(reply).get("site") == site.data.name:  # whole, and ours
+            if _about(_fields(reply)).get("site") == site.data.name:  # whole, and ours
                 self.tell({"event": "repeated", **about})
                 return reply
         self.tell({"event": "asked", **about, "bytes": len(data)})
         reply = site.handle(data)
-        failure = _about(reply).get("failure")
+        failure = _about(_fields(reply)).get("failure")
         self.tell({"event": "answered", **about, "bytes": len(reply), "failure": failure})
         if failure is None:
             self._remember(path, reply)
@@ -60,12 +62,16 @@ class Resident:
             old.unlink()
 
 
-def _about(data: bytes) -> dict[str, object]:
-    """What a message says of itself, in short and plain words: they come from elsewhere, and go to log and terminal."""
+def _fields(data: bytes) -> dict[str, Any]:
+    """The envelope of a message, read once as all its bytes are hashed for it; of what is none, that it is none."""
     try:
-        fields = envelope_of(data)
+        return envelope_of(data)
     except WireError:
         return {"kind": "unreadable"}
+
+
+def _about(fields: Mapping[str, Any]) -> dict[str, object]:
+    """What a message says of itself, in short and plain words: they come from elsewhere, and go to log and terminal."""
     return {key: _short(fields[key]) for key in ("kind", "round", "site", "failure") if key in fields}
 
 
@@ -78,11 +84,8 @@ def _short(value: object) -> object:
     return plain(str(value), 80)
 
 
-def _run(data: bytes) -> str:
+def _run(fields: Mapping[str, Any]) -> str:
     """Folder of the run that a message names; one of its own for what names none."""
-    try:
-        handshake = envelope_of(data).get("handshake")
-    except WireError:
-        handshake = None
+    handshake = fields.get("handshake")
     name = handshake.get("run") if isinstance(handshake, dict) else None
     return name if isinstance(name, str) and _RUN.fullmatch(name) else NAMELESS

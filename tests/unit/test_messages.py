@@ -18,6 +18,7 @@ from consilium.messages import (
     decode_request,
     encode,
     envelope_of,
+    open_message,
     rows,
     size,
 )
@@ -62,10 +63,11 @@ def test_the_sizes_add_up_and_the_payload_comes_last() -> None:
 def test_a_recorded_message_can_be_listed() -> None:
     stack = {"name": "stack", "shape": [5, 2], "dtype": "float64", "bytes": 80}
     w = {"name": "w", "shape": [2, 3], "dtype": "float32", "bytes": 24}
-    assert rows(encode(REPLY, SPECS), SPECS) == rows(encode(REQUEST, SPECS), SPECS) == [stack, w]
-    assert rows(encode(Reply("a", 4, 17), SPECS), SPECS) == []
+    reply, request, empty = (open_message(encode(each, SPECS)) for each in (REPLY, REQUEST, Reply("a", 4, 17)))
+    assert rows(reply, SPECS) == rows(request, SPECS) == [stack, w]
+    assert rows(empty, SPECS) == []
     with pytest.raises(WireError, match=r"declare other tensors(.|\n)*site a, round 4"):
-        rows(encode(REPLY, SPECS), {"w": SPECS["w"]})
+        rows(reply, {"w": SPECS["w"]})
 
 
 def test_equal_messages_are_equal_bytes_whatever_the_order_of_names() -> None:
