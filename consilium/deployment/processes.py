@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from consilium.deployment import door, reach
+from consilium.deployment import door, reach, watch
 from consilium.errors import ConfigError, StateError
 
 QUIET = {
@@ -35,7 +35,7 @@ QUIET = {
 }
 CA, CERTIFICATE, KEY, NODE_KEY, PUBLIC_KEY = "ca.crt", "server.pem", "server.key", "node.key", "node.key.pub"
 APP, HOME, DATABASE, CONNECTION = "app", "flower", "superlink.db", "deploy"
-SUPERNODE = "flower-supernode"
+SUPERNODE = watch.SUPERNODE
 _LIBC = ctypes.CDLL(None)
 _PARENT_DIED = 1  # of Linux's prctl: which signal a process gets then
 PAUSE = 20.0  # seconds before a program that ended is started again; Flower refuses a node within a minute of its death
@@ -107,11 +107,12 @@ def is_guarded(folder: Path, address: str) -> bool:
 
 
 def supernode(folder: Path, address: str, relay: Path) -> list[str]:
-    """The hospital's end: one connection, outwards."""
+    """The hospital's end: one connection, outwards, and `watch` over it."""
+    program(SUPERNODE)
     keys = folder / "keys"
     secured = ["--root-certificates", keys / CA, "--auth-supernode-private-key", keys / NODE_KEY]
     inside = ["--host", "127.0.0.1", "--port", str(free_port()), "--node-config", f"consilium-socket='{relay}'"]
-    return [program(SUPERNODE), "--superlink", address, *map(str, secured), *inside]
+    return [sys.executable, "-m", watch.__name__, "--superlink", address, *map(str, secured), *inside]
 
 
 def write_connection(folder: Path, address: str) -> None:
@@ -180,17 +181,22 @@ class Supervised:
         self._thread.join()
 
     def _watch(self) -> None:
-        name = self.name
         while not self._stopped.is_set():
-            with self.log.open("ab") as out:
-                before = out.tell()
-                self.process = self._start(out)
-                self.tell({"event": "started", "program": name, "process": self.process.pid})
-                code = self.process.wait()
+            try:
+                code, why = self._run()
+            except OSError as error:  # no process, no file, no memory to be had now
+                code, why = None, f"it could not be started: {error}"
             if not self._stopped.is_set():
-                why = _why(self.log, before)
-                self.tell({"event": "ended", "program": name, "code": code, "why": why, "again_in": self.pause})
+                self.tell({"event": "ended", "program": self.name, "code": code, "why": why, "again_in": self.pause})
                 self._stopped.wait(self.pause)
+
+    def _run(self) -> tuple[int | None, str]:
+        """To its end: exit code and why."""
+        with self.log.open("ab") as out:
+            before = out.tell()
+            self.process = self._start(out)
+            self.tell({"event": "started", "program": self.name, "process": self.process.pid})
+            return self.process.wait(), _why(self.log, before)
 
     def _start(self, out: IO[bytes]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
@@ -209,8 +215,10 @@ def _why(log: Path, start: int) -> str:
         file.seek(start)
         said = file.read().decode(errors="replace")
     known = next((words for sign, words in _REASONS.items() if sign in said), "")
+    _, ends, why = said.partition(watch.ENDS)
     _, found, rest = said.rpartition("Exit Code: ")
-    return known or (" ".join(rest.splitlines()[1:3]) if found else f"see {log.name}")
+    flowers = " ".join(rest.splitlines()[1:3]) if found else f"see {log.name}"
+    return known or (why.splitlines()[0] if ends else flowers)
 
 
 _REASONS = {

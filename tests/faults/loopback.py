@@ -83,6 +83,7 @@ class Loopback:
     folder: Path
     port: int
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    before: dict[str, list[str]] = field(default_factory=dict)  # name -> words before its command (spaces.py)
 
     def at(self, name: str) -> Path:
         return self.folder / name
@@ -111,7 +112,7 @@ class Loopback:
         """A service, in a group of its own, that stays; its output goes to a file."""
         with (self.folder / f"{name}.out").open("ab") as out:
             self.running[name] = subprocess.Popen(
-                self.words(*words, hook=hook),
+                [*self.before.get(name, []), *self.words(*words, hook=hook)],
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env=self.environment(),

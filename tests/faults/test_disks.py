@@ -1,21 +1,17 @@
-"""A hospital whose disk is full, whose state is damaged, whose folder two processes want, whose network is cut."""
+"""A hospital whose disk is full, whose state is damaged, whose folder two processes want."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("flwr")
 
-from consilium.deployment import files, processes
+from consilium.deployment import files
 from tests.faults.conftest import Lost
-from tests.faults.loopback import SITES, Loopback, loopback
+from tests.faults.loopback import loopback
 from tests.faults.outcome import assert_journals_whole, assert_same, missed, simulated
 
 # Files of this process may have 20 kB from here on: enough for a line of a log, too little for a state. SIGXFSZ is
@@ -76,44 +72,3 @@ def test_a_full_disk_a_damaged_state_and_a_second_process_keep_the_last_good_sta
         assert_journals_whole(made)
         for fault, rounds in befalls.items():
             lost.after(fault, rounds=rounds)
-
-
-@contextmanager
-def proxy(made: Loopback, site: str) -> Iterator[Path]:
-    """The site's way to the SuperLink leads over one; nothing gets through while the file is there."""
-    port, mark, path = processes.free_port(), made.folder / "cut", made.at(site) / files.FEDERATION
-    path.write_text(path.read_text().replace(f"127.0.0.1:{made.port}", f"127.0.0.1:{port}"))
-    command = [sys.executable, str(Path(__file__).with_name("proxy.py")), str(port), str(made.port), str(mark)]
-    with subprocess.Popen(command) as process:
-        try:
-            yield mark
-        finally:
-            process.kill()
-
-
-@pytest.mark.xfail(
-    strict=False, reason="Flower's node may stay up without a connection after a cut: docs/decisions/0031-faults.md"
-)
-@pytest.mark.faults
-def test_a_network_that_is_cut_while_a_site_trains_costs_nothing(tmp_path: Path, lost: Lost) -> None:
-    """For longer than Flower's heartbeat: the link gives the node up, and takes it back."""
-    lost("network cut while a site trains", rounds=2)
-    (tmp_path / "there").mkdir()
-    with loopback(tmp_path / "there", rounds=3, deadline=200) as made, proxy(made, "prairie") as cut:
-        made.link()
-        made.join("alpine")
-        made.join("harbour")
-        mark = made.slowly("prairie")
-        mark.unlink()
-        made.submit()
-        made.wait(lambda: made.quick().get("closed") == 1, "round 1")
-        mark.touch()
-        made.wait(lambda: "asked kind=round round=2" in made.output("prairie"), "prairie's second round")
-        cut.touch()
-        mark.unlink()
-        made.wait(lambda: made.quick()["sites"]["prairie"]["status"] in ("lost", "absent"), "the link to give it up")
-        cut.unlink()
-        assert made.ended()["state"] == "finished", made.told()
-        assert [missed(made, site) for site in SITES] == [[], [], []]
-        assert_same(made, simulated(made, tmp_path / "here"))
-        assert_journals_whole(made)

@@ -1,0 +1,161 @@
+"""A hospital that is cut off, or whose node loses a part: it is back by itself, and no round, byte or bit is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("flwr")
+
+from consilium.deployment import files, processes
+from tests.faults.conftest import Lost
+from tests.faults.loopback import SITES, Loopback, loopback
+from tests.faults.outcome import assert_journals_whole, assert_same, missed, simulated
+from tests.faults.spaces import COORDINATOR, apart, inside
+
+LONG = {"deadline": 400.0}  # seconds: Flower gives a node up after one minute, and refuses it for one more
+PATIENCE = 500.0
+HEARTBEATS = 60.0  # seconds without one after which Flower gives a node up
+
+
+def at_work(made: Loopback) -> Path:
+    """Round 2 is open, and prairie's service has its request; it answers when this file is gone."""
+    made.link()
+    made.join("alpine")
+    made.join("harbour")
+    mark = made.slowly("prairie", round=2)
+    made.submit()
+    made.wait(lambda: "asked kind=round round=2" in made.output("prairie"), "prairie's second round")
+    return mark
+
+
+def given_up(made: Loopback) -> bool:
+    return made.quick()["sites"]["prairie"]["status"] in ("lost", "absent")
+
+
+def assert_nothing_lost(made: Loopback, folder: Path) -> None:
+    """The run ends as if nothing had been, by the processes that began it."""
+    assert made.ended(PATIENCE)["state"] == "finished", made.told()
+    assert [missed(made, site) for site in SITES] == [[], [], []]
+    assert made.output("prairie").count("ready site=") == 1, "the service was never started again"
+    assert_same(made, simulated(made, folder))
+    assert_journals_whole(made)
+
+
+class Way:
+    """The way to the SuperLink leads through here. Two ways to cut it: nobody listens, or who listens hangs up."""
+
+    def __init__(self, made: Loopback, kind: str) -> None:
+        self.kind, self.mark, self.port = kind, made.folder / "cut", processes.free_port()
+        words = [Path(__file__).with_name("proxy.py"), self.port, made.port, self.mark]
+        self.command = [sys.executable, *map(str, words)]
+        self.process = subprocess.Popen(self.command)
+
+    def cut(self) -> None:
+        self.mark.touch()
+        if self.kind == "refused":
+            self.process.kill()
+            self.process.wait()
+
+    def mend(self) -> None:
+        self.mark.unlink()
+        if self.kind == "refused":
+            self.process = subprocess.Popen(self.command)
+
+
+@contextmanager
+def way(made: Loopback, site: str, kind: str) -> Iterator[Way]:
+    found, path = Way(made, kind), made.at(site) / files.FEDERATION
+    path.write_text(path.read_text().replace(f"127.0.0.1:{made.port}", f"127.0.0.1:{found.port}"))
+    try:
+        yield found
+    finally:
+        found.process.kill()
+        found.process.wait()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kind", ["refused", "hung up"])
+def test_a_network_that_is_cut_while_a_reply_is_on_its_way_costs_nothing(kind: str, tmp_path: Path, lost: Lost) -> None:
+    """For longer than Flower's heartbeat: the link gives the node up, and takes it back."""
+    (tmp_path / "there").mkdir()
+    with loopback(tmp_path / "there", **LONG) as made, way(made, "prairie", kind) as road:
+        mark = at_work(made)
+        lost.before(made, f"network cut while a reply is on its way ({kind})")
+        road.cut()
+        mark.unlink()
+        made.wait(lambda: given_up(made), "the link to give it up", 2 * HEARTBEATS)
+        road.mend()
+        assert_nothing_lost(made, tmp_path / "here")
+        if kind == "hung up":  # an end of file in the TLS handshake is an error that Flower's loop does not survive
+            assert "why=it no longer asks for work" in made.output("prairie")
+        lost.after()
+
+
+def parts(of: int) -> dict[str, int]:
+    """Programs that a process started, and those that these started: name -> process."""
+    found: dict[str, int] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            words = (entry / "cmdline").read_bytes().decode().split("\0")
+        except OSError:  # gone meanwhile
+            continue
+        if parent == of:
+            name = next((Path(word).name for word in words if Path(word).name.startswith(("flwr-", "flower-"))), "")
+            found |= {name: int(entry.name)} | parts(int(entry.name))
+    return found
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="processes are found by /proc")
+@pytest.mark.parametrize("part", ["flwr-clientapp", "flower-superexec"])
+def test_a_node_that_loses_a_part_asks_for_work_again(part: str, tmp_path: Path, lost: Lost) -> None:
+    """The service is at work meanwhile; its reply is remembered and handed over when it is asked again."""
+    (tmp_path / "there").mkdir()
+    with loopback(tmp_path / "there", **LONG) as made:
+        mark = at_work(made)
+        running: Callable[[], dict[str, int]] = lambda: parts(made.process("prairie"))  # noqa: E731
+        made.wait(lambda: part in running(), f"{part} of prairie")
+        lost.before(made, f"{part} of a node killed")
+        os.kill(running()[part], signal.SIGKILL)
+        mark.unlink()
+        assert_nothing_lost(made, tmp_path / "here")
+        assert "repeated kind=round round=2" in made.output("prairie")
+        if part == "flower-superexec":
+            assert "why=the program that starts its client apps has ended" in made.output("prairie")
+        lost.after()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("kind", "length"), [("unplugged", "shorter"), ("unplugged", "longer"), ("silent", "longer")])
+def test_a_hospital_whose_line_is_dead_is_back_when_it_is_mended(
+    kind: str, length: str, tmp_path: Path, lost: Lost
+) -> None:
+    """Nothing refuses a connection: what is sent is lost without a word, as in a real cut."""
+    inside(dead_line, tmp_path, lost, kind, length)
+
+
+def dead_line(folder: Path, lost: Lost, kind: str, length: str) -> None:
+    (folder / "there").mkdir()
+    elsewhere = {'address = "127.0.0.1:': f'address = "{COORDINATOR}:'}
+    with loopback(folder / "there", change=elsewhere, **LONG) as made, apart(made, SITES) as cables:
+        mark = at_work(made)
+        log = made.at("prairie") / "supernode.log"
+        before = log.read_text().count("Connection attempt failed")
+        lost.before(made, f"line {kind} while a site trains, {length} than Flower's heartbeat")
+        cables["prairie"].cut(kind)
+        mark.unlink()
+        made.wait(lambda: log.read_text().count("Connection attempt failed") > before, "the node to notice")
+        if length == "longer":
+            made.wait(lambda: given_up(made), "the link to give it up", 2 * HEARTBEATS)
+        cables["prairie"].mend(kind)
+        assert_nothing_lost(made, folder / "here")
+        lost.after()
