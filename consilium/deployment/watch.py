@@ -1,4 +1,4 @@
-"""Composition: the watch over a node. In: Flower's SuperNode. Out: the same; one that can work no more ends, saying why.
+"""Composition: the watch over a node. In: Flower's SuperNode. Out: the same; one that can work no more ends.
 
 Flower's node may stop asking for work and stay: its loop ends at the first error that it does not know, its heartbeat
 at another, and the thread of a web server keeps the process; a reply that it cannot send it forgets; without the

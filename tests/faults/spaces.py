@@ -6,36 +6,49 @@ and nothing outside is touched.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from tests.faults.loopback import ROOT, Loopback
+from tests.faults.loss import Lost
 
 COORDINATOR = "10.77.0.1"  # its address; every hospital has a cable of its own to it
+NOTES = "lost.json"
 ALONE = ["unshare", "--user", "--map-root-user", "--net", "--mount"]
 PROBE = "mount -t tmpfs none /mnt && ip link set lo up && ip link add name near type veth peer name far"
 
 
-def inside(body: Callable[..., None], folder: Path, *words: str) -> None:
-    """Run a function of a test module with this folder and these words, alone; skips where the system refuses."""
+def inside(body: Callable[..., None], folder: Path, lost: Lost, *words: str) -> None:
+    """Run a function of a test module, with a folder, what notes the faults, and words, alone there; skips where the
+    system refuses."""
     try:
         probe = subprocess.run([*ALONE, "sh", "-c", PROBE], capture_output=True, text=True, timeout=60, check=False)
     except FileNotFoundError as error:
         pytest.skip(f"namespaces need util-linux: {error}")
     if probe.returncode:
         pytest.skip(f"this system refuses namespaces: {probe.stderr.strip()}")
-    name = body.__name__
-    source = (
-        f"import sys, pathlib\nfrom {body.__module__} import {name}\n{name}(pathlib.Path(sys.argv[1]), *sys.argv[2:])"
-    )
-    command = [*ALONE, sys.executable, "-c", source, str(folder), *words]
+    command = [*ALONE, sys.executable, "-m", __name__, body.__module__, body.__name__, str(folder), *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200, cwd=ROOT, check=False)
+    if (folder / NOTES).is_file():
+        for fault, row in json.loads((folder / NOTES).read_text()).items():
+            lost.note(fault, row)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+
+
+def main(module: str, body: str, folder: Path, *words: str) -> None:
+    """In there."""
+    notes: dict[str, object] = {}
+    try:
+        getattr(import_module(module), body)(folder, Lost(notes.__setitem__), *words)
+    finally:
+        (folder / NOTES).write_text(json.dumps(notes))
 
 
 def ip(*words: object, at: Sequence[str] = ()) -> None:
@@ -91,3 +104,7 @@ class Cable:
             ip("link", "set", self.name, "up")
         else:
             ip("route", "delete", "blackhole", f"{self.there}/32")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), *sys.argv[4:])
