@@ -89,6 +89,16 @@ def _append(file: int, data: bytes) -> None:
         raise
 
 
+def cut(path: Path, size: int) -> None:
+    """Leave the first bytes of a file; StateError where it cannot be written."""
+    try:
+        with path.open("r+b") as file:
+            file.truncate(size)
+            _sync(file)
+    except OSError as error:
+        raise not_written(path, error) from error
+
+
 def write_json(path: Path, value: object) -> None:
     """Replace `path` by readable JSON; NaN is not JSON and must be None by now."""
     write_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())

@@ -32,6 +32,7 @@ class Journal:
     def add(self, entry: Mapping[str, Any]) -> str:
         """Write a line and flush it; its hash. StateError where it cannot be written: then nothing leaves."""
         head = self._head()
+        self._drop_torn()
         line = _text({"number": head["lines"] + 1, "time": now(), "before": head["hash"], **entry})
         found = hashlib.sha256(line.encode()).hexdigest()
         checkpoint.append_line(self.folder / JOURNAL, line)
@@ -47,13 +48,20 @@ class Journal:
                 raise _broken(path, count, "it does not follow the line before it")
             before = hashlib.sha256(line).hexdigest()
             yield entry
-        head = self._read_head()
+        head = self._head()
         if (count, before) != (head["lines"], head["hash"]):
             raise _broken(path, count, f"the file ends here, and {HEAD} knows of {head['lines']} lines")
 
     def _lines(self) -> list[bytes]:
+        """Whole lines; one without an end is what a power cut left, and what it speaks of never left the hospital."""
         path = self.folder / JOURNAL
-        return path.read_bytes().splitlines() if path.is_file() else []
+        return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+
+    def _drop_torn(self) -> None:
+        """Before a line is added: it must not go on where a torn one ends."""
+        path, size = self.folder / JOURNAL, sum(len(line) + 1 for line in self._lines())
+        if path.is_file() and path.stat().st_size > size:
+            checkpoint.cut(path, size)
 
     def _head(self) -> Entry:
         """The end of the file; a line that a crash left without its head is taken in, as it was written whole."""
@@ -69,13 +77,13 @@ class Journal:
     def _read_head(self) -> Entry:
         path = self.folder / HEAD
         found = checkpoint.read_json(path) if path.is_file() else {"lines": 0, "hash": START}
-        if not isinstance(found, dict) or not {"lines", "hash"} <= found.keys():
+        if not isinstance(found, dict) or not isinstance(found.get("lines"), int) or type(found.get("hash")) is not str:
             raise StateError("the end of the journal cannot be read", where=str(path))
         return found
 
     def last(self) -> str:
         """Hash of the last line, to be kept at another place."""
-        return str(self._read_head()["hash"])
+        return str(self._head()["hash"])
 
 
 def table(entries: Iterable[Entry]) -> list[dict[str, object]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -195,7 +196,7 @@ def test_every_tensor_and_number_that_leaves_is_written_down(apart: Apart, tmp_p
 def _filled(folder: Path, count: int = 4) -> list[bytes]:
     for number in range(count):
         Journal(folder).add({"what": number})
-    return (folder / JOURNAL).read_bytes().splitlines(keepends=True)
+    return (folder / JOURNAL).read_bytes().splitlines(keepends=True) if count else []
 
 
 @pytest.mark.parametrize("damage", ["changed", "taken out", "swapped", "cut", "added", "emptied", "no json"])
@@ -228,8 +229,30 @@ def test_a_crash_between_line_and_head_is_no_tampering(tmp_path: Path) -> None:
     before = (tmp_path / HEAD).read_text()
     Journal(tmp_path).add({"what": 3})
     (tmp_path / HEAD).write_text(before)
+    assert len(list(Journal(tmp_path).entries())) == 4, "before the next line is written, too"
+    assert Journal(tmp_path).last() == hashlib.sha256((tmp_path / JOURNAL).read_bytes().splitlines()[-1]).hexdigest()
     Journal(tmp_path).add({"what": 4})
     assert [entry["what"] for entry in Journal(tmp_path).entries()] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("torn", [b'{"what":"to', b"\0" * 90, b'{"before":"0"}'])
+@pytest.mark.parametrize("lines", [0, 3])
+def test_a_line_that_a_power_cut_tore_is_no_tampering(tmp_path: Path, torn: bytes, lines: int) -> None:
+    _filled(tmp_path, lines)
+    with (tmp_path / JOURNAL).open("ab") as file:
+        file.write(torn)
+    assert len(list(Journal(tmp_path).entries())) == lines
+    Journal(tmp_path).add({"what": lines})
+    assert [entry["what"] for entry in Journal(tmp_path).entries()] == [*range(lines + 1)]
+
+
+def test_a_line_whose_end_was_cut_off_is_missed(tmp_path: Path) -> None:
+    lines = _filled(tmp_path)
+    (tmp_path / JOURNAL).write_bytes(b"".join(lines)[:-1])
+    with pytest.raises(StateError, match="not as it was written"):
+        list(Journal(tmp_path).entries())
+    with pytest.raises(StateError, match="not as it was written"):
+        Journal(tmp_path).add({"what": 9})
 
 
 def test_a_journal_that_was_touched_takes_no_more_lines(tmp_path: Path) -> None:
