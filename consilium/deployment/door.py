@@ -14,6 +14,8 @@ from ipaddress import ip_address
 from typing import Any
 
 SUPERLINK, NODES, HERE = "flower-superlink", "/v1/fleet/", "/consilium/door"
+HANDED_ON = (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via")  # headers of proxies
+ALONE = {"proxy_headers": False}  # of uvicorn: else FORWARDED_ALLOW_IPS would let callers say who they are
 Scope = MutableMapping[str, Any]
 Send = Callable[[Scope], Awaitable[None]]
 Receive = Callable[[], Awaitable[Scope]]
@@ -39,14 +41,19 @@ class Door:
 
 
 def _is_local(scope: Scope) -> bool:
+    """Whether a program of this machine calls, and does not say that it hands on the call of another."""
     try:
-        return ip_address(scope["client"][0]).is_loopback
+        here = ip_address(scope["client"][0]).is_loopback
     except (KeyError, TypeError, ValueError):
         return False
+    return here and not any(name.lower() in HANDED_ON for name, _ in scope.get("headers", ()))
 
 
 def _is_of_nodes(scope: Scope) -> bool:
-    return scope["type"] == "http" and str(scope["path"]).startswith(NODES)
+    """Whether a path is of the nodes' part, however whoever is behind the door may read it."""
+    path = str(scope["path"])
+    odd = {"", ".", ".."} & set(path.replace("\\", "/").split("/")[1:])
+    return scope["type"] == "http" and path.startswith(NODES) and not odd and "%" not in path and ";" not in path
 
 
 async def _answer(send: Send, status: int) -> None:
@@ -61,10 +68,7 @@ def main() -> None:
     web: Any = uvicorn
     serve = web.run
 
-    def guarded(app: App, **settings: Any) -> None:
-        serve(Door(app), **settings)
-
-    web.run = guarded
+    web.run = lambda app, **settings: serve(Door(app), **settings, **ALONE)
     (program,) = entry_points(group="console_scripts", name=SUPERLINK)
     sys.argv[0] = SUPERLINK
     program.load()()

@@ -68,6 +68,8 @@ class Deployment(Options):
         host, _, port = address.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
             raise ValueError("host:port")
+        if ":" in host:
+            raise ValueError("host:port with a name or an IPv4 address: the SuperLink listens on no IPv6 address")
         return address
 
 

@@ -104,7 +104,9 @@ def submit(folder: Path) -> dict[str, Any]:
     (folder / FLOWER_RUN).unlink(missing_ok=True)
     board.Board(folder).handed_over()
     try:
-        found = processes.flwr(here, "run", str(here / APP), CONNECTION, "--run-config", f"folder='{here}'")
+        found = processes.flwr(
+            here, "run", str(here / APP), CONNECTION, "--run-config", f"folder={processes.quoted(here)}"
+        )
     except BaseException:
         (folder / board.STATUS).unlink(missing_ok=True)
         raise

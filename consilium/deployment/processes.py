@@ -111,7 +111,7 @@ def supernode(folder: Path, address: str, relay: Path) -> list[str]:
     program(SUPERNODE)
     keys = folder / "keys"
     secured = ["--root-certificates", keys / CA, "--auth-supernode-private-key", keys / NODE_KEY]
-    inside = ["--host", "127.0.0.1", "--port", str(free_port()), "--node-config", f"consilium-socket='{relay}'"]
+    inside = ["--host", "127.0.0.1", "--port", str(free_port()), "--node-config", f"consilium-socket={quoted(relay)}"]
     return [sys.executable, "-m", watch.__name__, "--superlink", address, *map(str, secured), *inside]
 
 
@@ -120,7 +120,7 @@ def write_connection(folder: Path, address: str) -> None:
     home = folder / HOME
     home.mkdir(parents=True, exist_ok=True)
     here = f"127.0.0.1:{address.rpartition(':')[2]}"
-    lines = [f"[superlink.{CONNECTION}]", f'address = "{here}"', f'root-certificates = "{folder / "keys" / CA}"']
+    lines = [f"[superlink.{CONNECTION}]", f'address = "{here}"', f"root-certificates = {quoted(folder / 'keys' / CA)}"]
     (home / "config.toml").write_text("\n".join(["[superlink]", f'default = "{CONNECTION}"', "", *lines]) + "\n")
 
 
@@ -145,6 +145,11 @@ def flwr(folder: Path, *words: str, timeout: float = 120.0) -> Any:
         remedy = "is the SuperLink up? consilium coordinator start"
         raise StateError(f"flwr {words[0]} failed", where=str(folder), received=said, remedy=remedy)
     return found
+
+
+def quoted(path: Path) -> str:
+    """A path as a value in Flower's words and files, which are TOML; no quotation mark inside ends it."""
+    return '"' + json.dumps(str(path), ensure_ascii=False)[1:-1].replace('\\"', "\\u0022") + '"'
 
 
 def free_port() -> int:
