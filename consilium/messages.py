@@ -251,7 +251,7 @@ def check_numbers(kind: RequestKind, numbers: Mapping[str, Any], class_counts: i
     foreign = numbers.keys() - needed - ({"learned"} if kind == "round" else set())
     broken = [*(key for key in sorted(needed) if not fits[key]), *sorted(foreign)]
     if broken:
-        received = ", ".join(f"{key!r:.60} {numbers.get(key)!r:.60}" for key in broken[:8])
+        received = ", ".join(f"{plain(str(key), 60)} {numbers.get(key)!r:.60}" for key in broken[:8])
         raise WireError(f"numbers in the reply to '{kind}' are missing or of another kind", received=received)
 
 
