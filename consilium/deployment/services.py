@@ -76,7 +76,7 @@ RuntimeDirectory=consilium/{name}
 RuntimeDirectoryMode=0750
 CacheDirectory=consilium/{name}
 CacheDirectoryMode=0700
-Environment=XDG_CACHE_HOME=/var/cache/consilium/{name}
+Environment=XDG_CACHE_HOME={cache}
 ReadWritePaths={home}"""
 
 NODE_OWN = """# Where the way out is a proxy: HTTPS_PROXY=http://user:password@proxy:3128, in this file, for root alone.
@@ -96,9 +96,12 @@ INSTALL_SITE = """#!/bin/sh
 set -eu
 cd "$(dirname "$0")"
 for user in {user} {node_user}; do
-    id "$user" >/dev/null 2>&1 || useradd --system --user-group --no-create-home --shell /usr/sbin/nologin "$user"
+    id "$user" >/dev/null 2>&1 || useradd --system --user-group --no-create-home --home-dir "/var/lib/$user" \\
+        --shell /usr/sbin/nologin "$user"
 done
 install -d -m 0700 -o {user} -g {user} /var/lib/{user} {home} {home}/keys
+install -d -m 0755 /var/cache/consilium
+install -d -m 0700 -o {user} -g {user} {cache}
 install -d -m 0700 -o {node_user} -g {node_user} /var/lib/{node_user} {node_home} {node_home}/keys
 install -m 0600 -o {user} -g {user} federation.toml {home}
 [ -e {home}/site.toml ] || install -m 0600 -o {user} -g {user} site.toml {home}
@@ -108,7 +111,7 @@ install -m 0600 -o {node_user} -g {node_user} keys/{ca} keys/{node_key} {node_ho
 install -m 0644 systemd/*.service /etc/systemd/system
 systemctl daemon-reload
 echo "Installed. Fill in {home}/site.toml, let {user} read the images, then:"
-echo "  runuser -u {user} -- {program} site check {home}"
+echo "  runuser -u {user} -- env XDG_CACHE_HOME={cache} {program} site check {home}"
 echo "  systemctl enable --now consilium-site-{name} consilium-node-{name}"
 """
 
@@ -117,7 +120,8 @@ INSTALL_LEADER = """#!/bin/sh
 # Before: python3 -m venv /opt/consilium; /opt/consilium/bin/pip install 'consilium[flower]'
 set -eu
 cd "$(dirname "$0")"
-id {user} >/dev/null 2>&1 || useradd --system --user-group --no-create-home --shell /usr/sbin/nologin {user}
+id {user} >/dev/null 2>&1 || useradd --system --user-group --no-create-home --home-dir {home} \\
+    --shell /usr/sbin/nologin {user}
 install -d -m 0700 -o {user} -g {user} {home}
 cp -R federation.toml app keys nodes {home}
 chown -R {user}:{user} {home}
@@ -141,13 +145,13 @@ def leader(folder: Path) -> None:
 def site(folder: Path, name: str) -> None:
     """The scripts and the two units of a hospital."""
     home, node_home = f"/var/lib/{SERVICE_USER}/{name}", f"/var/lib/{NODE_USER}/{name}"
-    socket = f"/run/consilium/{name}/site"
+    socket, cache = f"/run/consilium/{name}/site", f"/var/cache/consilium/{name}"
     users = {"user": SERVICE_USER, "node_user": NODE_USER, "home": home, "node_home": node_home, "name": name}
     _script(folder / "start.sh", START.format(words="site join", exports=_exports()))
     keys = {"ca": CA, "node_key": NODE_KEY}
-    _script(folder / "install.sh", INSTALL_SITE.format(**users, **keys, program=PROGRAM))
+    _script(folder / "install.sh", INSTALL_SITE.format(**users, **keys, program=PROGRAM, cache=cache))
     words = f"site join {home} --service-only --socket {socket} --node-user {NODE_USER}"
-    own = SITE_OWN.format(node_user=NODE_USER, name=name, home=home)
+    own = SITE_OWN.format(node_user=NODE_USER, name=name, home=home, cache=cache)
     _unit(folder, f"consilium-site-{name}", f"service of {name}, which reads images", SERVICE_USER, words, own)
     words = f"site node {node_home} --socket {socket}"
     own = NODE_OWN.format(home=node_home)

@@ -46,6 +46,20 @@ def test_scripts_are_for_a_plain_shell(finished: Apart) -> None:
         assert subprocess.run(["sh", "-n", path], check=False).returncode == 0
 
 
+def test_users_have_a_home_that_is_theirs_and_check_has_the_cache_of_the_service(finished: Apart) -> None:
+    """As `site check` writes the cache of images that the service then reads."""
+    script = (finished.at("alpine") / "install.sh").read_text()
+    reads = unit(finished.at("alpine") / "systemd" / "consilium-site-alpine.service")
+    assert '--home-dir "/var/lib/$user"' in script
+    cache = "/var/cache/consilium/alpine"
+    assert f"env XDG_CACHE_HOME={cache} {services.PROGRAM} site check" in script
+    assert (
+        f"Environment=XDG_CACHE_HOME={cache}"
+        in (finished.at("alpine") / "systemd" / "consilium-site-alpine.service").read_text()
+    )
+    assert reads["CacheDirectory"] == "consilium/alpine"
+
+
 def unit(path: Path) -> dict[str, str]:
     return dict(line.split("=", 1) for line in path.read_text().splitlines() if "=" in line and line[0] != "#")
 
