@@ -31,7 +31,7 @@ def read(path: Path) -> dict[str, Any]:
             "the configuration file does not exist", received=str(path), remedy="give the path of a TOML file"
         )
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin with a mark
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError("the configuration is not valid TOML", where=str(path), received=str(error)) from error
 

@@ -31,6 +31,9 @@ FEDERATION, SITE, SECRET, NODES, COORDINATOR = "federation.toml", "site.toml", "
 SOCKET, STATE, LOG, PAGE = Path("socket") / "site", "state", "log.jsonl", "report.html"  # in a hospital's folder
 RUN, SETTLED = "run", "settled"  # in the coordinator's: the run itself, and which agreement was read as a whole
 OWN = ("sites", "engine", "backbone")  # tables of a configuration that a site's file may hold; of the last the weights
+_HOST = re.compile(
+    r"[A-Za-z0-9]([A-Za-z0-9._-]{0,252}[A-Za-z0-9])?"
+)  # also a name in a certificate, a word of a command
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # also a system's service, a host's user, a word of a script
 T = TypeVar("T", bound=Options)
 Seconds = Annotated[float, Field(gt=0)]
@@ -55,7 +58,7 @@ class Deployment(Options):
     def _named(cls, sites: tuple[str, ...]) -> tuple[str, ...]:
         reserved = ("", ".", "..", "global", COORDINATOR)
         unfit = [name for name in sites if name in reserved or not _NAME.fullmatch(name)]
-        if not sites or unfit or len(set(sites)) < len(sites):
+        if not sites or unfit or len({name.lower() for name in sites}) < len(sites):  # some disks see no case
             signs = "letters, digits, and after the first also . _ -"
             raise ValueError(
                 f"one or more different names that can be a folder's and a service's ({signs}), none of {reserved[1:]}"
@@ -66,10 +69,10 @@ class Deployment(Options):
     @classmethod
     def _host_and_port(cls, address: str) -> str:
         host, _, port = address.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise ValueError("host:port")
         if ":" in host:
             raise ValueError("host:port with a name or an IPv4 address: the SuperLink listens on no IPv6 address")
+        if not _HOST.fullmatch(host) or not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
+            raise ValueError("host:port, the host in ASCII (a name with other letters in its xn-- form), no https://")
         return address
 
 
@@ -220,8 +223,8 @@ def _no_idle(found: Config, path: Path) -> None:
 
 def _only_own(own: Mapping[str, Any], path: Path) -> None:
     weights = own.get("backbone", {})
-    foreign = [key for key in own if key not in OWN]
-    foreign += [f"backbone.{key}" for key in weights if key != "weights"] if isinstance(weights, dict) else ["backbone"]
+    foreign = [key for key, value in own.items() if key not in OWN or not isinstance(value, dict)]
+    foreign += [f"backbone.{key}" for key in weights if key != "weights"] if isinstance(weights, dict) else []
     if foreign:
         allowed = "site, [sites], [engine], [gate] and backbone.weights"
         remedy = "what all sites share stands in the federation's file, and changes for all at once"

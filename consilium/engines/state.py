@@ -57,7 +57,8 @@ class StateFolder:
             "residual": state.residual,
         }
         flat = {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
-        meta = {"round": state.round, "agreement": self.agreement, "validated": dict(state.validated)}
+        meta: dict[str, object] = {"round": state.round, "agreement": self.agreement, "site": self.site}
+        meta["validated"] = dict(state.validated)
         checkpoint.save(self._path(state.round), flat, meta, self._seal(state.round))
         for number in self.rounds():
             if number < state.round and number not in keep:
@@ -82,6 +83,11 @@ class StateFolder:
         flat, meta = checkpoint.load(path, self._seal(round))
         if meta["agreement"] != self.agreement:
             raise StateError("this state belongs to another run", where=str(path), received=meta["agreement"])
+        if (
+            self.site and meta.get("site", self.site) != self.site
+        ):  # a folder that was copied: it holds what is personal
+            remedy = "remove it here, and give this hospital a folder of its own"
+            raise StateError("this state is another site's", where=str(path), received=meta["site"], remedy=remedy)
         return SiteState(
             round,
             _part(flat, "received"),
