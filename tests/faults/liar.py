@@ -109,6 +109,7 @@ LIES: dict[str, Callable[[bytes, Specs], bytes]] = {
     "nan": _with(lambda value: value.fill_(float("nan"))),
     "inf": _with(lambda value: value.fill_(float("inf"))),
     "norm": _with(lambda value: value.fill_(1e6)),
+    "absurd": _with(lambda value: value.fill_(1e9)),
     "shape": _with(lambda value: torch.cat([value, value])),
     "names": _renamed,
     "oversize": _more_numbers,

@@ -57,6 +57,7 @@ def test_a_site_that_loses_power_misses_rounds_and_catches_up_with_its_personal_
         assert gone == [*range(2, 2 + len(gone))]
         assert 0 < len(gone) < 7, "it never came back"
         assert all(each["sites"][site]["status"] == "ok" for each in made.rounds() for site in SITES[:2])
+        assert all(22 + 3 <= made.rounds()[number - 1]["seconds"] < 60 for number in gone), "deadline and grace"
         assert "still holds its last connection" in made.output("prairie")  # refused, and tried again
         assert_same(made, simulated(made, tmp_path / "here", {"prairie": gone}))
         assert_journals_whole(made)

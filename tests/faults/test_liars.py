@@ -86,7 +86,7 @@ def test_tensors_that_must_not_come_are_refused_by_name(tmp_path: Path, lost: Lo
 
 @pytest.mark.faults
 def test_old_and_foreign_replies_and_texts_of_exceptions_do_not_come_in(tmp_path: Path, lost: Lost) -> None:
-    plan = dict(enumerate(("old", "other", "images", "cut", "number", "exception", "fault"), start=2))
+    plan = dict(enumerate(("old", "other", "images", "cut", "number", "absurd", "exception", "fault"), start=2))
     (tmp_path / "there").mkdir()
     with loopback(tmp_path / "there", rounds=len(plan) + 2) as made:
         played(made, plan, lost)
@@ -97,6 +97,7 @@ def test_old_and_foreign_replies_and_texts_of_exceptions_do_not_come_in(tmp_path
             "images": ("refused", "1000000 training images"),
             "cut": ("refused", "no whole message"),
             "number": ("refused", "seconds nan"),
+            "absurd": ("refused", "the update of prairie is absurdly large"),
             "exception": ("error", "see failures.jsonl at the site, "),
         }
         expect(made, without, said)
