@@ -42,10 +42,10 @@ class Look:
         look = cls()
         for path in [*made.run.glob("checkpoints/round-*"), *_of_sites(made, "state/*/s*.safetensors")]:
             try:
-                tensors, meta = checkpoint.load(path)
-            except StateError:  # damaged before the fault, or gone since it was listed, as a later one is there
+                size, (tensors, meta) = path.stat().st_size, checkpoint.load(path)
+            except (StateError, FileNotFoundError):  # damaged before the fault, or replaced since it was listed
                 continue
-            look.numbered[path] = tensors, path.stat().st_size, meta.get("ledger")
+            look.numbered[path] = tensors, size, meta.get("ledger")
         rounds = [_number(path) for path in look.numbered if path.parent.name == "checkpoints"]
         grows = [*_of_sites(made, journal.JOURNAL), *_of_sites(made, f"state/*/{failures.LOG}")]
         look.grows.update({path: _whole_lines(path) for path in grows})
