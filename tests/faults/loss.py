@@ -81,10 +81,6 @@ class Lost:
     note: Callable[[str, object], None]
     open: dict[str, tuple[Loopback, Look, dict[str, Any]]] = field(default_factory=dict)
 
-    def __call__(self, fault: str, *, rounds: int = 0) -> None:
-        """As `after`, for a test that does not measure yet."""
-        self.note(f"fault: {fault}", {"rounds_lost": rounds, "bytes_lost": 0})
-
     def before(self, made: Loopback, *faults: str) -> None:
         """These are about to happen to a federation."""
         look = Look.at(made)

@@ -40,6 +40,8 @@ def test_a_slow_sites_replies_count_in_the_rounds_after_their_own(tmp_path: Path
         made.submit()
         for number in (1, 3):
             made.wait(lambda number=number: made.quick().get("closed") == number, f"round {number}")  # type: ignore[misc]
+            if number == 1:
+                lost.before(made, "site slower than rounds (late replies counted in the next round)")
             Path(f"{mark}{number}").touch()
         assert made.ended()["state"] == "finished", made.told()
         assert [missed(made, site) for site in SITES] == [[], [], [1, 3]]
@@ -54,4 +56,4 @@ def test_a_slow_sites_replies_count_in_the_rounds_after_their_own(tmp_path: Path
         assert "reply to the round before" in (made.run / "report.html").read_text()
         assert_same(made, simulated(made, tmp_path / "here", late={"prairie": (1, 3)}))
         assert_journals_whole(made)
-        lost("site slower than rounds (late replies counted in the next round)", rounds=2)
+        lost.after(rounds=range(1, 6))

@@ -31,11 +31,11 @@ def held(self, data):
 Guard.answer = held
 """
 TWIN = """
-import sys
 from consilium.deployment import processes
 whole = processes.supernode
-def hostile(*words):
-    return [sys.executable, "-m", "tests.faults.twin", {notes!r}, *whole(*words)[1:]]
+def hostile(*where):
+    python, _, _, *words = whole(*where)
+    return [python, "-m", "tests.faults.twin", {notes!r}, *words]
 processes.supernode = hostile
 """
 

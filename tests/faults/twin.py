@@ -15,8 +15,8 @@ from typing import Any
 from flwr.app import Message
 from flwr.supercore.inflatable import inflatable_object as objects
 from flwr.supernode import start_client_internal as node
-from flwr.supernode.cli import flower_supernode
 
+from consilium.deployment import watch
 from consilium.engines import flower
 
 
@@ -58,8 +58,7 @@ def main() -> None:
         before[:] = now
 
     node._push_messages = pushing
-    sys.argv[0] = "flower-supernode"
-    flower_supernode()
+    watch.main()
 
 
 if __name__ == "__main__":
