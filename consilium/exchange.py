@@ -241,6 +241,8 @@ class Exchange:
             reply = replace(reply, tensors=self._whole(reply))
             self._complete(reply)
             self._bounded(reply)
+            if reply.tensors and (check := self.partners.experiment.strategy.declares.checks) is not None:
+                check(Update(reply.site, reply.tensors, reply.num_examples))
         except TrainingError as error:
             return Failure(reply.site, "non_finite", plain(str(error)))
         except WireError as error:

@@ -304,9 +304,11 @@ def _is_value(value: object) -> bool:
 
 
 def _is_names(values: object) -> bool:
-    """Whether these are short words of one line, as metrics and models are called."""
-    return isinstance(values, list) and all(
-        isinstance(each, str) and len(each) <= _LONGEST_NAME and plain(each) == each for each in values
+    """Whether these are not too many short words of one line, as metrics and models are called."""
+    return (
+        isinstance(values, list)
+        and len(values) <= _MOST_NAMES
+        and all(isinstance(each, str) and len(each) <= _LONGEST_NAME and plain(each) == each for each in values)
     )
 
 
@@ -324,7 +326,7 @@ def is_count(value: object) -> TypeGuard[int]:
 
 _CHECKSUM, _LENGTH = 32, 8  # bytes: SHA-256 of all that follows, then the length of the envelope
 _LARGEST_COUNT, _LARGEST_NUMBER = 2**53, 1e30
-_LONGEST_NAME = 200  # of a metric or a model
+_LONGEST_NAME, _MOST_NAMES = 200, 1000  # of metrics and models; of a class there are two
 CODES = ("refused", "non_finite", "stale", "error")  # of a site's own failures
 
 

@@ -334,8 +334,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Declaration:
-    """What a strategy says of itself before anything runs; pairings are checked against it. `passes(round)`: how often
-    `learn` goes through the images, so that a round's work is known before it."""
+    """What a strategy says of itself before anything runs. `passes(round)`: how often `learn` goes through images."""
 
     parts: tuple[Part, ...] = (Part(),)
     combination: Combination = "sum"
@@ -353,6 +352,7 @@ class Declaration:
     numbers: Mapping[str, str] = field(default_factory=dict)  # of each round, beside the tensors: name -> what it says
     passes: Callable[[int], Sequence[float | None]] = lambda round: (None,)  # epochs; None: as configured  # noqa: ARG005
     largest_update: float | None = None  # of what a site sends, as a step from what it was sent; a longer is refused
+    checks: Callable[[Update], None] | None = None  # WireError, with the site's name, for what no sum could use
     instances: int = 0  # training images whose features, at the site, weigh the personal part image by image
     finish_epochs: float = 0.0  # a last local phase at every site: the personal model
     finishes: Selector = lambda tag: True  # what is trained in it, of all that the tuners train  # noqa: ARG005

@@ -34,7 +34,7 @@ from pydantic import Field
 from torch import Tensor
 
 from consilium import mixtures, seeds
-from consilium.errors import ConfigError, TrainingError
+from consilium.errors import ConfigError, TrainingError, WireError
 from consilium.mixtures import Covariance, Mixture
 from consilium.protocols import Declaration, Learned, LocalTraining, Personal, ServerState, Spec, Specs, Tag, Update
 from consilium.registry import Options, register
@@ -43,9 +43,23 @@ from consilium.tensors import Tensors, digest
 WEIGHT, BIAS, SEED = "head.weight", "head.bias", "seed"
 COUNT = "mixture/count"  # a hospital's gate knows counts by their role
 PARTS = ("weight", "mean", "spread")
+MOST = 10**6  # images of a site: what it says is drawn from, so it must not fill the coordinator's memory
+
+
+def check(update: Update) -> None:
+    """WireError, with the site's name, for what no mixture is."""
+    count, weight = update.tensors[COUNT], update.tensors["mixture/weight"]
+    honest = bool((count >= 0).all() and (count == count.round()).all() and (weight >= 0).all())
+    few = float(count.sum()) <= min(update.num_examples, MOST)  # so many features are drawn
+    if not (honest and few) or bool((weight.sum(dim=1)[count > 0] <= 0).any()):
+        received = f"counts {count.tolist()}, weights from {float(weight.min()):.3g}"
+        raise WireError(f"site {update.site} sent what is no mixture", allowed="counts, weights", received=received)
+
+
 DECLARED = Declaration(
     needs_individual_updates=True,
     once=True,
+    checks=check,
     required_roles=frozenset({"head"}),
     passes=lambda round: (),  # noqa: ARG005
 )
@@ -99,8 +113,7 @@ class FedPft:
 
     def learn(self, received: Tensors, personal: Personal, training: LocalTraining) -> Learned:
         """Fit the mixtures of every class that has images enough."""
-        head = self.deploy(received, personal)["personal"]
-        features, labels = training.features(head)
+        features, labels = training.features(self.deploy(received, personal)["personal"])
         up = self.up(training.specs, training.round)
         sent = {name: torch.zeros([size or 0 for size in spec.shape]) for name, spec in up.items()}
         for at in range(len(training.class_counts)):
@@ -124,7 +137,7 @@ class FedPft:
 
     def combine(self, server: ServerState, updates: Iterable[Update], specs: Specs) -> ServerState:
         """Draw features of each class from all sites' mixtures as one, and train the head on them."""
-        sent = [_checked(update) for update in updates if update.tensors]
+        sent = [update.tensors for update in updates if update.tensors]
         if not sent:
             return server
         generator, rows, (classes, width) = torch.Generator(), [], _shape(specs)
@@ -156,17 +169,6 @@ def _shape(specs: Specs) -> tuple[int, int]:
 def _seed(tensors: Tensors) -> int:
     """A number that stands for the seed these tensors were drawn from."""
     return int(digest(tensors[WEIGHT])[:15], 16)
-
-
-def _checked(update: Update) -> Tensors:
-    """TrainingError, with the site's name, for what no mixture is."""
-    count, weight = update.tensors[COUNT], update.tensors["mixture/weight"]
-    honest = bool((count >= 0).all() and (count == count.round()).all() and (weight >= 0).all())
-    honest = honest and float(count.sum()) <= update.num_examples  # so many features are drawn
-    if not honest or bool((weight.sum(dim=1)[count > 0] <= 0).any()):
-        received = f"counts {count.tolist()}, weights from {float(weight.min()):.3g}"
-        raise TrainingError(f"site {update.site} sent what is no mixture", allowed="counts, weights", received=received)
-    return update.tensors
 
 
 @register(

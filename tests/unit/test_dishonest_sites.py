@@ -88,6 +88,18 @@ def test_an_absurdly_large_update_is_refused_by_name_whatever_the_strategy(tmp_p
     assert not list(tmp_path.glob("checkpoints/*"))
 
 
+@pytest.mark.parametrize("times", [-1.0, 0.5, 1e6])
+def test_mixtures_that_are_none_end_no_federation(tmp_path: Path, times: float) -> None:
+    settings = variants.settings("fedpft", train={"rounds": 1, "quorum": 0.6})
+    pieces = federation.assemble(settings)
+    outcome = federation.run(
+        tmp_path, settings, HOSPITALS, wrap=lambda inner: Dishonest(inner, pieces, times, round_number=1)
+    )
+    (event,) = (each for each in outcome.events if each["event"] == "round")
+    assert {site: each["status"] for site, each in event["sites"].items()} == {"a": "ok", "b": "refused", "c": "ok"}
+    assert "site b sent what is no mixture" in event["sites"]["b"]["message"]
+
+
 def test_a_site_that_sends_a_huge_update_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(
         TrainingError, match=r"too few sites(.|\n)*b: refused, the update of b is too long(.|\n)*up to 50"

@@ -56,8 +56,9 @@ def test_what_an_honest_site_says_passes() -> None:
         {"val": {"incoming": {"\x1b[2J": 0.5}}},
         {"val": {"incoming": {"x" * 1000: 0.5}}},
         {"val": {"incoming": {}, "more": {}}},
+        {"val": {"incoming": {f"m{number}": 0.5 for number in range(1001)}}},
     ],
-    ids=str,
+    ids=lambda lie: str(lie)[:60],
 )
 def test_numbers_of_a_round_that_are_none_of_ours(lie: dict[str, Any]) -> None:
     with pytest.raises(WireError, match="missing or of another kind"):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from consilium import mixtures, registry, results, seeds
 from consilium.data import Examples, SiteData
-from consilium.errors import ConfigError, TrainingError
+from consilium.errors import ConfigError, TrainingError, WireError
 from consilium.local.train import Trainer
 from consilium.mixtures import Mixture
 from consilium.protocols import Update
@@ -186,11 +186,16 @@ def test_nan_and_what_is_no_mixture_are_refused_by_name(tmp_path: Path) -> None:
     outcome = _run(tmp_path)
     pieces, strategy = outcome.experiment, outcome.experiment.strategy
     start = strategy.init_server(pieces.initial(3), pieces.model.specs, tuple(SITES))
+    assert strategy.declares.checks is not None
+    strategy.declares.checks(Update("b", _sent(outcome)["b"], 25))
+    many = {**_sent(outcome)["b"], "mixture/count": torch.full((3,), 1e6)}
+    with pytest.raises(WireError, match="no mixture"):  # a million draws are the most that a site can make us do
+        strategy.declares.checks(Update("b", many, 2**40))
     for part, value in (("count", -3.0), ("count", 2.5), ("count", 26.0), ("weight", -0.1), ("weight", 0.0)):
         sent = {name: tensor.clone() for name, tensor in _sent(outcome)["b"].items()}
         sent[f"mixture/{part}"][0] = value
-        with pytest.raises(TrainingError, match="site b sent what is no mixture"):
-            strategy.combine(start, [Update("b", sent, 25)], pieces.model.specs)
+        with pytest.raises(WireError, match="site b sent what is no mixture"):
+            strategy.declares.checks(Update("b", sent, 25))
     assert not outcome.shared["head.weight"].isnan().any()
     whole = strategy.combine(start, [Update("b", _sent(outcome)["b"], 25)], pieces.model.specs)
     assert bool(whole.shared["head.bias"].isfinite().all())
