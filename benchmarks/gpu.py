@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from consilium import config, results
+from consilium import config, surroundings
 from consilium.coordinator import Coordinator
 from consilium.data import Examples, SiteData
 from consilium.engines.simulate import Federation, Simulation, secrets_of
@@ -77,7 +77,7 @@ def measure(device: str, job: Mapping[str, Any]) -> dict[str, Any]:
     }
     product = matrix_rate(device, 8192 if compiled else 64)
     flops = flops_of_an_image(device, job)
-    found: dict[str, Any] = {"versions": results.versions(), "matrix product, FLOP/s": product, "FLOPs": flops}
+    found: dict[str, Any] = {"versions": surroundings.versions(), "matrix product, FLOP/s": product, "FLOPs": flops}
     if compiled:
         found |= {
             "device": torch.cuda.get_device_name(),

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import os
-import platform
-import resource
-import sys
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
-from consilium import __version__, checkpoint, keeping, members, metrics, registry, stage_results, stages
+from consilium import __version__, checkpoint, keeping, members, metrics, registry, stage_results, stages, surroundings
 from consilium.aggregation import ROBUST, cut_off
 from consilium.coordinator import drawn_sites
 from consilium.data import Examples, SiteData
@@ -31,7 +23,6 @@ from consilium.sealing import Seal, sealed
 from consilium.sites.federation import Federation
 from consilium.tensors import Tensors
 
-PACKAGES = ("torch", "torchvision", "timm", "safetensors", "numpy", "pandas", "pydantic")
 SPLITS = ("val", "test")
 
 
@@ -52,19 +43,21 @@ def close(folder: Path, experiment: Experiment, progress: Progress) -> None:
     models = experiment.strategy.deploy(progress.server.shared, stages.frozen(folder, experiment))
     if "global" in models and members.names(models["global"]) >= experiment.model.specs.keys():
         _save_adapter(folder / "adapters" / "global.safetensors", models["global"], experiment, "global")
+    checkpoint.write_json(folder / "summary.json", summary(progress))
+
+
+def summary(progress: Progress) -> dict[str, Any]:
+    """What a coordinator counted, and which round is served."""
     passes = {site: progress.passes.get(site, 0) for site in sorted(progress.server.sites)}
     worked = {site: progress.site_seconds.get(site, 0.0) for site in sorted(progress.server.sites)}
-    checkpoint.write_json(
-        folder / "summary.json",
-        {
-            "bytes": progress.ledger.summary(),
-            "image_passes": {"total": sum(passes.values()), "per_site": passes},
-            "seconds": progress.seconds,  # on the clock, also while references or other programs run beside
-            "site_seconds": {"total": sum(worked.values()), "per_site": worked},
-            "served_round": progress.server.round,
-            **({"chosen": progress.chosen} if progress.chosen else {}),
-        },
-    )
+    return {
+        "bytes": progress.ledger.summary(),
+        "image_passes": {"total": sum(passes.values()), "per_site": passes},
+        "seconds": progress.seconds,  # on the clock, also while references or other programs run beside
+        "site_seconds": {"total": sum(worked.values()), "per_site": worked},
+        "served_round": progress.server.round,
+        **({"chosen": progress.chosen} if progress.chosen else {}),
+    }
 
 
 def _save_adapter(path: Path, tensors: Tensors, experiment: Experiment, name: str, seal: Seal | None = None) -> None:
@@ -84,36 +77,14 @@ def write(out: Path, places: Sequence[stages.Place], federation: Federation, pla
     """Compute every number of result.json from the files of the run folder and write it. `places`: of every stage."""
     experiment = places[-1].experiment
     table = checkpoint.read_table(out / "predictions.parquet")
-    summary = checkpoint.read_json(out / "summary.json")
-    config, names = experiment.config, sorted(federation.sites)
-    up, down = both_ways(experiment)
+    counted, names = checkpoint.read_json(out / "summary.json"), sorted(federation.sites)
     result: dict[str, Any] = {
-        "schema_version": 1,
-        "name": config.name,
-        "consilium_version": __version__,
-        "seed": config.seed,
-        **{
-            key: checkpoint.read_json(out / "config.json")[key]
-            for key in ("config_hash", "agreement_hash", "split_hash", "data_digest", "versions")
-        },
-        "hardware": hardware(experiment),
-        "backbone": {
-            "name": experiment.backbone.name,
-            "digest": experiment.backbone.digest,
-            "licence": experiment.backbone.licence,
-            "preprocessing": vars(experiment.backbone.preprocessing),
-        },
-        "classes": list(federation.classes),
-        "parameters": parameters(experiment),
-        "site_parameters": site_parameters(experiment, names),
-        **summary,
-        "wire": {"up": wire(up, experiment.codec), "down": wire(down, experiment.codec)},
-        "kept_at_site": wire(keeping.kept(experiment, names)),
-        "numbers": numbers(experiment),
-        "peak_memory_bytes": peak_memory(),
-        "rounds": config.train.rounds,
+        **head(experiment, names, checkpoint.read_json(out / "config.json")),
+        **counted,
+        "hardware": surroundings.hardware(experiment.setting.device, experiment.config.engine),
+        "peak_memory_bytes": surroundings.peak_memory(),
         "sites": {name: site_table(data, federation.classes) for name, data in federation.sites.items()},
-        "warnings": [*warnings(experiment, federation), *never_drawn(summary["image_passes"]["per_site"])],
+        "warnings": [*warnings(experiment, federation), *never_drawn(counted["image_passes"]["per_site"])],
         "metrics": trees(table, experiment, names),
     }
     result |= _compared(out, experiment, federation, table, [name for name in plans if name in ("local", "pooled")])
@@ -122,6 +93,36 @@ def write(out: Path, places: Sequence[stages.Place], federation: Federation, pla
     if experiment.config.stages:
         result |= stage_results.summed(result, [_stage(place, names) for place in places])
     checkpoint.write_json(out / "result.json", metrics.without_nan(result))
+
+
+def head(
+    experiment: Experiment, names: Sequence[str], stored: Mapping[str, Any], remote: bool = False
+) -> dict[str, Any]:
+    """What every result says of its run, wherever it took place. `stored`: the run folder's config.json, whose versions
+    and digests are those that the run began with; `remote`: as for `numbers`."""
+    up, down = both_ways(experiment)
+    began = {"agreement_hash": experiment.handshake.agreement, "versions": surroundings.versions()}
+    return {
+        "schema_version": 1,
+        "name": experiment.config.name,
+        "consilium_version": __version__,
+        "seed": experiment.config.seed,
+        **began,
+        **{key: stored[key] for key in ("config_hash", "split_hash", "data_digest", *began) if key in stored},
+        "backbone": {
+            "name": experiment.backbone.name,
+            "digest": experiment.backbone.digest,
+            "licence": experiment.backbone.licence,
+            "preprocessing": vars(experiment.backbone.preprocessing),
+        },
+        "classes": list(experiment.task.classes),
+        "parameters": parameters(experiment),
+        "site_parameters": site_parameters(experiment, names),
+        "rounds": experiment.config.train.rounds,
+        "wire": {"up": wire(up, experiment.codec), "down": wire(down, experiment.codec)},
+        "kept_at_site": wire(keeping.kept(experiment, names)),
+        "numbers": numbers(experiment, remote),
+    }
 
 
 def _stage(place: stages.Place, names: Sequence[str]) -> dict[str, Any]:
@@ -305,15 +306,20 @@ def numbers(experiment: Experiment, remote: bool = False) -> list[dict[str, str]
 
 
 def warnings(experiment: Experiment, federation: Federation) -> list[str]:
-    """Sentences about the data, and about a federation in which nothing is shared, or all images are."""
-    found, strategy, declares = list(federation.warnings), experiment.config.strategy.name, experiment.strategy.declares
+    """Sentences about the data, and about the method."""
+    return [*federation.warnings, *about_method(experiment, list(federation.sites))]
+
+
+def about_method(experiment: Experiment, sites: Sequence[str]) -> list[str]:
+    """Sentences about a federation in which nothing is shared, or all images are, and keys without effect."""
+    found, strategy, declares = list[str](), experiment.config.strategy.name, experiment.strategy.declares
     if declares.pools_images:
         found.append(f"{strategy!r} trains on the images of all sites in one place, which only a simulation can do")
     if not any(declares.passes(number) for number in range(1, experiment.config.train.rounds + 1)):
         found.append(f"{strategy!r} trains nothing at the sites: of all keys of train, participation alone counts")
     if strategy != "local" and not both_ways(experiment)[0]:
         found.append(f"nothing is shared: with this tuner and head, {strategy!r} is every site training alone")
-    found += _not_robust(experiment, federation)
+    found += _not_robust(experiment, sites)
     prefixes = experiment.setting.prefixes()
     if prefixes is not None and prefixes.refused:
         found.append(
@@ -325,11 +331,11 @@ def warnings(experiment: Experiment, federation: Federation) -> list[str]:
     return found
 
 
-def _not_robust(experiment: Experiment, federation: Federation) -> list[str]:
+def _not_robust(experiment: Experiment, sites: Sequence[str]) -> list[str]:
     table, train = experiment.config.strategy, experiment.config.train
     options = registry.parse_options(registry.get("strategies", table.name), table.options())
     kind, trim = getattr(options, "aggregate", table.name), getattr(options, "trim", None) or 0.0
-    count = len(drawn_sites(train.participation, list(federation.sites), 0, 1)) if kind in ROBUST else 0
+    count = len(drawn_sites(train.participation, sites, 0, 1)) if kind in ROBUST else 0
     idle = count and not cut_off(kind, trim, count)
     return [f"{kind} of the {count} sites of a round leaves none out: it is their uniform mean"] if idle else []
 
@@ -353,48 +359,3 @@ def _split_table(examples: Examples, classes: Sequence[str]) -> dict[str, Any]:
         "groups": len(set(examples.groups.tolist())),
         "classes": {name: int(counts[at]) for at, name in enumerate(classes)},
     }
-
-
-def hardware(experiment: Experiment) -> dict[str, Any]:
-    """Where the run took place; of a GPU also the most bytes that this process held on it."""
-    device = experiment.setting.device
-    found: dict[str, Any] = {"device": device, "name": platform.processor() or platform.machine()}
-    if device.startswith("cuda"):
-        found |= {
-            "name": torch.cuda.get_device_name(device),
-            "peak_device_memory_bytes": torch.cuda.max_memory_allocated(device),
-        }
-    return {
-        **found,
-        "cores": os.cpu_count(),
-        "threads": experiment.config.engine.threads,
-        "workers": experiment.config.engine.workers,
-        "system": platform.platform(terse=True),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that can change a number."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "absent"
-    return found
-
-
-def peak_memory() -> int:
-    """Largest resident bytes of this process or of any worker, as the system counted them."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-
-
-@lru_cache(maxsize=1)
-def code_digest() -> str:
-    """Digest of this package's own source, so that results of different code are never taken for one another."""
-    root = Path(__file__).parent
-    total = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        total.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    return total.hexdigest()[:16]

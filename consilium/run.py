@@ -13,7 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from consilium import references, results, run_folder, stages
+from consilium import references, results, run_folder, stages, surroundings
 from consilium.config import Config, config_hash
 from consilium.coordinator import Coordinator
 from consilium.data import SiteData
@@ -109,9 +109,9 @@ def _identity(plan: Plan, prepared: sites.Federation) -> dict[str, object]:
         "config_hash": config_hash(plan.data.config, backbone.digest, backbone.preprocessing),
         "data_digest": prepared.data_digest,
         "split_hash": prepared.split_hash,
-        "code": results.code_digest(),
+        "code": surroundings.code_digest(),
         "device": plan.experiment.setting.device,
-        "versions": results.versions(),
+        "versions": surroundings.versions(),
         "state_key": plan.experiment.state_key_id,
     }
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from consilium import checkpoint, results, run_folder
+from consilium import checkpoint, results, run_folder, surroundings
 from consilium.config import config_hash
 from consilium.coordinator import Coordinator
 from consilium.deployment import files, outcome
@@ -108,7 +108,9 @@ def _opened(agreement: Agreement, pieces: Experiment, out: Path) -> str:
             "config_hash": hashed,
             "classes": agreement.classes,
         }
-        checkpoint.write_json(path, {**identity, **facts, "run": secrets.token_hex(8), "versions": results.versions()})
+        checkpoint.write_json(
+            path, {**identity, **facts, "run": secrets.token_hex(8), "versions": surroundings.versions()}
+        )
     stored = checkpoint.read_json(path)
     different = [key for key, value in identity.items() if stored.get(key) != value]
     if different:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from consilium import __version__, checkpoint, keeping, metrics, results
+from consilium import checkpoint, metrics, results, run_folder
 from consilium.experiment import Experiment
 from consilium.rounds import Progress
 
@@ -21,41 +21,30 @@ Tree = dict[str, Any]
 
 def write(out: Path, experiment: Experiment, progress: Progress, late: str) -> None:
     """result.json, then the global adapter and summary.json, which closes the run. `late`: the policy for replies."""
-    sites = sorted(progress.server.sites)
-    up, down = results.both_ways(experiment)
-    checkpoint.write_json(
-        out / "result.json",
-        {
-            "schema_version": 1,
-            "kind": "deployment",
-            "run": experiment.handshake.run,
-            "name": experiment.config.name,
-            "consilium_version": __version__,
-            "seed": experiment.config.seed,
-            "agreement_hash": experiment.handshake.agreement,
-            "versions": results.versions(),
-            "backbone": {"name": experiment.backbone.name, "digest": experiment.backbone.digest},
-            "classes": list(experiment.task.classes),
-            "parameters": results.parameters(experiment),
-            "rounds": experiment.config.train.rounds,
-            "num_examples": progress.num_examples,
-            "bytes": progress.ledger.summary(),
-            "wire": {"up": results.wire(up, experiment.codec), "down": results.wire(down, experiment.codec)},
-            "kept_at_site": results.wire(keeping.kept(experiment, sites)),
-            "numbers": results.numbers(experiment, remote=True),
-            "late": {"policy": late, "counted": counted(out)},
-            "untested": [site for site in sites if progress.tested.get(site) is None],
-            "metrics": {
-                split: {site: tree[split] for site, tree in sorted(progress.tested.items()) if tree}
-                for split in results.SPLITS
-            },
-            "over_sites": {split: over_sites(progress.tested, split) for split in results.SPLITS},
+    sites, tested = sorted(progress.server.sites), progress.tested
+    counted = results.summary(progress)
+    result: Tree = {
+        "kind": "deployment",
+        "run": experiment.handshake.run,
+        **results.head(experiment, sites, checkpoint.read_json(out / run_folder.CONFIG), remote=True),
+        **counted,
+        "num_examples": progress.num_examples,
+        "late": {"policy": late, "counted": late_replies(out)},
+        "warnings": [
+            *results.about_method(experiment, sites),
+            *results.never_drawn(counted["image_passes"]["per_site"]),
+        ],
+        "untested": [site for site in sites if tested.get(site) is None],
+        "metrics": {
+            split: {site: tree[split] for site, tree in sorted(tested.items()) if tree} for split in results.SPLITS
         },
-    )
+        "over_sites": {split: over_sites(tested, split) for split in results.SPLITS},
+    }
+    checkpoint.write_json(out / "result.json", metrics.without_nan(result))
     results.close(out, experiment, progress)
 
 
-def counted(out: Path) -> dict[str, list[int]]:
+def late_replies(out: Path) -> dict[str, list[int]]:
     """site -> rounds in which its reply to the round before counted."""
     found: dict[str, list[int]] = {}
     for line in (out / "events.jsonl").read_text(encoding="utf-8").splitlines():

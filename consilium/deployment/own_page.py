@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from consilium import __version__, checkpoint, keeping, results
+from consilium import checkpoint, results
 from consilium.deployment import files
 from consilium.deployment.files import SiteFile
 from consilium.deployment.journal import Journal
@@ -46,25 +46,12 @@ def _result(own: SiteFile, site: Site, run: str) -> Tree:
     experiment, name = site.experiment, own.name
     table = pd.read_parquet(site.folder / run / PREDICTIONS)
     journal = _journal(own.folder, run)
-    up, down = results.both_ways(experiment)
     ways = {way: sum(visit[key] for visit in journal["visits"]) for way, key in (("up", "left"), ("down", "came_in"))}
     return {
-        "schema_version": 1,
         "kind": "site",
         "run": run,
-        "name": experiment.config.name,
-        "consilium_version": __version__,
-        "versions": results.versions(),
-        "seed": experiment.config.seed,
-        "agreement_hash": experiment.handshake.agreement,
-        "backbone": {"name": experiment.backbone.name, "digest": experiment.backbone.digest},
-        "classes": list(experiment.task.classes),
-        "parameters": results.parameters(experiment),
-        "rounds": experiment.config.train.rounds,
+        **results.head(experiment, [name], {}, remote=True),
         "bytes": {way: {"total": total, "per_site": {name: total}} for way, total in ways.items()},
-        "wire": {"up": results.wire(up, experiment.codec), "down": results.wire(down, experiment.codec)},
-        "kept_at_site": results.wire(keeping.kept(experiment, [name])),
-        "numbers": results.numbers(experiment, remote=True),
         "sites": {name: results.site_table(site.data, experiment.task.classes)},
         "metrics": results.trees(table, experiment, [name]),
         "journal": journal,

@@ -17,13 +17,14 @@ class Sent(Plain):
     metrics: dict[str, dict[str, dict[str, dict[str, Value]]]] = Field(default_factory=dict)
     num_examples: dict[str, int] = Field(default_factory=dict)
     untested: list[str] = Field(default_factory=list)
+    warnings: list[str] = Field(default_factory=list)
 
     def told(self) -> dict[str, Any]:
         """The same as a simulation says it, with nothing pooled over images."""
         trees = {split: _by_model(sites) for split, sites in self.metrics.items()}
         away = [f"{site} was away at the end: its test images were not read" for site in self.untested]
         sizes = {site: {"train": {"n": n}, **self._tested(site)} for site, n in sorted(self.num_examples.items())}
-        return {"metrics": trees, "sites": sizes, "warnings": away}
+        return {"metrics": trees, "sites": sizes, "warnings": [*self.warnings, *away]}
 
     def _tested(self, site: str) -> dict[str, dict[str, int]]:
         """The most images that any of a site's numbers comes from."""

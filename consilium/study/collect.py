@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from consilium import __version__, checkpoint, registry, results
+from consilium import __version__, checkpoint, registry, results, surroundings
 from consilium.config import Config
 from consilium.study import chosen
 from consilium.study.axes import Label
@@ -143,8 +143,8 @@ class Collection:
             "schema_version": 1,
             "name": plan.study.name,
             "consilium_version": __version__,
-            "code": results.code_digest(),
-            "versions": results.versions(),
+            "code": surroundings.code_digest(),
+            "versions": surroundings.versions(),
             "hardware": {"cores": os.cpu_count(), "system": platform.platform(terse=True)},
             "notes": list(plan.study.notes),
             "warnings": list(self.warnings),

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from consilium import check, references, registry, results, run, stages
+from consilium import check, references, registry, results, run, stages, surroundings
 from consilium.config import Config, config_hash
 from consilium.coordinator import predicted_passes
 from consilium.engines import stacked
@@ -162,9 +162,9 @@ def _identity(data: Federation, device: str) -> dict[str, Any]:
     return {
         "data_digest": data.data_digest,
         "split_hash": data.split_hash,
-        "code": results.code_digest(),
+        "code": surroundings.code_digest(),
         "device": device,
-        "versions": results.versions(),
+        "versions": surroundings.versions(),
     }
 
 

@@ -75,9 +75,9 @@ def _logged(path: Path) -> Iterator[None]:
 
 def _check_code(task: Task) -> None:
     """Runs of different code are no study; this process may have started after the package was changed."""
-    from consilium import results
+    from consilium import surroundings
 
-    here = {"code": results.code_digest(), "versions": results.versions()}
+    here = {"code": surroundings.code_digest(), "versions": surroundings.versions()}
     different = [key for key, value in here.items() if task.identity[key] != value]
     if different:
         remedy = "leave the installation alone while a study runs, and have the same one on every machine"

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from consilium import checkpoint, results, run, run_folder
+from consilium import checkpoint, results, run, run_folder, surroundings
 from consilium.config import Config, from_dict
 from consilium.config_unseen import UnseenConfig
 from consilium.errors import ConfigError, StateError
@@ -33,7 +33,7 @@ def unseen(folder: Path, changes: Mapping[str, Any] | None = None, display: Disp
     config = _config(stored, changes or {}, folder)
     with run_folder.claimed(folder, resume=True):
         before, wanted = previous(folder / RESULT), config.unseen.model_dump(mode="json") if config.unseen else None
-        if before and (before["options"], before["code"]) == (wanted, results.code_digest()):
+        if before and (before["options"], before["code"]) == (wanted, surroundings.code_digest()):
             return folder / RESULT
         prepared = run.prepare(config, show)
         here = {"data_digest": prepared.data_digest, "split_hash": prepared.split_hash}

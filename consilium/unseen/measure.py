@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from consilium import checkpoint, metrics, references, results, rounds
+from consilium import checkpoint, metrics, references, rounds, surroundings
 from consilium.config import Config
 from consilium.config_unseen import UnseenConfig
 from consilium.data import SiteData
@@ -221,7 +221,7 @@ def _not_measured(zero: pd.DataFrame, guest: Guest) -> str:
 
 def _key(experiment: Experiment, options: UnseenConfig) -> str:
     """Of all that the files of jobs depend on beside the run."""
-    code, versions = results.code_digest(), results.versions()
+    code, versions = surroundings.code_digest(), surroundings.versions()
     text = json.dumps([options.model_dump(mode="json"), experiment.handshake.agreement, code, versions], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -234,7 +234,7 @@ def _about(out: Path, experiment: Experiment, guests: Sequence[Guest], options: 
     return {
         "schema_version": 1,
         **{key: stored[key] for key in ("config_hash", "data_digest", "split_hash")},
-        "code": results.code_digest(),
+        "code": surroundings.code_digest(),
         "options": options.model_dump(mode="json"),
         "earlier": _earlier(out / RESULT, options),
         "trains": {"way": first.way, "what": SAID.get(first.way, ALONE), **_trained(first)},

@@ -292,6 +292,7 @@ def test_each_tensor_has_a_version_of_its_own(tmp_path: Path) -> None:
 def test_a_codec_without_work_is_said_and_feedback_without_a_codec_refused() -> None:
     class Nothing:
         warnings: tuple[str, ...] = ()
+        sites: tuple[str, ...] = ()
 
     found = [results.warnings(federation.assemble(_settings(name)), Nothing()) for name in ("local", "fedavg")]  # type: ignore[arg-type]
     assert ["changes nothing" in " ".join(each) for each in found] == [True, False]

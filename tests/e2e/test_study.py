@@ -185,7 +185,7 @@ def test_runs_of_another_version_are_made_again_unless_they_are_to_be_kept(
     copied: Path, consilium: processes.Parent
 ) -> None:
     words = [*words_of(copied), "--set", "exclude=[{strategy='fedit'}, {tuner='lora'}]"]
-    older = "from consilium import results\nresults.versions = lambda: {'torch': 'older'}\n"
+    older = "from consilium import surroundings\nsurroundings.versions = lambda: {'torch': 'older'}\n"
     kept = consilium(*words, "--keep-old", hook=older)
     said: dict[str, Any] = json.loads(kept.stdout)
     assert (said["done"], kept.code) == (1, 0)

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
-from consilium import checkpoint, results
+from consilium import checkpoint, results, surroundings
 from consilium.data import Examples, SiteData
 from consilium.errors import StateError
 from consilium.messages import Reply
@@ -98,7 +98,7 @@ def test_every_number_that_leaves_a_site_is_declared(tmp_path: Path, counts: str
 )
 def test_a_federation_that_shares_nothing_is_warned_of(strategy: str, tuner: str, alone: int) -> None:
     pieces = federation.assemble(federation.configure(strategy={"name": strategy}, tuner=[{"name": tuner}]))
-    found = results.warnings(pieces, SimpleNamespace(warnings=("about data",)))
+    found = results.warnings(pieces, SimpleNamespace(warnings=("about data",), sites={}))
     assert found[0] == "about data"
     assert len([text for text in found if "nothing is shared" in text]) == alone == len(found) - 1
 
@@ -135,29 +135,29 @@ def test_the_global_adapter_of_a_changed_base_is_kept(tmp_path: Path) -> None:
 
 
 def test_versions_and_memory_are_those_of_this_process() -> None:
-    assert results.versions()["torch"] == torch.__version__.split("+")[0] or results.versions()["torch"]
-    assert results.versions()["python"].startswith("3.")
+    assert surroundings.versions()["torch"] == torch.__version__.split("+")[0] or surroundings.versions()["torch"]
+    assert surroundings.versions()["python"].startswith("3.")
     held = np.ones(40_000_000)
-    assert results.peak_memory() > held.nbytes
+    assert surroundings.peak_memory() > held.nbytes
 
 
 def test_a_gpu_is_named_with_the_memory_that_was_held_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = federation.assemble(federation.configure())
-    assert "peak_device_memory_bytes" not in results.hardware(pieces)
+    assert "peak_device_memory_bytes" not in surroundings.hardware(pieces.setting.device, pieces.config.engine)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU, {device}")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 5)
     moved = dataclasses.replace(pieces, setting=dataclasses.replace(pieces.setting, device="cuda:1"))
-    found = results.hardware(moved)
+    found = surroundings.hardware(moved.setting.device, moved.config.engine)
     assert (found["name"], found["peak_device_memory_bytes"]) == ("a GPU, cuda:1", 5)
 
 
 def test_other_code_has_another_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def digest_at(folder: Path) -> str:
-        results.code_digest.cache_clear()
-        monkeypatch.setattr(results, "__file__", str(folder / "results.py"))
-        return results.code_digest()
+        surroundings.code_digest.cache_clear()
+        monkeypatch.setattr(surroundings, "__file__", str(folder / "surroundings.py"))
+        return surroundings.code_digest()
 
-    here = Path(results.__file__).parent
+    here = Path(surroundings.__file__).parent
     shutil.copytree(here, tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
     try:
         same = digest_at(here)
@@ -167,7 +167,7 @@ def test_other_code_has_another_digest(tmp_path: Path, monkeypatch: pytest.Monke
         (tmp_path / "copy" / "tensors.py").rename(tmp_path / "copy" / "tensor.py")
         assert digest_at(tmp_path / "copy") != same
     finally:
-        results.code_digest.cache_clear()
+        surroundings.code_digest.cache_clear()
 
 
 def test_a_report_that_cannot_be_written_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
