@@ -17,6 +17,7 @@ it: then it stands for the site's reply to the question that is open, and the si
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ from consilium.engines import relay
 if TYPE_CHECKING:
     from consilium.protocols import Failure
 
-AT_ONCE = 8  # replies that are fetched together, so that they do not pile up
+MOMENT = 3.0  # seconds for a reply to be fetched, before others are looked at
 AGAIN = 15.0  # seconds before a node that failed is asked again
 SLACK = 60.0  # seconds that a coordinator may take between two rounds: no reply that it waits for expires meanwhile
 SOCKET = "consilium-socket"  # key of the node's own configuration
@@ -165,6 +166,8 @@ class Transport:
     sleep: Callable[[float], None] = time.sleep
     late: dict[str, Sent] = field(default_factory=dict)  # by message, of rounds that were closed without it
     links: dict[str, Link] = field(default_factory=dict)  # of sites that were connected at the last look
+    pulls: list[_Pull] = field(default_factory=list)  # that have not ended yet
+    aside: list[Message] = field(default_factory=list)  # what they brought, and nobody has asked for in this look
     expected: frozenset[str] = frozenset()  # sites whose late reply may stand for that to the next question
 
     def sites(self) -> tuple[str, ...]:
@@ -189,6 +192,7 @@ class Transport:
 
     def look(self) -> None:
         """Note which sites are connected now, and since when."""
+        self.aside.clear()
         site_of = {key: site for site, key in self.keys.items()}
         try:
             nodes = [(_known_key(bytes(node.public_key)), node) for node in self.grid.get_nodes()]
@@ -198,15 +202,26 @@ class Transport:
         self.links = {site_of[key]: Link(node.node_id, node.last_activated_at) for key, node in nodes if key in site_of}
 
     def pulled(self, ids: Iterable[str]) -> Iterator[Message]:
-        """What came back for these requests, a few at a time; what Flower cannot give now it may give the next time."""
-        waiting = list(ids)
-        for start in range(0, len(waiting), AT_ONCE):
-            try:
-                found = list(self.grid.pull_messages(waiting[start : start + AT_ONCE]))
-            except Exception as error:
-                self.stumbled("pull", error)
+        """What came back for these requests, one by one; what Flower cannot give now it may give the next time."""
+        wanted = frozenset(ids)
+        for name in sorted(wanted):
+            pull = _Pull(self.grid, name)
+            self.pulls.append(pull)
+            pull.join(MOMENT)
+            yield from self._came(wanted)
+            if pull.error is not None:
                 return
-            yield from found
+
+    def _came(self, wanted: frozenset[str]) -> Iterator[Message]:
+        """What pulls that have ended brought for these requests; what they brought for others is kept for one look."""
+        for pull in [each for each in self.pulls if not each.is_alive()]:
+            self.pulls.remove(pull)
+            if pull.error is not None:
+                self.stumbled("pull", pull.error)
+            self.aside += pull.found
+        found = [each for each in self.aside if each.metadata.reply_to_message_id in wanted]
+        self.aside = [each for each in self.aside if each.metadata.reply_to_message_id not in wanted]
+        yield from found
 
     def stumbled(self, doing: str, error: Exception) -> None:
         """A fault of Flower's ends no run: it is said, and the next look tries again, as long as the round is open."""
@@ -235,6 +250,25 @@ class Transport:
             if is_lost(sent):
                 del self.late[name]
                 self.tell({"event": "late", "site": sent.site, "policy": "given up", "message": why})
+
+
+class _Pull(threading.Thread):
+    """The reply to a request, if it is there. Flower waits for the rest of one that is still on its way, three minutes
+    where it was cut in the midst: alone in a call of its own, it keeps no other one waiting."""
+
+    def __init__(self, grid: Grid, name: str) -> None:
+        super().__init__(daemon=True)
+        self.grid, self.message = grid, name
+        self.found: list[Message] = []
+        self.error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        """As a thread."""
+        try:
+            self.found = list(self.grid.pull_messages([self.message]))
+        except Exception as error:
+            self.error = error
 
 
 def read(message: Message) -> bytes | str:

@@ -22,7 +22,6 @@ from tests.faults.spaces import COORDINATOR, apart, inside
 
 LONG = {"deadline": 400.0}  # seconds: Flower gives a node up after one minute, and refuses it for one more
 PATIENCE = 500.0
-HALF_SENT = 180.0  # seconds in which Flower waits for the rest of a reply, and lets the coordinator wait
 HEARTBEATS = 60.0  # seconds without one after which Flower gives a node up
 
 
@@ -157,7 +156,7 @@ def dead_line(folder: Path, lost: Lost, kind: str, length: str) -> None:
         mark.unlink()
         made.wait(lambda: log.read_text().count("Connection attempt failed") > before, "the node to notice")
         if length == "longer":
-            made.wait(lambda: given_up(made), "the link to give it up", HALF_SENT + 2 * HEARTBEATS)
+            made.wait(lambda: given_up(made), "the link to give it up", 2 * HEARTBEATS)
         cables["prairie"].mend(kind)
         assert_nothing_lost(made, folder / "here")
         lost.after()
