@@ -60,6 +60,7 @@ def terms(folder: Path, digest: str | None = None) -> dict[str, Any]:
         "backbone": {"name": pieces.backbone.name, "digest": pieces.handshake.backbone},
         "task": {"name": config.task.name, "classes": list(pieces.task.classes)},
         "method": {"tuner": [table.name for table in config.tuner], "strategy": config.strategy.name},
+        "sites": list(files.deployment(folder).sites),
         "rounds": config.train.rounds,
         "each_round": _work(config.train),
         "looks_at_single_updates": pieces.strategy.declares.needs_individual_updates,

@@ -34,7 +34,7 @@ def newest(states: Path) -> str:
 def write(own: SiteFile, site: Site, run: str) -> Path:
     """The page of one run; StateError where it has not ended here, or a file of it cannot be read."""
     state, page = site.folder / run, own.folder / files.PAGE
-    if not (state / PREDICTIONS).is_file():
+    if Path(run).name != run or not (state / PREDICTIONS).is_file():  # the coordinator names runs: no way out of here
         raise StateError("this run has not ended here", where=str(state), remedy="the page is made at its end")
     checkpoint.write_json(state / "config.json", {"config": own.config.to_dict()})
     checkpoint.write_json(state / "result.json", without_nan(_result(own, site, run)))

@@ -17,8 +17,8 @@ import torch
 pytest.importorskip("flwr")
 
 from consilium import listing, seeds
+from consilium.deployment import files, hospital
 from consilium.deployment import gate as gating
-from consilium.deployment import hospital
 from consilium.deployment.gate import Gate, GateConfig
 from consilium.deployment.guard import Guard
 from consilium.deployment.journal import JOURNAL, Journal, table
@@ -171,6 +171,24 @@ def test_a_name_cannot_be_guessed_from_what_a_failure_sends(tmp_path: Path) -> N
     assert len(said) == 3
     assert hashlib.sha256(text.encode()).hexdigest()[:16] not in str(said)
     assert {unseal(tmp_path, each) for each in said} == {text}
+
+
+def test_a_run_is_named_after_no_other_folder(apart: Apart, tmp_path: Path) -> None:
+    """At the end the site's page is made in the run's folder: `run` must not lead to another one."""
+    asked, _ = _finished(apart, "alpine")
+    ended = apart.resident("alpine").site.folder / envelope_of(asked)["handshake"]["run"]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "predictions.parquet").write_bytes((ended / "predictions.parquet").read_bytes())
+    here = Hospital(apart, tmp_path / "site")
+    own, told = files.read_site(apart.at("alpine")), list[Any]()
+    for name in (str(elsewhere), "../../elsewhere", f"x/../{ended.name}"):
+        assert here.ask("finish", 3, run=name, metrics=True) is None
+        request = Request("finish", "alpine", 3, 0, replace(here.site.experiment.handshake, run=name))
+        data = encode(request, here.site.experiment.wire("down", 3))
+        hospital._end(own, here.site, data, here.guard.answer(data), told.append)
+        assert "has not ended here" in str(told.pop())
+    assert [path.name for path in elsewhere.iterdir()] == ["predictions.parquet"]
 
 
 # ------------------------------------------------------------------------------------------------ few images
