@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 MOMENT = 3.0  # seconds for a reply to be fetched, before others are looked at
 AGAIN = 15.0  # seconds before a node that failed is asked again
-SLACK = 60.0  # seconds that a coordinator may take between two rounds: no reply that it waits for expires meanwhile
+SLACK = 60.0  # seconds at most that a coordinator may take between two rounds, in which no awaited reply expires
 SOCKET = "consilium-socket"  # key of the node's own configuration
 Tell = Callable[[Mapping[str, object]], None]
 
@@ -340,8 +340,9 @@ class _Asked:
 
     def _ask(self, site: str, link: Link) -> None:
         content, transport = pack(self.requests[site]), self.transport
-        until = self.end + transport.deadline + transport.grace
-        ttl = until - transport.clock() + SLACK
+        span = transport.deadline + transport.grace
+        until = self.end + span
+        ttl = until - transport.clock() + min(SLACK, span)
         try:
             message = Message(content, link.node, MessageType.TRAIN, ttl=ttl)
             pushed = next(iter(transport.grid.push_messages([message])), None)

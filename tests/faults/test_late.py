@@ -22,7 +22,7 @@ handle = Site.handle
 def slowly(self, data):
     fields = envelope_of(data)
     mark = pathlib.Path({mark!r} + str(fields["round"]))
-    while fields["kind"] == "round" and fields["round"] in (1, 3) and not mark.exists():
+    while fields["kind"] == "round" and fields["round"] in {rounds} and not mark.exists():
         time.sleep(0.1)
     return handle(self, data)
 Site.handle = slowly
@@ -36,7 +36,7 @@ def test_a_slow_sites_replies_count_in_the_rounds_after_their_own(tmp_path: Path
     with loopback(begun(tmp_path / "there"), strategy="fedper", rounds=5, deadline=25, grace=2, change=change) as made:
         made.link()
         mark = tmp_path / "done"
-        made.join_all({"prairie": OVERDUE.format(mark=str(mark))})
+        made.join_all({"prairie": OVERDUE.format(mark=str(mark), rounds=(1, 3))})
         made.submit()
         for number in (1, 3):
             made.wait(lambda number=number: made.quick().get("closed") == number, f"round {number}")  # type: ignore[misc]
@@ -57,3 +57,34 @@ def test_a_slow_sites_replies_count_in_the_rounds_after_their_own(tmp_path: Path
         assert_same(made, simulated(made, tmp_path / "here", late={"prairie": (1, 3)}))
         assert_journals_whole(made)
         lost.after(rounds=range(1, 6))
+
+
+@pytest.mark.faults
+def test_a_reply_that_comes_when_flower_takes_it_no_more_costs_the_site_nothing_else(
+    tmp_path: Path, lost: Lost
+) -> None:
+    """It is at work on round 1 until that request has been given up, and its time at Flower is over."""
+    with loopback(begun(tmp_path / "there"), rounds=12, deadline=14, grace=1) as made:
+        made.link()
+        mark = tmp_path / "done"
+        made.join_all({"prairie": OVERDUE.format(mark=str(mark), rounds=(1,))})
+        made.submit()
+        made.wait(lambda: (made.quick().get("closed") or 0) >= 4, "round 4")
+        lost.before(made, "reply refused by Flower, as its time was over")
+        Path(f"{mark}1").touch()
+        assert made.ended()["state"] == "finished", made.told()
+        gone = missed(made, "prairie")
+        assert gone[:4] == [1, 2, 3, 4]
+        assert len(gone) < 12, "it never came back"
+        assert made.rounds()[-1]["sites"]["prairie"]["status"] == "ok"
+        policies = [each["policy"] for each in made.log() if each["event"] == "late"]
+        assert policies[0] == "given up"
+        asked = [
+            int(line.split("round=")[1].split()[0])
+            for line in made.output("prairie").splitlines()
+            if "asked kind=round" in line
+        ]
+        assert asked[0] == 1
+        assert sum(number in gone for number in asked) <= 4, "closed rounds queued up"
+        assert_same(made, simulated(made, tmp_path / "here", {"prairie": gone}))
+        lost.after(rounds=range(1, 13))
