@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from consilium import config_file, config_stages, paths, registry, seeds
 from consilium.config_engine import EngineConfig
@@ -29,7 +29,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 
 
-class _Member(BaseModel):
+class _Member(registry.Table):
     """A table whose `name` picks a registered member; all further keys are that member's options."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -205,7 +205,7 @@ class StageConfig(Options):
     evaluation: SelectionConfig = SelectionConfig()
 
 
-class Config(BaseModel):
+class Config(registry.Table):
     """A run as a value."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

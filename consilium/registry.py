@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
 from consilium.errors import ConfigError
@@ -31,7 +31,30 @@ _PACKAGES: Mapping[Kind, str] = {
 }
 
 
-class Options(BaseModel):
+class Table(BaseModel):
+    """Base of all that a configuration may hold. `true` is a number to Python and to pydantic; here it is none."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        if _has_truth(value) and not _takes_truth(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError("true and false are no numbers and no text")
+        return value
+
+
+def _has_truth(value: object) -> bool:
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return isinstance(value, bool) or any(map(_has_truth, inner))
+
+
+def _takes_truth(annotation: object) -> bool:
+    """A model takes what its own keys take, and looks at them itself."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return True
+    return annotation in (bool, object, Any) or any(map(_takes_truth, get_args(annotation)))
+
+
+class Options(Table):
     """Base of every member's options: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
