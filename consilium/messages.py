@@ -204,7 +204,8 @@ def decode_reply(data: bytes | Opened, allowed: Specs) -> Reply:
     fields, failure = opened.fields, opened.fields.get("failure")
     where = f"receiving from site {fields.get('site')}, round {fields.get('round')}"
     tensors = payload.loads(opened.payload, allowed, where)
-    reply: Reply = _build(Reply, {**fields, "failure": failure and _build(Failure, failure)}, tensors)
+    told = None if failure is None else _build(Failure, failure)
+    reply: Reply = _build(Reply, {**fields, "failure": told}, tensors)
     _check_envelope(reply)
     check(reply.tensors, allowed, where)
     return reply

@@ -34,6 +34,7 @@ def start(folder: Path, show: Show, until: Callable[[], None]) -> None:
         show(event)
 
     address = meeting.address
+    processes.await_port(address)
     if damaged := processes.set_aside(folder.resolve()):
         text = f"the SuperLink's database could not be read and is now {damaged.name}; a new one is made"
         tell({"event": "warning", "text": text})

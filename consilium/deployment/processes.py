@@ -18,6 +18,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from datetime import UTC, datetime
@@ -157,6 +158,25 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def await_port(address: str, patience: float = 60.0) -> None:
+    """Wait until nobody listens on the port of an address, as a SuperLink that is just ending does; StateError where
+    somebody stays: what answers there would be taken for the SuperLink that is to be started."""
+    port, end = int(address.rpartition(":")[2]), time.monotonic() + patience
+    while True:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("0.0.0.0", port))
+                return
+            except OSError as error:
+                if time.monotonic() >= end:
+                    remedy = "stop what listens there, as another `coordinator start`, or agree on another address"
+                    raise StateError(
+                        "the port is not free", where=f"port {port}", received=error.strerror, remedy=remedy
+                    ) from error
+        time.sleep(1.0)
 
 
 class Supervised:

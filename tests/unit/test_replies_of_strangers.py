@@ -7,6 +7,7 @@ import json
 import math
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,18 @@ import pytest
 pytest.importorskip("flwr")
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
 
 from consilium.deployment import board, files, office
 from consilium.engines import flower
 from consilium.errors import ConfigError, WireError
-from consilium.messages import check_numbers, envelope_of, open_message, plain
+from consilium.messages import check_numbers, decode_reply, envelope_of, open_message, plain
+from consilium.protocols import Failure
 from tests.flower_double import LocalGrid, Node
 from tests.hospitals_apart import FEDERATION, Apart, made
 
+_nested = lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)  # noqa: E731
 ROUND = {"loss": 1.0, "num_steps": 2, "image_passes": 9, "seconds": 0.5, "val": {"incoming": {}, "outgoing": {}}}
 FINISH = {"image_passes": 0, "seconds": 0.0, "models": ["personal"], "metrics": {"val": {}, "test": {}}}
 VALUE = {"value": 0.5, "low": None, "high": None, "n": 9}
@@ -95,6 +100,33 @@ def test_words_of_a_stranger_are_one_plain_line() -> None:
     assert plain(said) == "fine alpine done [2J txt"
     assert len(plain("x" * 5000)) == 1000
     assert plain("naïve Bayes, für alle: 3 % < 4") == "naïve Bayes, für alle: 3 % < 4"
+
+
+@pytest.mark.parametrize("failure", [0, 0.0, "", [], {}, False, True, "text", ["site"], {"site": "a"}], ids=str)
+def test_a_failure_is_whole_or_there_is_none(failure: object) -> None:
+    with pytest.raises(WireError, match="other fields than expected"):
+        decode_reply(_message({"site": "a", "round": 1, "num_examples": 1, "numbers": {}, "failure": failure}), {})
+
+
+def _message(fields: object, rest: bytes = b"") -> bytes:
+    text = json.dumps(fields).encode()
+    body = struct.pack("<Q", len(text)) + text + rest
+    return hashlib.sha256(body).digest() + body
+
+
+@given(
+    st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3), _nested, max_leaves=4)
+)
+def test_whatever_stands_in_a_field_is_read_or_refused(value: object) -> None:
+    whole = {"site": "a", "round": 1, "num_examples": 1, "numbers": {}, "failure": None}
+    for key in whole:
+        with suppress(WireError):
+            reply = decode_reply(_message({**whole, key: value}), {})
+            assert reply.failure is None or isinstance(reply.failure, Failure)
+            for kind, numbers in (("round", ROUND), ("finish", FINISH)):
+                for name in numbers:
+                    with suppress(WireError):
+                        check_numbers(kind, {**numbers, name: value}, 0)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------ a whole run of it

@@ -1,7 +1,8 @@
-"""Folders with odd names, in Flower's words and files; addresses that its server does not listen on."""
+"""Folders with odd names, in Flower's words and files; addresses and ports that its server cannot have."""
 
 from __future__ import annotations
 
+import socket
 import tomllib
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from flwr.common.config import parse_config_args
 
 from consilium.deployment import processes
 from consilium.deployment.files import Deployment
+from consilium.errors import StateError
 
 NAMES = [
     "plain",
@@ -38,6 +40,16 @@ def test_flower_reads_the_path_that_was_meant(tmp_path: Path, name: str) -> None
     table = tomllib.loads((folder / processes.HOME / "config.toml").read_text(encoding="utf-8"))
     (connection,) = (each for each in table["superlink"].values() if isinstance(each, dict))
     assert connection["root-certificates"] == str(folder / "keys" / processes.CA)
+
+
+def test_a_port_that_somebody_else_has_is_named_and_not_taken_for_ours() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        other.listen()
+        with pytest.raises(StateError, match=r"the port is not free(.|\n)*coordinator start"):
+            processes.await_port(address, patience=0)
+    processes.await_port(address, patience=0)
 
 
 @pytest.mark.parametrize("address", ["[::1]:9092", "::1:9092", "[2001:db8::7]:443"])
