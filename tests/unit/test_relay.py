@@ -179,3 +179,21 @@ def test_a_socket_that_a_killed_service_left_is_taken_over(tmp_path: Path) -> No
         dead.bind(str(folder / "relay"))
     with relay.Listener(folder / "relay", lambda data: data) as listener:
         assert relay.ask(listener.path, b"alive") == b"alive"
+
+
+def test_a_request_that_says_it_is_too_long_is_not_read(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def answer(data: bytes) -> bytes:
+        asked.append(len(data))
+        return data
+
+    with relay.Listener(tmp_path / "own" / "site", answer, largest=100):
+        for length in (101, 1 << 34, (1 << 64) - 1):
+            with socket.socket(socket.AF_UNIX) as caller:
+                caller.settimeout(60)
+                caller.connect(str(tmp_path / "own" / "site"))
+                caller.sendall(struct.pack("<Q", length))
+                assert caller.recv(1) == b"", "hung up without waiting for the rest"
+        assert relay.ask(tmp_path / "own" / "site", b"x" * 100) == b"x" * 100
+    assert asked == [100]
