@@ -65,6 +65,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, (ConfigError, DataError, BackboneError)) else 1)
+    except OSError as error:  # of a file or a port: who typed the verb can mend it
+        if debug:
+            raise
+        print(f"error: {_of_system(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _of_system(error: OSError) -> ConsiliumError:
+    remedy = "is it the right user, folder or port, and is there room? --debug shows at which line of the code"
+    return ConsiliumError(error.strerror or str(error), where=error.filename, remedy=remedy)
 
 
 def _debug(words: list[str]) -> tuple[list[str], bool]:

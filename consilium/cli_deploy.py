@@ -7,6 +7,7 @@ be used, 3 still going on.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -224,6 +225,8 @@ def enrol(
     from consilium.deployment import office
 
     print(f"{name}: {office.enrol(folder, name, key)}")
+    if others := office.twins(folder, name):
+        print(f"warning: {', '.join(others)} has the same key: no run begins before each has its own", file=sys.stderr)
 
 
 Wait = Annotated[bool, typer.Option("--wait", help="Watch the run to its end; the exit code says how it ended.")]
@@ -260,6 +263,8 @@ def status(
     """How the run and every site stand; exit code 0 finished, 1 failed, stopped or died, 3 going on."""
     from consilium.deployment import office
 
+    if json + follow + (page is not None) > 1:
+        raise typer.BadParameter("--json, --follow and --page: one of them at a time")
     if page is not None:
         from consilium.deployment import page as browser
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from consilium import checkpoint
+from consilium.deployment import files
 from consilium.deployment.log import now
 from consilium.errors import ConfigError, StateError
 
@@ -25,13 +26,20 @@ def history(folder: Path) -> list[Row]:
     path = folder / APPROVALS
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        rows = [json.loads(line) for line in lines]
     except (OSError, ValueError) as error:
         raise _unreadable(path, str(error)) from error
+    rows = [_row(line) for line in lines]
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict) or row.keys() != _KEYS or row["word"] not in (APPROVED, WITHDRAWN):
             raise _unreadable(path, f"line {number} is no approval")
     return rows
+
+
+def _row(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def standing(folder: Path) -> dict[str, Row]:
@@ -48,6 +56,7 @@ def approve(folder: Path, agreement: str, by: str) -> Mapping[str, Any]:
 
 def withdraw(folder: Path, by: str, digest: str | None = None) -> Mapping[str, Any]:
     """Take back an approval: the only one there is, or that of the agreement whose digest begins so."""
+    files.check_digest(digest)
     approved = [agreement for agreement, row in standing(folder).items() if row["word"] == APPROVED]
     if not approved:
         remedy = "consilium site approvals lists what was said; to take part no longer, stop the site's services"

@@ -35,6 +35,7 @@ _HOST = re.compile(
     r"[A-Za-z0-9]([A-Za-z0-9._-]{0,252}[A-Za-z0-9])?"
 )  # also a name in a certificate, a word of a command
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # also a system's service, a host's user, a word of a script
+_DIGEST = re.compile(r"[0-9a-f]{4,64}")
 T = TypeVar("T", bound=Options)
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -104,7 +105,7 @@ class SiteFile:
 
 def read(folder: Path) -> Agreement:
     """The agreement that lies in a folder; ConfigError where it is none."""
-    return read_text(folder / FEDERATION)
+    return read_text(_in(folder, FEDERATION))
 
 
 def read_text(path: Path) -> Agreement:
@@ -144,7 +145,7 @@ def read_site(folder: Path) -> SiteFile:
     from consilium import config
     from consilium.deployment.gate import GateConfig
 
-    agreement, path = read(folder), folder / SITE
+    path, agreement = _in(folder, SITE), read(folder)
     own = config_file.read(path)
     name, rules = _name_in(own, path, agreement.deployment), own.pop("gate", {})
     _only_own(own, path)
@@ -161,16 +162,37 @@ def read_site(folder: Path) -> SiteFile:
     return SiteFile(name, found, gate, folder.resolve())
 
 
+def check_template(path: Path) -> None:
+    """ConfigError for what cannot be every hospital's own file, without its name."""
+    from consilium.deployment.gate import GateConfig
+
+    own = config_file.read(path)
+    if "site" in own:
+        remedy = "leave it out: each hospital's name is put in front"
+        raise ConfigError("a file for every hospital names none", where=f"site in {path}", remedy=remedy)
+    _options(GateConfig, own.pop("gate", {}), f"gate in {path}")
+    _only_own(own, path)
+
+
 def deployment(folder: Path) -> Deployment:
     """Who takes part and where they meet, of the agreement in a folder; the rest of it is not looked at."""
-    path = folder / FEDERATION
+    path = _in(folder, FEDERATION)
     return _options(Deployment, config_file.read(path).get("deployment", {}), f"deployment in {path}")
 
 
 def site_name(folder: Path) -> str:
     """Of the hospital whose folder this is; ConfigError where it is none's of the agreement."""
-    path = folder / SITE
+    path = _in(folder, SITE)
     return _name_in(config_file.read(path), path, deployment(folder))
+
+
+def _in(folder: Path, name: str) -> Path:
+    """A file that every folder of its kind has; ConfigError where this is another folder."""
+    path, whose = folder / name, "a hospital's folder" if name == SITE else "a folder of a federation"
+    if not path.is_file():
+        remedy = "give the folder that consilium deploy init made" + (" for this hospital" if name == SITE else "")
+        raise ConfigError(f"this is not {whose}", where=str(folder), received=f"no {name} in it", remedy=remedy)
+    return path
 
 
 def _name_in(own: dict[str, Any], path: Path, deployment: Deployment) -> str:
@@ -199,6 +221,13 @@ def settle(folder: Path) -> None:
 
 def _mark(folder: Path) -> bytes:
     return f"{hashlib.sha256((folder / FEDERATION).read_bytes()).hexdigest()} {__version__}\n".encode()
+
+
+def check_digest(digest: str | None) -> None:
+    """ConfigError for what is no digest nor the beginning of one; None stands for none that was given."""
+    if digest is not None and not _DIGEST.fullmatch(digest):
+        allowed = "64 hexadecimal digits, or the first ones, 4 at least"
+        raise ConfigError("this is no digest of an agreement", where="--digest", allowed=allowed, received=repr(digest))
 
 
 def public_keys(folder: Path, deployment: Deployment) -> dict[str, bytes]:

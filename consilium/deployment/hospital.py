@@ -49,9 +49,10 @@ def guarded(own: SiteFile, site: Site, tell: Show) -> Guard:
 def terms(folder: Path, digest: str | None = None) -> dict[str, Any]:
     """What a person approves: who learns what, how, and what leaves. ConfigError where the digest is another's."""
     own = files.read_site(folder)
+    files.check_digest(digest)
     pieces = assemble(own.config, own.config.task.classes or ())
     found = pieces.handshake.agreement
-    if digest not in (None, found):
+    if digest is not None and not found.startswith(digest):
         remedy = "ask the coordinator for the agreement that it means, and compare the files"
         raise ConfigError("another agreement lies in this folder", allowed=found, received=digest, remedy=remedy)
     config, (up, down) = own.config, results.both_ways(pieces)

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from consilium.deployment import files, leaflets, processes, services, shim
+from consilium.deployment.files import Deployment
 from consilium.deployment.processes import CA, CERTIFICATE, KEY, NODE_KEY, PUBLIC_KEY
 from consilium.errors import StateError
 
@@ -28,6 +29,8 @@ TRIAL = timedelta(days=90)  # a certificate for trying out does not last
 def init(federation: Path, out: Path, template: Path | None = None) -> list[Path]:
     """Make all folders; the template is the own file of every site, without its name. StateError where one is there."""
     agreement = files.read_text(federation)
+    if template is not None:
+        files.check_template(template)
     folders = [out / name for name in (files.COORDINATOR, *agreement.deployment.sites)]
     taken = [str(folder) for folder in folders if folder.exists()]
     if taken:
@@ -35,16 +38,22 @@ def init(federation: Path, out: Path, template: Path | None = None) -> list[Path
     out.mkdir(parents=True, exist_ok=True)
     partial = out / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
-    _coordinator(partial / files.COORDINATOR, federation, agreement.deployment.address)
-    for site in agreement.deployment.sites:
-        _site(partial / site, site, federation, template)
-        leaflets.site(partial / site, site, agreement.deployment.address)
-        shutil.copy(partial / files.COORDINATOR / "keys" / CA, partial / site / "keys" / CA)
-        shutil.copy(partial / site / "keys" / PUBLIC_KEY, partial / files.COORDINATOR / files.NODES / f"{site}.pub")
-    for folder in folders:
-        (partial / folder.name).rename(folder)
-    partial.rmdir()
+    try:
+        _all(partial, federation, agreement.deployment, template)
+        for folder in folders:
+            (partial / folder.name).rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # it holds keys
     return folders
+
+
+def _all(out: Path, federation: Path, deployment: Deployment, template: Path | None) -> None:
+    _coordinator(out / files.COORDINATOR, federation, deployment.address)
+    for site in deployment.sites:
+        _site(out / site, site, federation, template)
+        leaflets.site(out / site, site, deployment.address)
+        shutil.copy(out / files.COORDINATOR / "keys" / CA, out / site / "keys" / CA)
+        shutil.copy(out / site / "keys" / PUBLIC_KEY, out / files.COORDINATOR / files.NODES / f"{site}.pub")
 
 
 def _coordinator(folder: Path, federation: Path, address: str) -> None:

@@ -26,6 +26,7 @@ Show = Callable[[Mapping[str, object]], None]
 
 def start(folder: Path, show: Show, until: Callable[[], None]) -> None:
     """Keep the SuperLink running until `until` returns; enrolled sites are registered with it."""
+    known(folder)
     meeting, log = files.deployment(folder), Log(folder / board.LOG)
     keys = files.public_keys(folder, meeting)
 
@@ -72,6 +73,7 @@ def enrol(folder: Path, site: str, key: Path) -> str:
     """Take a site's public key into the coordinator's folder; its fingerprint, to be compared by telephone."""
     from consilium.engines.flower import fingerprint
 
+    known(folder)
     sites = files.deployment(folder).sites
     if site not in sites:
         allowed = ", ".join(sites)
@@ -88,11 +90,19 @@ def enrol(folder: Path, site: str, key: Path) -> str:
     return found
 
 
+def twins(folder: Path, site: str) -> list[str]:
+    """Other sites that have the same key now: a run is refused until each has its own."""
+    paths = {each: folder / files.NODES / f"{each}.pub" for each in files.deployment(folder).sites}
+    keys = {each: path.read_bytes().split()[:2] for each, path in paths.items() if path.is_file()}
+    return sorted(each for each, key in keys.items() if each != site and key == keys[site])
+
+
 def submit(folder: Path) -> dict[str, Any]:
     """Begin the run of this folder, or go on with it; StateError where it is running or finished. One that was killed
     after its last file and before it said so is begun once more, and says so."""
     from consilium.engines.flower import fingerprints
 
+    known(folder)
     state = status(folder)["state"] if (folder / board.STATUS).is_file() else "new"
     if state in ("starting", "running"):
         remedy = f"consilium coordinator status {folder}"
@@ -117,22 +127,26 @@ def submit(folder: Path) -> dict[str, Any]:
 
 def begun(folder: Path) -> None:
     """StateError unless there is a run to go on with."""
+    known(folder)
     if not (folder / files.RUN / run_folder.CONFIG).is_file():
         raise StateError("there is no run to resume", where=str(folder), remedy="consilium coordinator submit")
 
 
 def stop(folder: Path) -> None:
     """End the run; what is closed stays, and `resume` goes on from it."""
-    _known(folder)
+    known(folder)
     if not (folder / FLOWER_RUN).is_file():
         raise StateError("no run was begun here", where=str(folder), remedy="consilium coordinator submit")
+    if (folder / board.STATUS).is_file() and (state := status(folder)["state"]) in ENDED:
+        remedy = "nothing is to be done: consilium coordinator status says how it ended"
+        raise StateError("no run is going on", where=str(folder), received=state, remedy=remedy)
     run = checkpoint.read_json(folder / FLOWER_RUN)["run"]
     processes.flwr(folder.resolve(), "stop", run, CONNECTION)
 
 
 def status(folder: Path) -> dict[str, Any]:
     """How the run stands; "died" where it says that it is going on and nobody works on it."""
-    _known(folder)
+    known(folder)
     found = board.read(folder)
     if found.get("state") in ENDED or run_folder.is_held(folder):
         return found
@@ -164,11 +178,13 @@ def _before(folder: Path, age: float) -> tuple[str, str] | None:
     return "died", f"its process ended before it said a word (Flower: {told['status']}): see superlink.log"
 
 
-def _known(folder: Path) -> None:
+def known(folder: Path) -> None:
     """ConfigError for what is no coordinator's folder at all."""
-    if not (folder / files.FEDERATION).is_file():
-        remedy = "give the folder that consilium deploy init made"
-        raise ConfigError("this is no coordinator's folder", where=str(folder), remedy=remedy)
+    received = "" if (folder / files.FEDERATION).is_file() else f"no {files.FEDERATION} in it"
+    received = "a hospital's folder" if (folder / files.SITE).exists() else received
+    if received:
+        remedy = "give the folder that consilium deploy init made for the coordinator"
+        raise ConfigError("this is no coordinator's folder", where=str(folder), received=received, remedy=remedy)
 
 
 DIED = "died", "the coordinator's process ended without a word: resume it"

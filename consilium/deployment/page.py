@@ -128,6 +128,7 @@ def _bytes(line: Mapping[str, Any], way: str) -> int:
 # ------------------------------------------------------------------------------------------------ the server
 def serve(folder: Path, port: int, say: Callable[[str], None], until: Callable[[], None]) -> None:
     """Serve the page until `until` returns; 0 takes any free port. StateError where the port is taken."""
+    office.known(folder)
     files.deployment(folder)
     try:
         server = ThreadingHTTPServer((HERE, port), partial(_Handler, folder))

@@ -31,6 +31,7 @@ def check(folder: Path, show: Show, digest: str | None = None) -> list[Finding]:
     `digest`: of the agreement, as somebody else tells it, or how that begins.
     """
     own = files.read_site(folder)
+    files.check_digest(digest)
     found = [machine.users(own.folder), machine.permissions(own.folder), *machine.socket(own.folder), machine.flower()]
     prepared = None
     with _reported(found, "data"):
@@ -91,7 +92,7 @@ def _few(names: Sequence[str]) -> str:
 
 # ------------------------------------------------------------------------------------------------ what was agreed on
 def _model(pieces: Experiment, digest: str | None) -> list[Finding]:
-    handshake, same = pieces.handshake, "(the same everywhere)"
+    handshake, same = pieces.handshake, "(is to be the same everywhere)"
     wrong = digest is not None and not handshake.agreement.startswith(digest)
     verdict: Verdict = "bad" if wrong else "good"
     text = f"{handshake.agreement}, not {digest}" if wrong else f"{handshake.agreement} {same}"

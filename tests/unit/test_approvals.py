@@ -128,10 +128,12 @@ def test_which_approval_is_meant_must_be_clear(tmp_path: Path) -> None:
     approvals.approve(tmp_path, OTHER, "Dr Rivera")
     with pytest.raises(ConfigError, match="say which approval is meant"):
         approvals.withdraw(tmp_path, "Dr Rivera")
-    for unknown in ("c" * 64, "A" * 64, "zz"):
-        with pytest.raises(ConfigError, match="this agreement is not approved here"):
-            approvals.withdraw(tmp_path, "Dr Rivera", unknown)
-    approvals.withdraw(tmp_path, "Dr Rivera", "bb")
+    with pytest.raises(ConfigError, match="this agreement is not approved here"):
+        approvals.withdraw(tmp_path, "Dr Rivera", "c" * 64)
+    for none in ("A" * 64, "zz", "", "bb"):  # a variable of the shell that is empty means no agreement
+        with pytest.raises(ConfigError, match="this is no digest of an agreement"):
+            approvals.withdraw(tmp_path, "Dr Rivera", none)
+    approvals.withdraw(tmp_path, "Dr Rivera", "bbbb")
     with pytest.raises(ConfigError, match="not approved here"):
         approvals.withdraw(tmp_path, "Dr Rivera", OTHER)  # not twice
     approvals.withdraw(tmp_path, "Dr Rivera")  # the only one that is left
