@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 
 from consilium import probe
 from consilium.probe import Question
@@ -80,6 +81,26 @@ def test_it_cannot_learn_patients_by_heart() -> None:
     rows = [str(row) for row in range(COUNT)]
     careless = Question(labels, 3, probe.folds(labels, rows, 4), question.weights)
     assert careless.balanced_accuracy(features)[0] == 1.0
+
+
+def test_held_out_rows_are_standardised_by_those_that_were_fitted() -> None:
+    """Each fold lies elsewhere and on another scale: by its own or all rows' it would look alike."""
+    labels, groups = _labels(), _groups(_labels())
+    question = _question(labels, groups)
+    away = torch.from_numpy(question.folds)[:, None].double()
+    told = torch.nn.functional.one_hot(torch.from_numpy(labels), 3).double()
+    features = (told + 0.8 * _noise(6, COUNT, 3).double()) * (1 + 2 * away) + 3 * away
+    right = np.zeros(COUNT)
+    for fold in np.unique(question.folds):
+        there = question.folds == fold
+        scaler = StandardScaler().fit(features[~there].numpy())
+        size = int((~there).sum())
+        peer = LogisticRegression(C=1 / (probe.PENALTY * size), class_weight="balanced", tol=1e-10, max_iter=5000)
+        peer.fit(scaler.transform(features[~there].numpy()), labels[~there])
+        right[there] = peer.predict(scaler.transform(features[there].numpy())) == labels[there]
+    wanted = np.mean([right[labels == c].mean() for c in range(3)])
+    assert question.balanced_accuracy(features)[0] == pytest.approx(wanted, abs=1e-12)
+    assert 0.4 < wanted < 0.95, "a question with right and wrong answers"
 
 
 def test_a_class_counts_by_its_share_and_not_by_its_images() -> None:
