@@ -68,11 +68,6 @@ def check(config: Config) -> Check:
     every = [stacked.resolved(assemble(one, prepared.classes), len(gathered)) for one in each]
     experiment, names = every[-1], sorted(gathered)
     unseen.check(experiment, prepared)
-    first = _Book(experiment, names)
-    for site in names:
-        first.count("down", site, 1, experiment.down(1).keys() - first.made, set())
-        first.have[site] |= dict.fromkeys(experiment.down(1), 0)
-        first.reply(site, config.train.rounds if experiment.strategy.declares.once else 1)
     wires = [(results.both_ways(one), one.codec) for one in every]
     images = {name: len(data.train) for name, data in gathered.items()}
     effort = [(predicted_bytes(one, names), _totalled(predicted_passes(one.config, images))) for one in every]
@@ -81,7 +76,7 @@ def check(config: Config) -> Check:
         name=config.name,
         parameters=results.parameters(experiment),
         site_parameters=results.site_parameters(experiment, names),
-        bytes_per_round=first.table(),
+        bytes_per_round=_first_round(experiment, names).table(),
         bytes={way: stage_results.by_site(sent[way] for sent, _ in effort) for way in ("up", "down")},
         image_passes=passes,
         stacked_sites=stacked.size(experiment.config),
@@ -100,6 +95,16 @@ def check(config: Config) -> Check:
         warnings=(*results.warnings(experiment, prepared), *results.never_drawn(passes)),
         stages=tuple(_stage(*row) for row in zip(every, effort, strict=True)) if config.stages else (),
     )
+
+
+def _first_round(experiment: Experiment, names: list[str]) -> _Book:
+    """What a site receives that lacks everything, and what it then sends."""
+    book = _Book(experiment, names)
+    for site in names:
+        book.count("down", site, 1, experiment.down(1).keys() - book.made, set())
+        book.have[site] |= dict.fromkeys(experiment.down(1), 0)
+        book.reply(site, experiment.config.train.rounds if experiment.strategy.declares.once else 1)
+    return book
 
 
 def _totalled(per_site: Mapping[str, int]) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -71,10 +72,8 @@ def test_both_models_are_there_at_the_end(out: Path) -> None:
 
 def test_a_model_of_all_is_measured_with_what_all_have(out: Path) -> None:
     """Were the common tensors not handed over, it would be each site's own model under another name."""
-    import pandas as pd
-
     table = pd.read_parquet(out / "predictions.parquet")
-    scores = [name for name in table.columns if name.startswith("score")] or list(table.select_dtypes("float").columns)
+    scores = [name for name in table.columns if name.startswith("p.")]
     models = {str(model): rows.sort_values(["site", "id"])[scores].to_numpy() for model, rows in table.groupby("model")}
     assert {"personal", "global"} <= models.keys()
     assert not (models["personal"] == models["global"]).all()
