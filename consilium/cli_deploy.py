@@ -196,8 +196,10 @@ def states(
 
     files.site_name(folder)
     if delete is not None:
+        size = keeping.kept_bytes(folder, delete)
         if not yes:
-            typer.confirm(f"Delete what this site learnt in run {delete}? It cannot be brought back", abort=True)
+            what = f"Delete the {size:,} bytes that this site learnt in run {delete}? They cannot be brought back"
+            typer.confirm(what, abort=True)
         return print(f"{delete}: {keeping.delete(folder, delete):,} bytes deleted; the journal stays")
     found = keeping.states(folder)
     if json:

@@ -25,14 +25,20 @@ def states(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def delete(folder: Path, run: str) -> int:
-    """Remove what the site keeps of a run; how many bytes. StateError while its service is running."""
+def kept_bytes(folder: Path, run: str) -> int:
+    """Of a run; ConfigError where the site keeps nothing of it."""
     known = {row["run"]: int(row["bytes"]) for row in states(folder)}
     if run not in known:
         allowed = ", ".join(known) or "none: nothing is kept here"
         raise ConfigError("the site keeps nothing of this run", where=str(folder), allowed=allowed, received=run)
+    return known[run]
+
+
+def delete(folder: Path, run: str) -> int:
+    """Remove what the site keeps of a run; how many bytes. StateError while its service is running."""
+    size = kept_bytes(folder, run)
     with claimed(folder / files.STATE):
         shutil.rmtree(folder / files.STATE / run)
         (folder / files.PAGE).unlink(missing_ok=True)  # it may speak of this run; `site page` makes that of another
-    Log(folder / files.LOG)({"event": "deleted", "run": run, "bytes": known[run]})
-    return known[run]
+    Log(folder / files.LOG)({"event": "deleted", "run": run, "bytes": size})
+    return size

@@ -129,6 +129,7 @@ def test_deleting_asks_first(finished: Apart, monkeypatch: pytest.MonkeyPatch) -
     folder = finished.at("harbour")
     (run,) = (each.name for each in (folder / "state").glob("*/"))
     monkeypatch.setattr("sys.stdin", open("/dev/null"))  # noqa: SIM115
+    assert call("site", "states", folder, "--delete", "0" * 16) == 2  # nobody is asked of what is not there
     assert call("site", "states", folder, "--delete", run) == 1
     assert (folder / "state" / run).is_dir()
 
