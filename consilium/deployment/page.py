@@ -30,14 +30,17 @@ TEMPLATE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="{{ every }}">
 <meta name="viewport" content="width=device-width"><title>{{ table.state }}: {{ name }}</title>
 <style>
-:root { color-scheme: light dark }
+:root { color-scheme: light dark; --good: #16803c; --busy: #2563eb; --bad: #c02626; --idle: #666 }
+@media (prefers-color-scheme: dark) { :root { --good: #4ade80; --busy: #7cb0ff; --bad: #ff8080; --idle: #aaa } }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; width: 100%; margin: 1rem 0 }
 th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #8884; vertical-align: top }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
+td.n { white-space: nowrap } .said, pre { overflow-wrap: anywhere }
+@media (max-width: 40rem) { th, td { padding: .3rem } }
 .s { padding: 0 .5em; border-radius: .6em; border: 1px solid; white-space: nowrap }
-.good { color: #16803c } .busy { color: #2563eb } .bad { color: #c02626 } .idle { color: #777 }
-pre { white-space: pre-wrap; color: #c02626 } small { color: #777 }
+.good { color: var(--good) } .busy { color: var(--busy) } .bad { color: var(--bad) } .idle { color: var(--idle) }
+pre { white-space: pre-wrap; color: var(--bad) } small { color: var(--idle) }
 </style>
 <h1>{{ name }} <span class="s {{ table.state | kind }}">{{ table.state }}</span></h1>
 <p>Round {{ table.round or 0 }} of {{ table.rounds or "?" }}{% if table.closed %}, {{ table.closed }} closed{% endif %}.
@@ -47,7 +50,7 @@ pre { white-space: pre-wrap; color: #c02626 } small { color: #777 }
 <table><tr><th>site<th>state<th>since (UTC)<th>what is said
 {% for site, row in table.sites | dictsort -%}
 <tr><td>{{ site }}<td><span class="s {{ row.status | kind }}">{{ row.status }}</span>
-<td>{{ row.since[11:19] }}<td>{{ row.message or "" }}
+<td>{{ row.since[11:19] }}<td class="said">{{ row.message or "" }}
 {% endfor %}</table>
 {% if rounds %}<table><tr><th class="n">round<th class="n">seconds<th>replies<th class="n">up<th class="n">down
 <th class="n">validation balanced accuracy
