@@ -150,11 +150,18 @@ def status(folder: Path) -> dict[str, Any]:
     found = board.read(folder)
     if found.get("state") in ENDED or run_folder.is_held(folder):
         return found
-    end = DIED if "process" in found else _before(folder, board.age(found))
+    end = ("died", _died(folder)) if "process" in found else _before(folder, board.age(found))
     again = board.read(folder)
     if end is None or again != found:  # it came, went on, or ended meanwhile
         return again
     return again | {"state": end[0], "message": end[1]}
+
+
+def _died(folder: Path) -> str:
+    """What to say, and to do first where the disk is so full that the coordinator could not say it."""
+    free = shutil.disk_usage(folder).free
+    room = f"make room, as its disk has {free / 1e6:.1f} MB left, then " if free < LITTLE else ""
+    return f"the coordinator's process ended without a word: {room}resume it"
 
 
 def _before(folder: Path, age: float) -> tuple[str, str] | None:
@@ -187,7 +194,7 @@ def known(folder: Path) -> None:
         raise ConfigError("this is no coordinator's folder", where=str(folder), received=received, remedy=remedy)
 
 
-DIED = "died", "the coordinator's process ended without a word: resume it"
+LITTLE = 32e6  # bytes of a disk that may well be why a process ended without a word
 USUAL = 10.0  # seconds in which a coordinator's process says its first word, as a rule; after that Flower is asked
 HANDING = 150.0  # seconds that `submit` may take to hand a run over to Flower, and a little more
 

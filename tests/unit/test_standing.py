@@ -73,9 +73,13 @@ def test_a_process_that_was_killed_is_missed_at_once(folder: Path, monkeypatch: 
         assert work.stdout.readline() == b"at work\n"
         assert office.status(folder)["state"] == "running"
         work.kill()
+    monkeypatch.setattr(office, "LITTLE", 0)
     found = office.status(folder)
-    assert (found["state"], found["message"]) == office.DIED
+    said = "the coordinator's process ended without a word: resume it"
+    assert (found["state"], found["message"]) == ("died", said)
     assert asked == []
+    monkeypatch.setattr(office, "LITTLE", float("inf"))
+    assert "make room, as its disk has " in office.status(folder)["message"]
 
 
 def test_a_process_says_itself_how_it_ended(folder: Path) -> None:
