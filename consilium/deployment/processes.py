@@ -250,6 +250,8 @@ _REASONS = {
     "CERTIFICATE_VERIFY_FAILED": f"the coordinator is not whom keys/{CA} vouches for",
     "Failed to activate SuperNode": "the coordinator does not know this node's key (is it enrolled?), or still holds "
     "its last connection, for about a minute",
+    "401 Unauthorized": "the coordinator no longer took its requests, as after the loss of the SuperLink's database: "
+    "it is let in anew by its key",
 }
 
 

@@ -116,6 +116,7 @@ def test_what_is_no_error_ends_nothing(tmp_path: Path) -> None:
     [
         ("before\nThis node ends: it met an error (x)\nafter\n", "it met an error (x)"),
         ("CERTIFICATE_VERIFY_FAILED\nThis node ends: y\n", "the coordinator is not whom keys/ca.crt vouches for"),
+        ("This node ends: a part of it died ('401 Unauthorized')\n", processes._REASONS["401 Unauthorized"]),
         ("Exit Code: 7\nbad words\nhelp\n", "bad words help"),
         ("nothing\n", "see supernode.log"),
     ],
