@@ -204,7 +204,8 @@ class Transport:
     def pulled(self, ids: Iterable[str]) -> Iterator[Message]:
         """What came back for these requests, one by one; what Flower cannot give now it may give the next time."""
         wanted = frozenset(ids)
-        for name in sorted(wanted):
+        yield from self._came(wanted)
+        for name in sorted(wanted - {each.message for each in self.pulls}):
             pull = _Pull(self.grid, name)
             self.pulls.append(pull)
             pull.join(MOMENT)

@@ -26,11 +26,14 @@ class Half(LocalGrid):
     """Of the first reply of b half is there; the call that meets it comes back when the test says so."""
 
     met: bool = False
+    calls: int = 0  # for the reply that is half there
     rest: threading.Event = field(default_factory=threading.Event)
     back: threading.Event = field(default_factory=threading.Event)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        found = [*super().pull_messages(message_ids)]
+        ids = [*message_ids]
+        self.calls += any(self.to[each] is self.nodes[key("b")] for each in ids)
+        found = [*super().pull_messages(ids)]
         half = [each for each in found if self.to[each.metadata.reply_to_message_id] is self.nodes[key("b")]]
         if half and not self.met:
             self.met = True
@@ -58,6 +61,7 @@ def test_the_others_are_counted_and_the_round_is_closed_in_time() -> None:
     assert (found["a"], found["c"]) == (b"1a", b"1c")
     assert isinstance(found["b"], Failure)
     assert found["b"].code == "late"
+    assert grid.calls == 1, "one that is on its way is not asked for again"
     assert wire.clock() == pytest.approx(45.0, abs=1.0)
     grid.rest.set()
     assert grid.back.wait(60)
