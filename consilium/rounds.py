@@ -92,6 +92,11 @@ def load(path: Path, agreement: str) -> Progress:
     return Progress(server, receipts=_unfolded(meta["receipts"]), broadcast=sent, **known)
 
 
+def numbers(folder: Path) -> list[int]:
+    """Of the checkpoints that a run has, whole or not."""
+    return sorted(map(_number, (folder / "checkpoints").glob("round-*.safetensors")))
+
+
 def newest(folder: Path, agreement: str, damaged: Callable[[Path], None]) -> Progress | None:
     """The newest checkpoint that can be read: sites keep what the round after it builds on, so it is repeated bit by
     bit, unless some had begun the round after the damaged one: they say that they lack the state. `damaged` is told

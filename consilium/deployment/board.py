@@ -42,6 +42,8 @@ class Board:
         kind, sites = event.pop("event"), self.table["sites"]
         if kind == "start":
             self.table |= {"state": "running", "rounds": event["rounds"]}
+            if event.get("closed"):  # by a process before this one
+                self.table |= {"round": event["closed"], "closed": event["closed"]}
             sites |= {site: {"status": "waiting", "since": now()} for site in event["sites"]}
         elif kind == "link":
             status = "training" if event["status"] in ("asked", "back") else event["status"]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from consilium import checkpoint, results, run_folder, surroundings
+from consilium import checkpoint, results, rounds, run_folder, surroundings
 from consilium.config import config_hash
 from consilium.coordinator import Coordinator
 from consilium.deployment import files, outcome
@@ -80,7 +80,8 @@ def federate(agreement: Agreement, transport: Patient, out: Path, board: Board) 
         run_folder.clean(out)
         pieces = _named(pieces, _opened(agreement, pieces, out))
         if not run_folder.is_done(out):
-            board.show({"event": "start", "sites": transport.sites(), "rounds": agreement.config.train.rounds})
+            start = {"event": "start", "sites": transport.sites(), "rounds": agreement.config.train.rounds}
+            board.show({**start, "closed": max(rounds.numbers(out), default=0)})
             late = agreement.deployment.late
             expect = transport.expect if late == "next_round" else None
             progress = Coordinator(pieces, transport, out, board.show, remote=True, expect=expect).run()

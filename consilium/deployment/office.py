@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def start(folder: Path, show: Show, until: Callable[[], None]) -> None:
         show(event)
 
     address = meeting.address
-    processes.await_port(address)
+    processes.await_port(address, tell)
     if damaged := processes.set_aside(folder.resolve()):
         text = f"the SuperLink's database could not be read and is now {damaged.name}; a new one is made"
         tell({"event": "warning", "text": text})
@@ -112,17 +113,37 @@ def submit(folder: Path) -> dict[str, Any]:
         raise StateError("the run of this folder is finished", where=str(folder), remedy=remedy)
     fingerprints(files.public_keys(folder, files.settled(folder)))
     here = folder.resolve()
-    (folder / FLOWER_RUN).unlink(missing_ok=True)
-    board.Board(folder).handed_over()
-    try:
-        found = processes.flwr(
-            here, "run", str(here / APP), CONNECTION, "--run-config", f"folder={processes.quoted(here)}"
-        )
-    except BaseException:
-        (folder / board.STATUS).unlink(missing_ok=True)
-        raise
+    with _kept(folder / board.STATUS, folder / FLOWER_RUN):
+        (folder / FLOWER_RUN).unlink(missing_ok=True)
+        board.Board(folder).handed_over()
+        words = ["run", str(here / APP), CONNECTION, "--run-config", f"folder={processes.quoted(here)}"]
+        found = _of_superlink(folder, *words)
     checkpoint.write_json(folder / FLOWER_RUN, {"run": str(found["run-id"])})
     return found  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _kept(*paths: Path) -> Iterator[None]:
+    """Put files back as they were where what follows fails: how the last run ended is not forgotten."""
+    before = {path: path.read_bytes() if path.is_file() else None for path in paths}
+    try:
+        yield
+    except BaseException:
+        for path, data in before.items():
+            path.unlink(missing_ok=True) if data is None else checkpoint.write_bytes(path, data)
+        raise
+
+
+def _of_superlink(folder: Path, *words: str) -> Any:
+    """What Flower's command line says; where the SuperLink is not there at all, that."""
+    try:
+        return processes.flwr(folder.resolve(), *words)
+    except StateError as error:
+        address = files.deployment(folder).address
+        if processes.is_guarded(folder, address):
+            raise
+        where, remedy = f"port {address.rpartition(':')[2]} of this machine", f"consilium coordinator start {folder}"
+        raise StateError("the SuperLink does not answer", where=where, remedy=remedy) from error
 
 
 def begun(folder: Path) -> None:
@@ -141,7 +162,11 @@ def stop(folder: Path) -> None:
         remedy = "nothing is to be done: consilium coordinator status says how it ended"
         raise StateError("no run is going on", where=str(folder), received=state, remedy=remedy)
     run = checkpoint.read_json(folder / FLOWER_RUN)["run"]
-    processes.flwr(folder.resolve(), "stop", run, CONNECTION)
+    try:
+        _of_superlink(folder, "stop", run, CONNECTION)
+    except StateError as error:
+        if "already finished" not in str(error.received):  # it was told so a moment ago, and has yet to say it
+            raise
 
 
 def status(folder: Path) -> dict[str, Any]:

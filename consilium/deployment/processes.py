@@ -160,10 +160,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def await_port(address: str, patience: float = 60.0) -> None:
+def await_port(address: str, tell: Tell, patience: float = 60.0) -> None:
     """Wait until nobody listens on the port of an address, as a SuperLink that is just ending does; StateError where
     somebody stays: what answers there would be taken for the SuperLink that is to be started."""
-    port, end = int(address.rpartition(":")[2]), time.monotonic() + patience
+    port, end, told = int(address.rpartition(":")[2]), time.monotonic() + patience, False
     while True:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -176,6 +176,9 @@ def await_port(address: str, patience: float = 60.0) -> None:
                     raise StateError(
                         "the port is not free", where=f"port {port}", received=error.strerror, remedy=remedy
                     ) from error
+        if not told:
+            tell({"event": "waiting", "text": f"something listens at port {port}: {patience:.0f} s for it to end"})
+            told = True
         time.sleep(1.0)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("flwr")
 
+from consilium import rounds
 from consilium.deployment import board, office, processes
 from tests.hospitals_apart import made
 
@@ -58,3 +59,14 @@ def test_a_database_that_cannot_be_read_is_set_aside_and_a_sound_one_stays(tmp_p
         assert kept.read_bytes() == bad
         assert not path.exists()
         kept.unlink()
+
+
+def test_a_run_that_goes_on_says_how_many_rounds_are_closed(tmp_path: Path) -> None:
+    told = board.Board(tmp_path)
+    told.show({"event": "start", "sites": ["alpine"], "rounds": 6, "closed": 2})
+    assert board.lines(board.read(tmp_path))[0] == "running: round 2 of 6, 2 closed"
+    told.show({"event": "start", "sites": ["alpine"], "rounds": 6, "closed": 0})
+    apart = made(tmp_path)
+    assert rounds.numbers(apart.run) == []
+    apart.conduct()
+    assert rounds.numbers(apart.run)[-1] == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -48,8 +49,12 @@ def test_a_port_that_somebody_else_has_is_named_and_not_taken_for_ours() -> None
         address = f"127.0.0.1:{other.getsockname()[1]}"
         other.listen()
         with pytest.raises(StateError, match=r"the port is not free(.|\n)*coordinator start"):
-            processes.await_port(address, patience=0)
-    processes.await_port(address, patience=0)
+            processes.await_port(address, print, patience=0)
+        told: list[Mapping[str, object]] = []
+        with pytest.raises(StateError, match="the port is not free"):
+            processes.await_port(address, told.append, patience=0.01)
+        assert [event["event"] for event in told] == ["waiting"]
+    processes.await_port(address, print, patience=0)
 
 
 @pytest.mark.parametrize("address", ["[::1]:9092", "::1:9092", "[2001:db8::7]:443"])

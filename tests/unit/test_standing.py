@@ -188,3 +188,36 @@ def test_what_ended_can_be_begun_again(state: str, folder: Path, monkeypatch: py
     assert json.loads((folder / office.FLOWER_RUN).read_text()) == {"run": "8"}
     with pytest.raises(StateError, match="going on"):
         office.submit(folder)
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_run_that_cannot_be_handed_over_leaves_what_was_known(
+    listens: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("flwr")
+    handed_over(folder, state="failed", process=1, message="too few sites")
+    (folder / "nodes").mkdir()
+    init.node_key(folder, "alpine")
+    (folder / processes.PUBLIC_KEY).rename(folder / "nodes" / "alpine.pub")
+    monkeypatch.setattr(files, "settled", files.deployment)
+    before = {path: path.read_bytes() for path in (folder / board.STATUS, folder / office.FLOWER_RUN)}
+    flower(monkeypatch, broken, listens)
+    said = "flwr list failed" if listens else r"the SuperLink does not answer(.|\n)*consilium coordinator start"
+    with pytest.raises(StateError, match=said):
+        office.submit(folder)
+    assert before == {path: path.read_bytes() for path in before}
+    assert office.status(folder)["message"] == "too few sites"
+
+
+def test_what_was_stopped_a_moment_ago_is_not_stopped_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def over() -> Any:
+        raise StateError("flwr stop failed", received="[code: 18] Run is already finished.")
+
+    with run_folder.locked(folder):  # its process has yet to say that it ends
+        handed_over(folder, process=1, state="running")
+        asked = flower(monkeypatch, over)
+        office.stop(folder)
+        assert asked == [("stop", "7", processes.CONNECTION)]
+        flower(monkeypatch, broken)
+        with pytest.raises(StateError):
+            office.stop(folder)
