@@ -112,7 +112,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
-        raise BackboneError("the file of weights does not exist", where="backbone.weights", received=str(path))
+        remedy = "put it there, or name another place; a hospital does in its own file: [backbone] weights"
+        what = "the file of weights does not exist"
+        raise BackboneError(what, where="backbone.weights", received=str(path), remedy=remedy)
     try:
         found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:

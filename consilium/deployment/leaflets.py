@@ -58,9 +58,25 @@ of the package.
 
 def checklist(federation: Path, folders: Sequence[Path]) -> str:
     """The list as text."""
-    address = files.read_text(federation).deployment.address
+    agreement = files.read_text(federation)
+    address = agreement.deployment.address
     port, names = address.rpartition(":")[2], ", ".join(map(str, folders))
-    return TEXT.format(folders=names, coordinator=folders[0], port=port, address=address, guide=GUIDE)
+    text = TEXT.format(folders=names, coordinator=folders[0], port=port, address=address, guide=GUIDE)
+    return text + _weights(agreement.table["backbone"].get("weights"))
+
+
+def _weights(given: str | None) -> str:
+    """Where every machine, the coordinator's too, looks for the backbone; nothing where there is no file to it."""
+    if given in ("random", "embedded"):
+        return ""
+    if given is None:
+        return (
+            " 6. No backbone.weights: every machine must have them in its cache of the model hub, which nobody asks.\n"
+        )
+    own = "a hospital may name its own place: [backbone] weights in site.toml"
+    if Path(given).is_absolute():
+        return f" 6. Every machine, the coordinator's too, reads the weights from {given}; {own}.\n"
+    return f" 6. Copy the weights into every folder, the coordinator's too, as FOLDER/{given}; {own}.\n"
 
 
 def leader(folder: Path, address: str) -> None:

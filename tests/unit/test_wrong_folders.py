@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("flwr")
 
 from consilium import checkpoint, cli
-from consilium.deployment import board, files, hospital, init, office
+from consilium.deployment import board, files, hospital, init, leaflets, office
 from consilium.errors import ConfigError, StateError
 from tests.hospitals_apart import FEDERATION, SITE, SITES, Apart, made
 
@@ -152,3 +152,19 @@ def test_what_the_system_refuses_is_said_without_a_traceback(
     assert "taken" in said
     with pytest.raises(NotADirectoryError):
         cli.main([*map(str, words), "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ('weights = "random"', ""),
+        ('weights = "w/model.safetensors"', "as FOLDER/w/model.safetensors"),
+        ('weights = "/data/model.safetensors"', "from /data/model.safetensors"),
+        ("", "No backbone.weights"),
+    ],
+)
+def test_the_checklist_says_where_the_weights_are_looked_for(tmp_path: Path, weights: str, said: str) -> None:
+    path = tmp_path / "federation.toml"
+    path.write_text(FEDERATION.replace('weights = "random"', weights))
+    text = leaflets.checklist(path, [tmp_path / "coordinator"])
+    assert (" 6. " in text, said in text) == (bool(said), True)
