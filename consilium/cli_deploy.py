@@ -170,11 +170,13 @@ def page(
 def audit_log(folder: Folder, json: Json = False) -> None:
     """Verify the journal of all that left this hospital, and print it."""
     from consilium import listing
-    from consilium.deployment import files
+    from consilium.deployment import files, keeping
     from consilium.deployment.journal import Journal, table
 
     files.site_name(folder)
     entries = list(Journal(folder).entries())
+    if not entries:
+        keeping.check_unanswered(folder)
     if json:
         return print_json(entries)
     if not entries:

@@ -13,7 +13,7 @@ from consilium.deployment import files
 from consilium.deployment.log import Log
 from consilium.engines import kept
 from consilium.engines.kept import claimed
-from consilium.errors import ConfigError
+from consilium.errors import ConfigError, StateError
 
 
 def states(folder: Path) -> list[dict[str, Any]]:
@@ -42,3 +42,12 @@ def delete(folder: Path, run: str) -> int:
         (folder / files.PAGE).unlink(missing_ok=True)  # it may speak of this run; `site page` makes that of another
     Log(folder / files.LOG)({"event": "deleted", "run": run, "bytes": size})
     return size
+
+
+def check_unanswered(folder: Path) -> None:
+    """StateError where the site keeps something of runs: then a journal without a line tells nothing."""
+    runs = [str(row["run"]) for row in states(folder)]
+    if runs:
+        remedy = "was the journal moved away? Restore it; an answer that could not be written down leaves the same"
+        what = "the journal has no line, and yet the site learnt in runs"
+        raise StateError(what, where=str(folder), received=", ".join(runs), remedy=remedy)

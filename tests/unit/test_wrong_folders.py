@@ -168,3 +168,15 @@ def test_the_checklist_says_where_the_weights_are_looked_for(tmp_path: Path, wei
     path.write_text(FEDERATION.replace('weights = "random"', weights))
     text = leaflets.checklist(path, [tmp_path / "coordinator"])
     assert (" 6. " in text, said in text) == (bool(said), True)
+
+
+def test_a_journal_that_is_gone_does_not_say_that_nothing_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    apart = made(tmp_path)
+    folder = apart.at("alpine")
+    code, said = call(capsys, "site", "audit-log", folder)
+    assert (code, said) == (0, "nothing has left this hospital\n")
+    (folder / files.STATE / "0123456789abcdef").mkdir(parents=True)
+    code, said = call(capsys, "site", "audit-log", folder)
+    assert (code, "0123456789abcdef" in said, "nothing has left" in said) == (1, True, False)
