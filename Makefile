@@ -2,6 +2,7 @@
 VENV ?= .venv
 BENCH_VENV ?= .venv-bench
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ "$$n" -gt 4 ] && n=4; echo $$n)
+FAULT_WORKERS ?= 2
 PYTHON_IN_VENV = $(VENV)/bin/python
 DEMO = runs/demo
 
@@ -20,7 +21,7 @@ test: $(VENV)/.installed-dev
 # Real SuperLink and SuperNodes that are killed, cut off and lied to, two federations at a time: about half an hour on 4
 # cores. Figures go to runs/faults.json; `python examples/deployment/summary.py --into docs/results/deployment.md` tells.
 faults: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -q --faults -n 2 --dist worksteal --durations=0 tests/faults
+	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -q --faults -n $(FAULT_WORKERS) --dist worksteal --durations=0 tests/faults
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

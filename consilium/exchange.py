@@ -205,13 +205,21 @@ class Exchange:
         return experiment.codec.read(reply.tensors, experiment.send(self.progress.server, reply.site), declared)
 
     def _complete(self, reply: Reply) -> None:
-        """WireError where a site that has images leaves out what it was to send, which a sum would count on."""
-        if self.kind == "round" and reply.num_examples:
-            experiment = self.partners.experiment
-            missing = sorted(experiment.sent(self.number, reply.site).keys() - reply.tensors.keys())
-            if missing:
-                what, received = f"{reply.site} leaves tensors out", f"without {', '.join(missing[:4])}"
-                raise WireError(what, allowed=f"{len(missing)} more", received=received)
+        """WireError where a site that has images leaves out what it was to send, which a sum would count on. What a
+        strategy adds for a tensor that rests in this round is not owed, nor anything by one that sends no parameter."""
+        if self.kind != "round" or not reply.num_examples:
+            return
+        experiment = self.partners.experiment
+        active, known = experiment.active(self.number, reply.site), experiment.model.specs
+        owed = {
+            name
+            for name, spec in experiment.sent(self.number, reply.site).items()
+            if active(spec.tag) or name.partition("/")[2] not in known
+        }
+        missing = sorted(owed - reply.tensors.keys())
+        if missing and (reply.tensors or experiment.strategy.declares.once or not known.keys().isdisjoint(missing)):
+            what, received = f"{reply.site} leaves tensors out", f"without {', '.join(missing[:4])}"
+            raise WireError(what, allowed=f"{len(missing)} more", received=received)
 
     def _bounded(self, reply: Reply) -> None:
         """WireError where an update is longer than the strategy lets it be, or larger than any model's numbers are: a
