@@ -32,13 +32,15 @@ _PACKAGES: Mapping[Kind, str] = {
 
 
 class Table(BaseModel):
-    """Base of all that a configuration may hold. `true` is a number to Python and to pydantic; here it is none."""
+    """Base of all that a configuration may hold. `true` is a number to Python, and "1" to pydantic; here neither is."""
 
     @field_validator("*", mode="before")
     @classmethod
     def _truth_is_no_number(cls, value: object, info: ValidationInfo) -> object:
         if _has_truth(value) and not _takes_truth(cls.model_fields[str(info.field_name)].annotation):
             raise ValueError("true and false are no numbers and no text")
+        if isinstance(value, str) and cls.model_fields[str(info.field_name)].annotation in (int, float):
+            raise ValueError("a number is written without quotes")
         return value
 
 

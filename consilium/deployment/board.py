@@ -46,7 +46,7 @@ class Board:
                 self.table |= {"round": event["closed"], "closed": event["closed"]}
             sites |= {site: {"status": "waiting", "since": now()} for site in event["sites"]}
         elif kind == "link":
-            status = "training" if event["status"] in ("asked", "back") else event["status"]
+            status = self._work() if event["status"] in ("asked", "back") else event["status"]
             sites[event["site"]] = {"status": status, "since": now(), "message": event.get("message", "")}
         elif kind == "site":
             status = "done" if event["status"] == "ok" else event["status"]
@@ -55,6 +55,10 @@ class Board:
             self.table |= {"round": event["round"], "kind": event["kind"]}
         elif kind == "round":
             self.table |= {"closed": event["round"], "val_mean": event["val_mean"], "bytes": event["bytes"]}
+
+    def _work(self) -> str:
+        """Of a site that was asked: after the last round it reads its test images."""
+        return "testing" if self.table.get("closed") == self.table.get("rounds") else "training"
 
     def handed_over(self) -> None:
         """Somebody asked for the run; its coordinator has yet to come."""

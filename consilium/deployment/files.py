@@ -115,7 +115,8 @@ def read_text(path: Path) -> Agreement:
 
     folder = path.resolve().parent
     table = config_file.read(path)
-    deployment = _options(Deployment, table.pop("deployment", {}), f"deployment in {path}")
+    deployment = _parties(table, path)
+    del table["deployment"]
     if "sites" in table:
         remedy = f"each hospital writes its own [sites] into its {SITE}; names of sites stand in deployment.sites"
         raise ConfigError("an agreement does not say where images lie", where=str(path), remedy=remedy)
@@ -177,7 +178,14 @@ def check_template(path: Path) -> None:
 def deployment(folder: Path) -> Deployment:
     """Who takes part and where they meet, of the agreement in a folder; the rest of it is not looked at."""
     path = _in(folder, FEDERATION)
-    return _options(Deployment, config_file.read(path).get("deployment", {}), f"deployment in {path}")
+    return _parties(config_file.read(path), path)
+
+
+def _parties(table: Mapping[str, Any], path: Path) -> Deployment:
+    if "deployment" not in table:
+        remedy = "say in it which hospitals take part (sites) and where the coordinator is (address)"
+        raise ConfigError("no table [deployment]", where=str(path), received=", ".join(sorted(table)), remedy=remedy)
+    return _options(Deployment, table["deployment"], f"deployment in {path}")
 
 
 def site_name(folder: Path) -> str:

@@ -61,7 +61,11 @@ pre { white-space: pre-wrap; color: var(--bad) } small { color: var(--idle) }
 <small>{{ table.time[:19] | replace("T", " ") }} UTC; anew every {{ every }} s; the same as JSON: /status.json</small>
 </html>
 """
-KINDS = {"good": ("finished", "done", "ok"), "busy": ("running", "training"), "idle": ("starting", "waiting")}
+KINDS = {
+    "good": ("finished", "done", "ok"),
+    "busy": ("running", "training", "testing"),
+    "idle": ("starting", "waiting"),
+}
 
 
 def html(folder: Path) -> str:

@@ -394,8 +394,7 @@ def test_a_site_without_a_key_is_named(tmp_path: Path) -> None:
 
 
 def test_a_run_whose_process_died_is_said_to_have_died(tmp_path: Path) -> None:
-    apart = made(tmp_path)
-    folder = apart.at("coordinator")
+    folder = made(tmp_path).at("coordinator")
     table = {"state": "running", "round": 2, "sites": {}, "time": "2020-01-01T00:00:00.000+00:00"}
     (folder / board.STATUS).write_text(json.dumps(table))
     assert office.status(folder)["state"] == "died"

@@ -221,3 +221,13 @@ def test_what_was_stopped_a_moment_ago_is_not_stopped_again(folder: Path, monkey
         flower(monkeypatch, broken)
         with pytest.raises(StateError):
             office.stop(folder)
+
+
+def test_after_the_last_round_a_site_that_is_asked_reads_its_test_images(folder: Path) -> None:
+    here, asked = Board(folder), {"event": "link", "site": "alpine", "status": "asked"}
+    here.show({"event": "start", "sites": ["alpine"], "rounds": 2, "closed": 1})
+    here.show(asked)
+    assert board.read(folder)["sites"]["alpine"]["status"] == "training"
+    here.show({"event": "round", "round": 2, "val_mean": {}, "bytes": {}})
+    here.show(asked)
+    assert board.read(folder)["sites"]["alpine"]["status"] == "testing"

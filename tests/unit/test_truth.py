@@ -75,6 +75,16 @@ def test_the_message_says_where(table: dict[str, Any]) -> None:
         config.from_dict(table)
 
 
+PLAIN = [(model, name) for model, name in FIELDS if model.model_fields[name].annotation in (int, float)]
+
+
+@pytest.mark.parametrize(("model", "name"), PLAIN, ids=lambda each: each if isinstance(each, str) else each.__name__)
+def test_a_number_in_quotes_is_a_text(model: type[BaseModel], name: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate({name: "1", "no such key": 0})
+    assert any(each["loc"] == (name,) and "without quotes" in each["msg"] for each in caught.value.errors())
+
+
 def test_truth_where_it_is_meant() -> None:
     found = config.from_dict({"train": {"schedule": {"restart": True}}, "engine": {"compile": False}})
     assert found.train.schedule.restart is True

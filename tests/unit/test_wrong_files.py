@@ -13,7 +13,7 @@ from consilium.deployment.files import Deployment
 from consilium.engines.failures import unseal
 from consilium.errors import ConfigError
 from consilium.messages import envelope_of
-from tests.hospitals_apart import Apart, made
+from tests.hospitals_apart import FEDERATION, Apart, made
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +84,10 @@ def test_a_folder_that_was_copied_from_another_hospital_gives_nothing_of_it_away
     failure = envelope_of(apart.resident("harbour").answer(asked))["failure"]
     assert failure["code"] == "refused"
     assert "this state is another site's" in unseal(ours, failure["message"])
+
+
+def test_a_misspelt_table_is_named(tmp_path: Path) -> None:
+    (tmp_path / files.FEDERATION).write_text(FEDERATION.replace("[deployment]", "[deployments]"))
+    with pytest.raises(ConfigError, match="no table") as caught:
+        files.read(tmp_path)
+    assert "deployments" in str(caught.value.received)
