@@ -18,7 +18,7 @@ import torch
 from consilium.deployment import files, processes
 from consilium.deployment.files import SiteFile
 from consilium.deployment.reach import Finding
-from consilium.engines.relay import LONGEST_PATH
+from consilium.engines.relay import LONGEST_PATH, is_nameable
 from consilium.engines.state import least_bytes
 from consilium.experiment import Experiment
 from consilium.sites.store import default_folder
@@ -150,7 +150,7 @@ def _name(user: int) -> str:
 def socket(folder: Path) -> list[Finding]:
     """Whether the system takes the name of the socket, where service and node share the folder."""
     path = folder / files.SOCKET
-    if len(os.fsencode(path)) <= LONGEST_PATH:
+    if is_nameable(path):
         return []
     remedy = "a folder with a shorter name, or site join --service-only --socket PATH"
     return [Finding("socket", "bad", f"its name has more than {LONGEST_PATH} bytes: {path}", remedy)]

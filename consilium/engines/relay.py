@@ -12,8 +12,8 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from consilium.errors import StateError
 
 LONGEST_PATH = 100  # bytes that every system takes as the name of a socket
 LARGEST = 1 << 34  # bytes of one message; a length beyond it is no length
+_FOLDERS = Path("/proc/self/fd")  # open ones of this process, where the system has such
 _PATIENCE = 60  # seconds without a byte from a caller, who must not keep the next one waiting for ever
 _MOMENT = 3.0  # seconds
 _LENGTH = struct.Struct("<Q")
@@ -36,7 +37,8 @@ def ask(path: Path, request: bytes, timeout: float | None = None) -> bytes:
     try:
         with socket.socket(socket.AF_UNIX) as caller:
             caller.settimeout(timeout)
-            caller.connect(str(path))
+            with _name(path) as name:
+                caller.connect(name)
             _send(caller, request)
             return _receive(caller, LARGEST)
     except (OSError, EOFError) as error:
@@ -88,8 +90,28 @@ class Listener:
                     _send(caller, self.answer(_receive(caller, self.largest)))
 
 
+def is_nameable(path: Path) -> bool:
+    """Whether a socket can lie here: the system takes short names only, and longer ones by way of an open folder."""
+    return len(os.fsencode(path)) <= LONGEST_PATH or (
+        _FOLDERS.is_dir() and len(os.fsencode(path.name)) < LONGEST_PATH // 2
+    )
+
+
+@contextmanager
+def _name(path: Path) -> Iterator[str]:
+    """What the system is told of a socket's place."""
+    if len(os.fsencode(path)) <= LONGEST_PATH:
+        yield str(path)
+        return
+    folder = os.open(path.parent, os.O_DIRECTORY | getattr(os, "O_PATH", os.O_RDONLY))
+    try:
+        yield str(_FOLDERS / str(folder) / path.name)
+    finally:
+        os.close(folder)
+
+
 def _bound(path: Path, other: Other | None) -> socket.socket:
-    if len(os.fsencode(path)) > LONGEST_PATH:
+    if not is_nameable(path):
         remedy = "choose a folder with a shorter name for it"
         raise StateError(
             "the name of this socket is too long", where=str(path), allowed=f"{LONGEST_PATH} bytes", remedy=remedy
@@ -102,7 +124,8 @@ def _bound(path: Path, other: Other | None) -> socket.socket:
         raise StateError("others can enter the folder of the site's socket", where=str(path.parent), remedy=remedy)
     path.unlink(missing_ok=True)  # of a service that was killed: whoever holds the site's lock may take its place
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(path))
+    with _name(path) as name:
+        listener.bind(name)
     path.chmod(0o600)
     if other is not None:
         _let_in(path, other, 0o660)

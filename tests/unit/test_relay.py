@@ -167,7 +167,25 @@ def test_one_request_at_a_time(tmp_path: Path) -> None:
     assert most == 1
 
 
-def test_a_name_too_long_for_a_socket(tmp_path: Path) -> None:
+@pytest.mark.skipif(not relay._FOLDERS.is_dir(), reason="this system takes short names only")
+def test_a_folder_with_a_long_name(tmp_path: Path) -> None:
+    path = tmp_path / ("ü" * 60) / ("x" * 120) / "relay"
+    opened = len(os.listdir(relay._FOLDERS))
+    with relay.Listener(path, lambda data: data[::-1]) as listener:
+        assert relay.ask(path, b"abc") == b"cba"
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert not listener.path.exists()
+    with pytest.raises(relay.Unreachable):
+        relay.ask(path, b"abc")
+    with pytest.raises(relay.Unreachable):
+        relay.ask(path.parent / "away" / "relay", b"abc")
+    assert len(os.listdir(relay._FOLDERS)) == opened, "no folder is left open"
+
+
+def test_a_name_too_long_for_a_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StateError, match="too long"):
+        relay.Listener(tmp_path / ("x" * 120), lambda data: data)
+    monkeypatch.setattr(relay, "_FOLDERS", tmp_path / "none")
     with pytest.raises(StateError, match="too long"):
         relay.Listener(tmp_path / ("x" * 120) / "relay", lambda data: data)
 

@@ -21,6 +21,7 @@ pytest.importorskip("flwr")
 from consilium import cli
 from consilium.deployment import approvals, files, machine, processes, reach, site_check
 from consilium.deployment.reach import Finding
+from consilium.engines import relay
 from consilium.errors import ConfigError
 from consilium.experiment import pick_device
 from tests.hospitals_apart import made
@@ -244,7 +245,8 @@ def test_flower_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.flower().verdict == "bad"
 
 
-def test_the_name_of_a_socket_that_no_system_takes(tmp_path: Path) -> None:
+def test_the_name_of_a_socket_that_a_system_does_not_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.socket(Path("/short")) == []
+    monkeypatch.setattr(relay, "_FOLDERS", tmp_path / "none")
     (found,) = machine.socket(tmp_path / ("x" * 100))
     assert found.verdict == "bad"
