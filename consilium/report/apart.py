@@ -60,7 +60,9 @@ def _rounds(run: Run) -> Section:
         f"A round took {mean} on average, from asking to its checkpoint. Late: no reply until the deadline and its "
         "grace; a reply that came after was not used, unless it is shown as one to the round before, which the "
         "agreement lets count in the next one. Lost: its node or its service went away and was not back in time. "
-        "Absent: it was not connected. Refused: the hospital declined, or its reply was not accepted."
+        "Absent: it was not connected. Refused: the hospital declined, or its reply was not accepted. Bytes are those "
+        "of replies that counted, and of requests that were made. A reply that came too late, or was not accepted, "
+        "left its hospital all the same, and one that was absent received nothing: what truly left is in its journal."
     )
     return Section("Rounds", [_attendance(run), who], [("Every round", [_each(run.events)])], note)
 
