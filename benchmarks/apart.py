@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,12 +22,10 @@ from benchmarks.measure import ENVIRONMENT, ROOT
 from consilium import run
 from consilium.deployment import conduct, files, hospital
 from consilium.deployment.board import Board
-from consilium.engines import relay
 from consilium.engines.relay import Listener
 from consilium.engines.site import Site
 from consilium.experiment import assemble
 
-ANEW, BUILT = "anew", "built.jsonl"  # files in a site's folder: it asks no service; seconds of every message
 MEMORY = "memory.txt"  # in the coordinator's folder
 
 
@@ -121,38 +118,6 @@ def server() -> Any:
 def memory(coordinator: Path) -> list[int]:
     """Bytes of the coordinator's process after every round."""
     return [int(line) for line in (coordinator / MEMORY).read_text().splitlines()]
-
-
-# ------------------------------------------------------------------------------------------------ built anew
-def client() -> Any:
-    """The package's client app; where a site's folder says so, it builds the site itself and asks no service."""
-    flower = importlib.import_module("consilium.engines.flower")
-    ask = relay.ask
-
-    def answer(path: Path, request: bytes, timeout: float | None = None) -> bytes:
-        folder = path.parent.parent
-        if not (folder / ANEW).is_file():
-            return ask(path, request, timeout)
-        own = files.read_site(folder)
-        site = hospital.open_site(own, _silent)
-        guard = hospital.guarded(own, site, _silent)
-        with (folder / BUILT).open("a") as file:
-            file.write(json.dumps(age()) + "\n")
-        return guard.answer(request)
-
-    flower.relay.ask = answer
-    return flower.client()
-
-
-def age() -> float:
-    """Seconds since this process began: what it imported counts too."""
-    after_boot = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - after_boot
-
-
-def built(site: Path) -> list[float]:
-    """Seconds from the start of every message's process until it could begin to answer."""
-    return [float(line) for line in (site / BUILT).read_text().splitlines()]
 
 
 # ------------------------------------------------------------------------------------------------ logs

@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import apart, job
+from benchmarks import anew, apart, job
 from benchmarks.frame import Estimate, Result, Scale, Skipped, check
 from benchmarks.job import Job
 from benchmarks.measure import ENVIRONMENT, ROOT
@@ -107,14 +107,14 @@ def _nodes(result: Result, scale: Scale, folder: Path) -> None:
 def _anew(result: Result, scale: Scale, folder: Path) -> None:
     """In one run, so that both meet the same machine; the first round is warm-up."""
     sites, rounds = scale.pick((4, 6), (2, 2))
-    with federation(folder, sites, rounds, anew=sites // 2) as there:
+    with federation(folder, sites, rounds, unserved=sites // 2) as there:
         names = there_sites(there)
         found = _followed(there)
         seconds = {
             "by its service": apart.waits(there, names[sites // 2 :]),
             "built anew": apart.waits(there, names[: sites // 2]),
         }
-        built = [each for name in names[: sites // 2] for each in apart.built(there.at(name))]
+        built = [each for name in names[: sites // 2] for each in anew.built(there.at(name))]
     check(len(found.events) == rounds and len(built) >= rounds, "messages that were answered anew")
     what = f"{sites} SuperNodes, {rounds} rounds, from asking a hospital to its reply"
     for words, every in seconds.items():
@@ -169,16 +169,16 @@ def made(folder: Path, sites: int, rounds: int, port: int) -> list[str]:
 
 
 @contextmanager
-def federation(folder: Path, sites: int, rounds: int, anew: int = 0) -> Iterator[Loopback]:
-    """SuperLink, services and SuperNodes, all ready; the first `anew` sites build everything for every message."""
+def federation(folder: Path, sites: int, rounds: int, unserved: int = 0) -> Iterator[Loopback]:
+    """SuperLink, services and SuperNodes, all ready; the first `unserved` sites build everything for every message."""
     port = processes.free_port()
     names = made(folder, sites, rounds, port)
     there = Loopback(folder / "made", port)
-    _replace(there, "coordinator", "server")
-    if anew:
-        _replace(there, "site", "client")
-    for name in names[:anew]:
-        (there.at(name) / apart.ANEW).touch()
+    _replace(there, "coordinator", "apart.server")
+    if unserved:
+        _replace(there, "site", "anew.client")
+    for name in names[:unserved]:
+        (there.at(name) / anew.ANEW).touch()
     try:
         there.link()
         for name in names:
@@ -197,7 +197,7 @@ def _replace(there: Loopback, part: str, by: str) -> None:
     """One of the two apps that Flower carries by one that does the same and tells more."""
     app = there.at(files.COORDINATOR) / processes.APP / "consilium_federation" / f"{part}.py"
     check(app.read_text() == shim.FILES[f"consilium_federation/{part}.py"], "the app of the package")
-    app.write_text(f"from benchmarks import apart\n\napp = apart.{by}()\n")
+    app.write_text(f"from benchmarks import {by.partition('.')[0]}\n\napp = {by}()\n")
 
 
 def there_sites(there: Loopback) -> list[str]:

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import torch
 
 from benchmarks import __main__ as bench
 from benchmarks import (
+    anew,
     apart,
     clock,
     data_path,
@@ -241,9 +243,14 @@ def test_numbers_have_three_digits(value: float, text: str) -> None:
     assert page.number(value) == text
 
 
+def test_a_hospital_that_asks_its_service_imports_no_more_than_one_of_the_package() -> None:
+    code = "import sys; from benchmarks import anew; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_growth_of_memory_is_a_slope_and_a_process_has_memory() -> None:
     assert deployment.slope([3.0, 5.0, 7.0]) == pytest.approx(2.0)
     found = deployment.Watched(memory=[9, 9, 9, 100, 101, 102], events=[])
     assert found.growth == pytest.approx(1.0)  # the first rounds are warm-up
     assert apart.resident_bytes(os.getpid()) > 10e6
-    assert 0.1 < apart.age() < 24 * 3600
+    assert 0.1 < anew.age() < 24 * 3600
