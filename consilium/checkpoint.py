@@ -49,8 +49,8 @@ def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
 def not_written(path: Path, error: OSError) -> StateError:
     """What to say where the disk is full or must not be written to."""
     remedy = (
-        "free disk space or mend the permissions; a run goes on with --resume, across hospitals with `consilium "
-        "coordinator resume`, and a site is asked again by itself"
+        "free disk space, mend the permissions or choose another --out; an interrupted run goes on with --resume, "
+        "across hospitals with `consilium coordinator resume`, where a site is asked again by itself"
     )
     return StateError("a file could not be written", where=str(path), received=str(error), remedy=remedy)
 

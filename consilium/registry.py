@@ -39,9 +39,18 @@ class Table(BaseModel):
     def _truth_is_no_number(cls, value: object, info: ValidationInfo) -> object:
         if _has_truth(value) and not _takes_truth(cls.model_fields[str(info.field_name)].annotation):
             raise ValueError("true and false are no numbers and no text")
-        if isinstance(value, str) and cls.model_fields[str(info.field_name)].annotation in (int, float):
+        if _is_quoted(value) and cls.model_fields[str(info.field_name)].annotation in (int, float):
             raise ValueError("a number is written without quotes")
         return value
+
+
+def _is_quoted(value: object) -> bool:
+    """Whether this is a text that reads like a number."""
+    try:
+        float(value if isinstance(value, str) else "none")
+    except ValueError:
+        return False
+    return True
 
 
 def _has_truth(value: object) -> bool:
