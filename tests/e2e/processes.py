@@ -12,6 +12,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,8 +64,23 @@ class Running:
     def descendants(self, word: str) -> list[int]:
         """Children, of whichever thread, with this word in their command line."""
         threads = Path(f"/proc/{self.pid}/task").glob("*/children")
-        children = [pid for thread in threads for pid in thread.read_text().split()]
-        return [int(pid) for pid in children if word in Path(f"/proc/{pid}/cmdline").read_text()]
+        children = [pid for thread in threads for pid in _text(thread).split()]
+        return [int(pid) for pid in children if word in _text(Path(f"/proc/{pid}/cmdline"))]
+
+    def wait_for_none(self, word: str) -> None:
+        """Return when no child with this word in its command line is left."""
+        until = time.monotonic() + PATIENCE_SECONDS
+        while self.descendants(word):
+            assert time.monotonic() < until, f"{word} is still there"
+            time.sleep(0.01)
+
+
+def _text(path: Path) -> str:
+    """What is in it; "" where it is of a process that has ended."""
+    try:
+        return path.read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def _patiently(descriptor: int) -> None:

@@ -179,6 +179,7 @@ def test_a_killed_worker_is_named_by_its_sites_and_can_be_resumed(
 ) -> None:
     with _held(consilium, tmp_path, "best", "Coordinator._save", 1, 2, "engine.pool=processes") as running:
         os.kill(running.descendants("spawn_main")[0], signal.SIGKILL)
+        running.wait_for_none("spawn_main")  # the pool has noticed: it ended the other worker
         (tmp_path / "go").write_text("")
     _failed(running.wait(), "too few sites replied", "round 2", "lost, its worker process died", "summit", "--resume")
     _ends_like(consilium, tmp_path, "best", finished("best"))
