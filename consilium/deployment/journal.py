@@ -1,26 +1,29 @@
 """Composition: what left a hospital. In: messages. Out: a file that only grows, each line sealed by the one before.
 
 A line holds the SHA-256 of the line before it, so that none can be changed, taken out or put in without breaking every
-line after it; the number of lines and the last hash stand in a file beside it, so that a cut end shows too. Whoever
-keeps a copy of a hash, on paper or at another place, can tell later whether all lines up to it are still as they were.
-Nothing leaves that could not be written here first.
+line after it; the number of lines and bytes and the last hash stand in a file beside it, its head, so that a cut end
+shows too. Whoever keeps a copy of a hash, on paper or at another place, can tell later whether all lines up to it are
+still as they were. Nothing leaves that could not be written here first.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from consilium import checkpoint
 from consilium.deployment.log import now
 from consilium.errors import StateError
 
 JOURNAL, HEAD, START = "journal.jsonl", "journal.head.json", "0" * 64
+_BLOCK = 1 << 16  # bytes; a line has less, as a rule
 Entry = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -30,60 +33,95 @@ class Journal:
     folder: Path
 
     def add(self, entry: Mapping[str, Any]) -> str:
-        """Write a line and flush it; its hash. StateError where it cannot be written: then nothing leaves."""
-        head = self._head()
-        self._drop_torn()
-        line = _text({"number": head["lines"] + 1, "time": now(), "before": head["hash"], **entry})
-        found = hashlib.sha256(line.encode()).hexdigest()
-        checkpoint.append_line(self.folder / JOURNAL, line)
-        checkpoint.write_json(self.folder / HEAD, {"lines": head["lines"] + 1, "hash": found})
-        return found
+        """Write a line and flush it; its hash. StateError where it cannot be written: then nothing leaves.
+
+        Of the file only the last line is read: its hash and the file's length must be what the head says of them.
+        """
+        path, (line, size, torn) = self.folder / JOURNAL, _tail(self.folder / JOURNAL)
+        known = self._read_head()
+        head = self._agreed(known, line, size)
+        if head != known:  # or a second crash would leave two lines without one
+            checkpoint.write_json(self.folder / HEAD, head)
+        if torn:  # the new line must not go on where a torn one ends
+            checkpoint.cut(path, size)
+        text = _text({"number": head["lines"] + 1, "time": now(), "before": head["hash"], **entry})
+        found = _head(head["lines"] + 1, text.encode(), size + len(text.encode()) + 1)
+        checkpoint.append_line(path, text)
+        checkpoint.write_json(self.folder / HEAD, found)
+        return str(found["hash"])
 
     def entries(self) -> Iterator[Entry]:
         """Every line, checked; StateError at the first that is not as it was written."""
-        path, before, count = self.folder / JOURNAL, START, 0
-        for count, line in enumerate(self._lines(), start=1):
-            entry = _parsed(line, path, count)
+        path, before, count, line = self.folder / JOURNAL, START, 0, None
+        head, lines = self._still(self._lines)
+        for count, line in enumerate(lines, start=1):
+            entry = _parsed(line, f"{path}, line {count}")
             if entry.get("before") != before or entry.get("number") != count:
-                raise _broken(path, count, "it does not follow the line before it")
-            before = hashlib.sha256(line).hexdigest()
+                raise _broken(f"{path}, line {count}", "it does not follow the line before it")
+            before = _hash(line)
             yield entry
-        head = self._head()
-        if (count, before) != (head["lines"], head["hash"]):
-            raise _broken(path, count, f"the file ends here, and {HEAD} knows of {head['lines']} lines")
+        if self._agreed(head, line, sum(len(each) + 1 for each in lines))["lines"] != count:
+            raise _broken(f"{path}, line {count}", f"the file ends here, and {HEAD} knows of {head['lines']} lines")
+
+    def last(self) -> str:
+        """Hash of the last line, to be kept at another place."""
+        head, (line, size, _) = self._still(lambda: _tail(self.folder / JOURNAL))
+        return str(self._agreed(head, line, size)["hash"])
 
     def _lines(self) -> list[bytes]:
         """Whole lines; one without an end is what a power cut left, and what it speaks of never left the hospital."""
         path = self.folder / JOURNAL
         return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
 
-    def _drop_torn(self) -> None:
-        """Before a line is added: it must not go on where a torn one ends."""
-        path, size = self.folder / JOURNAL, sum(len(line) + 1 for line in self._lines())
-        if path.is_file() and path.stat().st_size > size:
-            checkpoint.cut(path, size)
+    def _still(self, read: Callable[[], T]) -> tuple[Entry, T]:
+        """The head, and what is read of the file while the head stays the same: the site's service may be writing."""
+        while True:
+            head, found = self._read_head(), read()
+            if head == self._read_head():
+                return head, found
 
-    def _head(self) -> Entry:
-        """The end of the file; a line that a crash left without its head is taken in, as it was written whole."""
-        head, lines = self._read_head(), self._lines()
-        if len(lines) == head["lines"] + 1:
-            last = _parsed(lines[-1], self.folder / JOURNAL, len(lines))
-            if last.get("before") == head["hash"]:
-                return {"lines": len(lines), "hash": hashlib.sha256(lines[-1]).hexdigest()}
-        if len(lines) != head["lines"]:
-            raise _broken(self.folder / JOURNAL, len(lines), f"{HEAD} knows of {head['lines']} lines")
-        return head
+    def _agreed(self, head: Entry, line: bytes | None, size: int) -> Entry:
+        """The head of a file whose last line and length are these; a line that a crash left without its head is taken
+        in, as it was written whole. StateError where the file does not end as the head says."""
+        where = str(self.folder / JOURNAL)
+        if size == head["bytes"] and (START if line is None else _hash(line)) == head["hash"]:
+            return head
+        last = {} if line is None else _parsed(line, f"the last line of {where}")
+        follows = (last.get("before"), last.get("number")) == (head["hash"], head["lines"] + 1)
+        if line is None or not follows or size != head["bytes"] + len(line) + 1:
+            raise _broken(where, f"it does not end as {HEAD} says, which knows of {head['lines']} lines")
+        return _head(head["lines"] + 1, line, size)
 
     def _read_head(self) -> Entry:
         path = self.folder / HEAD
-        found = checkpoint.read_json(path) if path.is_file() else {"lines": 0, "hash": START}
-        if not isinstance(found, dict) or not isinstance(found.get("lines"), int) or type(found.get("hash")) is not str:
+        found = checkpoint.read_json(path) if path.is_file() else {"lines": 0, "hash": START, "bytes": 0}
+        kinds = {"lines": int, "hash": str, "bytes": int}
+        if not isinstance(found, dict) or any(type(found.get(key)) is not kind for key, kind in kinds.items()):
             raise StateError("the end of the journal cannot be read", where=str(path))
         return found
 
-    def last(self) -> str:
-        """Hash of the last line, to be kept at another place."""
-        return str(self._head()["hash"])
+
+def _tail(path: Path) -> tuple[bytes | None, int, int]:
+    """The last whole line, how many bytes it and all before it have, and how many of a torn one come after that."""
+    if not path.is_file():
+        return None, 0, 0
+    with path.open("rb") as file:
+        size = start = file.seek(0, os.SEEK_END)
+        data = b""
+        while start and data.count(b"\n") < 2:
+            start = max(0, start - _BLOCK)
+            file.seek(start)
+            data = file.read(size - len(data) - start) + data
+    whole, end, torn = data.rpartition(b"\n")
+    return (whole.rpartition(b"\n")[2] if end else None), size - len(torn), len(torn)
+
+
+def _head(lines: int, last: bytes, size: int) -> Entry:
+    return {"lines": lines, "hash": _hash(last), "bytes": size}
+
+
+def _hash(line: bytes) -> str:
+    return hashlib.sha256(line).hexdigest()
 
 
 def table(entries: Iterable[Entry]) -> list[dict[str, object]]:
@@ -104,21 +142,19 @@ def table(entries: Iterable[Entry]) -> list[dict[str, object]]:
     ]
 
 
-def _parsed(line: bytes, path: Path, number: int) -> Entry:
+def _parsed(line: bytes, where: str) -> Entry:
     try:
         found = json.loads(line)
     except ValueError as error:
-        raise _broken(path, number, "it is no JSON") from error
+        raise _broken(where, "it is no JSON") from error
     if not isinstance(found, dict):
-        raise _broken(path, number, "it is no table")
+        raise _broken(where, "it is no table")
     return found
 
 
-def _broken(path: Path, number: int, why: str) -> StateError:
+def _broken(where: str, why: str) -> StateError:
     remedy = "keep the file as it is, and find out who changed it; move it away only after that"
-    return StateError(
-        "the journal is not as it was written", where=f"{path}, line {number}", received=why, remedy=remedy
-    )
+    return StateError("the journal is not as it was written", where=where, received=why, remedy=remedy)
 
 
 def _text(entry: Mapping[str, Any]) -> str:
