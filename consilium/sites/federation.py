@@ -67,7 +67,7 @@ def prepare(
         split=rows[["id", "site", "group", "label", "split"]],
         split_hash=splits.digest(rows),
         data_digest=_data_digest(rows, store.hashes),
-        warnings=tuple(_warnings(rows, trained, known, store)),
+        warnings=tuple(_warnings(rows, trained, known, store, alone=sites.only is not None)),
         hashes=store.hashes,
         corrupt=store.corrupt,
     )
@@ -246,7 +246,10 @@ def _data_digest(rows: pd.DataFrame, hashes: Mapping[str, str]) -> str:
 _AUDIT = " (`consilium data audit` names them)"  # the result may be published, so no id of a patient or image enters it
 
 
-def _warnings(rows: pd.DataFrame, sites: Mapping[str, SiteData], classes: tuple[str, ...], store: Store) -> list[str]:
+def _warnings(
+    rows: pd.DataFrame, sites: Mapping[str, SiteData], classes: tuple[str, ...], store: Store, alone: bool
+) -> list[str]:
+    """`alone`: others take part whose images are not here."""
     found = []
     if rows["group"].is_unique:
         found.append("no group holds two images: if a patient or lesion may have several, name the group column")
@@ -261,7 +264,8 @@ def _warnings(rows: pd.DataFrame, sites: Mapping[str, SiteData], classes: tuple[
     seen = set().union(*(set(data.train.labels.tolist()) for data in sites.values()))
     absent = [label for number, label in enumerate(classes) if number not in seen]
     if absent:
-        found.append(f"no site has training images of the classes {first_few(absent, 20)}")
+        whose = "this site has no" if alone else "no site has"
+        found.append(f"{whose} training images of the classes {first_few(absent, 20)}")
     return found + _by_sentence(sites, classes)
 
 

@@ -121,6 +121,11 @@ def test_data_that_is_not_ready(change: Change, what: str, verdict: str, text: s
     } <= found.keys()  # the rest is looked at too
 
 
+def test_a_hospital_speaks_of_its_own_images(tmp_path: Path) -> None:
+    said = [each.text for each in site_check.check(hospital(tmp_path, one_class), lambda _: None)]
+    assert "this site has no training images of the classes carcinoma, keratosis, melanoma" in said
+
+
 def test_digests_are_compared_where_one_is_told(tmp_path: Path) -> None:
     folder = hospital(tmp_path)
     ours = told(folder)["agreement"].text.split()[0]
