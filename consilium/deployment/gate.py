@@ -20,8 +20,10 @@ import torch
 from pydantic import Field
 
 from consilium import payload
-from consilium.deployment import approvals
+from consilium.deployment import approvals, files
+from consilium.engines import kept
 from consilium.engines.relay import LARGEST
+from consilium.engines.resident import run_of
 from consilium.errors import ConfigError, StateError
 from consilium.exchange import LARGEST_ENVELOPE
 from consilium.local.train import plan
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from consilium.experiment import Experiment
 
 Numbers = dict[str, Any]
+_NAMED = 4  # runs that a refusal names
 
 
 class TagRule(Options):
@@ -63,6 +66,7 @@ class GateConfig(Options):
     versions: tuple[str, ...] = ("*",)  # of the coordinator's package
     approval: bool = Field(default=False, strict=True)  # a person must approve each new agreement: `site approve`
     min_seconds: float = Field(default=0.0, ge=0)  # between two new questions of a kind, as rounds
+    max_runs: int = Field(default=20, ge=1)  # of which the site keeps something; one that is new beyond them is refused
 
 
 @dataclass
@@ -81,6 +85,10 @@ class Gate:
         """Why a request is not answered; None where it may be. `digest`: of its bytes."""
         handshake = fields.get("handshake")
         version = str(handshake.get("version")) if isinstance(handshake, dict) else "none"
+        return self.barred(version) or self.full(run_of(fields)) or self._too_soon(str(fields.get("kind")), digest)
+
+    def barred(self, version: str) -> str | None:
+        """Why no request of this agreement is answered, whatever it asks. `version`: of the coordinator's package."""
         strategy, patients = self.experiment.config.strategy.name, len(set(self.data.train.groups.tolist()))
         if not _fits(strategy, self.rules.strategies):
             return f"gate.strategies does not allow {strategy}"
@@ -88,7 +96,7 @@ class Gate:
             return f"gate.versions does not allow {version}"
         if patients < self.rules.min_patients:
             return f"there are fewer training patients here than gate.min_patients = {self.rules.min_patients}"
-        return self.unapproved() or self._too_soon(str(fields.get("kind")), digest)
+        return self.unapproved()
 
     def unapproved(self) -> str | None:
         """Why a person's word keeps this agreement out; what was taken back is out, whatever the rules ask for."""
@@ -102,6 +110,15 @@ class Gate:
         if row is None and self.rules.approval:
             return f"nobody at the site has approved agreement {agreement[:16]} yet (consilium site approve)"
         return None
+
+    def full(self, run: str) -> str | None:
+        """Why there is no place for a run: whoever invents names of runs must not fill the disk. One that the site
+        knows has its place."""
+        known, most = kept.runs(self.folder / files.STATE), self.rules.max_runs
+        if run in known or len(known) < most:
+            return None
+        names = ", ".join(known[:_NAMED]) + (f" and {len(known) - _NAMED} more" if len(known) > _NAMED else "")
+        return f"gate.max_runs = {most}: the site keeps {len(known)} runs ({names}), see consilium site states"
 
     def _too_soon(self, kind: str, digest: str) -> str | None:
         """The same bytes again cost nothing, as the reply is that of the first time. Whatever else is asked, in which

@@ -19,7 +19,7 @@ from consilium.errors import ConfigError, StateError
 def states(folder: Path) -> list[dict[str, Any]]:
     """Of each run that the site keeps something of: its rounds, and bytes."""
     found = []
-    for each in sorted((folder / files.STATE).glob("*/")):
+    for each in (folder / files.STATE / run for run in kept.runs(folder / files.STATE)):
         size = sum(path.stat().st_size for path in each.rglob("*") if path.is_file())
         found.append({"run": each.name, "rounds": kept.rounds(each), "bytes": size})
     return found

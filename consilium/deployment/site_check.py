@@ -109,10 +109,18 @@ def _rules(own: SiteFile, pieces: Experiment, prepared: Federation) -> list[Find
     with _reported(found, "gate"):
         rules = gate.Gate(own.gate, pieces, prepared.sites[own.name], own.folder)
         gate.check(rules)
-        why = rules.refusal({"handshake": {"version": pieces.handshake.version}, "kind": "check"})
+        why = rules.barred(pieces.handshake.version)
         remedy = "the hospital's own word: change [gate] or approve, or do not take part" if why else ""
         found.append(Finding("gate", "bad" if why else "good", why or "this agreement may be answered", remedy))
+        found += _place(rules)
     return found
+
+
+def _place(rules: gate.Gate) -> list[Finding]:
+    """Whether there is a place for a run that is new; one that the site knows goes on."""
+    why = rules.full("")
+    remedy = "delete one that is over, while the service is stopped: consilium site states FOLDER --delete RUN"
+    return [Finding("runs", "doubtful", f"a new run would be refused: {why}", remedy)] if why else []
 
 
 # ------------------------------------------------------------------------------------------------ what is there

@@ -29,6 +29,11 @@ def claimed(folder: Path) -> Iterator[None]:
         raise StateError("another process serves this site's folder", where=str(folder), remedy=remedy) from error
 
 
+def runs(folder: Path) -> list[str]:
+    """Names of the runs of which a site keeps something, sorted."""
+    return sorted(path.name for path in folder.glob("*/"))
+
+
 def rounds(folder: Path) -> list[int]:
     """Rounds of the states that are there, sorted."""
     return sorted(int(path.stem.split("-")[1]) for path in folder.glob("state-*.safetensors"))

@@ -39,7 +39,7 @@ class Resident:
         """The reply to a request: that of the first time, where it came before."""
         torch.set_num_threads(self.site.experiment.config.engine.threads)  # bits depend on it; it is of this thread
         fields = _fields(data)
-        about, site = _about(fields), replace(self.site, folder=self.site.folder / _run(fields))
+        about, site = _about(fields), replace(self.site, folder=self.site.folder / run_of(fields))
         path = site.folder / ANSWERS / f"{hashlib.sha256(data).hexdigest()}.reply"
         if path.is_file():
             reply = path.read_bytes()
@@ -84,7 +84,7 @@ def _short(value: object) -> object:
     return plain(str(value), 80)
 
 
-def _run(fields: Mapping[str, Any]) -> str:
+def run_of(fields: Mapping[str, Any]) -> str:
     """Folder of the run that a message names; one of its own for what names none."""
     handshake = fields.get("handshake")
     name = handshake.get("run") if isinstance(handshake, dict) else None

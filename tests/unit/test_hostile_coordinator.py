@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("flwr")
 
 from consilium import listing, seeds
-from consilium.deployment import files, hospital
+from consilium.deployment import files, hospital, keeping
 from consilium.deployment import gate as gating
 from consilium.deployment.gate import Gate, GateConfig
 from consilium.deployment.guard import Guard
@@ -128,6 +128,32 @@ def test_no_more_questions_than_the_pace_allows_whatever_they_are_called(apart: 
     here.now += 60
     assert here.ask("round", 2, builds_on=1) is None
     assert "may come" in str(here.ask("round", 1)), "back to the round before is a question as well"
+
+
+def test_new_names_of_runs_do_not_fill_the_disk(apart: Apart, tmp_path: Path) -> None:
+    here = Hospital(apart, tmp_path, max_runs=2)
+    first, second, third = (run * 16 for run in "abc")
+    assert [here.ask(run=run) for run in (first, second)] == [None, None]
+    for kind in ("describe", "round", "evaluate", "finish", "images", {"run": second}):
+        said = str(here.ask(kind, run=third))
+        assert f"gate.max_runs = 2: the site keeps 2 runs ({first}, {second}), see consilium site states" in said
+    assert "gate.max_runs" in str(here.raw(handshake={"version": here.site.experiment.handshake.version}))  # nameless
+    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == [first, second]
+    assert here.ask("round", 2, run=first, builds_on=1) is None  # what it knows goes on
+    narrow = replace(here.guard.gate, rules=here.guard.gate.rules.model_copy(update={"max_runs": 1}))
+    assert narrow.full(second) is None, "also where the limit came later"
+    keeping.delete(tmp_path, second)
+    assert here.ask(run=third) is None
+    assert "gate.max_runs" in str(here.ask(run=second)), "it was forgotten, so it is new"
+
+
+def test_a_refusal_names_some_of_many_runs(apart: Apart, tmp_path: Path) -> None:
+    here = Hospital(apart, tmp_path, max_runs=9)
+    for number in range(12):
+        (tmp_path / "state" / f"{number:016x}").mkdir(parents=True)
+    said = str(here.ask(run="f" * 16))
+    assert said.count("0" * 15) == 4
+    assert "and 8 more" in said
 
 
 def test_every_candidate_of_a_strategy_has_its_turn(apart: Apart, tmp_path: Path) -> None:

@@ -156,6 +156,17 @@ def test_rules_and_words_that_keep_it_out(tmp_path: Path) -> None:
     assert told(folder)["journal"].verdict == "bad"
 
 
+def test_a_hospital_that_keeps_as_many_runs_as_it_may(tmp_path: Path) -> None:
+    folder = hospital(tmp_path)
+    with (folder / files.SITE).open("a") as file:
+        file.write("max_runs = 1\n")
+    assert "runs" not in told(folder)
+    (folder / files.STATE / ("a" * 16)).mkdir(parents=True)
+    found = told(folder)
+    assert (found["runs"].verdict, "a" * 16 in found["runs"].text) == ("doubtful", True)
+    assert found["gate"].verdict == "good", "the run that it knows goes on"
+
+
 def test_the_verb_prints_remedies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = hospital(tmp_path, one_class)
     with pytest.raises(SystemExit) as caught:
