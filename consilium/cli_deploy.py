@@ -116,10 +116,10 @@ def approve(
 ) -> None:
     """Look at what an agreement sends, and approve it for this hospital."""
     from consilium import listing
-    from consilium.deployment import approvals, hospital
+    from consilium.deployment import approvals, consent
 
-    terms = hospital.terms(folder, digest)
-    listing.show(listing.outline(terms, title=f"agreement {terms['agreement'][:16]}"))
+    terms = consent.terms(folder, digest)
+    listing.show(consent.words(terms))
     if not yes:
         typer.confirm("Approve?", abort=True)
     approvals.approve(folder, terms["agreement"], by)

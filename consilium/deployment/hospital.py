@@ -10,10 +10,8 @@ from __future__ import annotations
 import pwd
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-from consilium import results, run, run_folder
-from consilium.config import TrainConfig
+from consilium import run, run_folder
 from consilium.deployment import files, node, own_page
 from consilium.deployment import gate as gating
 from consilium.deployment.files import SiteFile
@@ -44,37 +42,6 @@ def guarded(own: SiteFile, site: Site, tell: Show) -> Guard:
     gate = Gate(own.gate, site.experiment, site.data, own.folder)
     gating.check(gate)
     return Guard(Resident(site, tell), gate, Journal(own.folder))
-
-
-def terms(folder: Path, digest: str | None = None) -> dict[str, Any]:
-    """What a person approves: who learns what, how, and what leaves. ConfigError where the digest is another's."""
-    own = files.read_site(folder)
-    files.check_digest(digest)
-    pieces = assemble(own.config, own.config.task.classes or ())
-    found = pieces.handshake.agreement
-    if digest is not None and not found.startswith(digest):
-        remedy = "ask the coordinator for the agreement that it means, and compare the files"
-        raise ConfigError("another agreement lies in this folder", allowed=found, received=digest, remedy=remedy)
-    config, (up, down) = own.config, results.both_ways(pieces)
-    return {
-        "agreement": found,
-        "backbone": {"name": pieces.backbone.name, "digest": pieces.handshake.backbone},
-        "task": {"name": config.task.name, "classes": list(pieces.task.classes)},
-        "method": {"tuner": [table.name for table in config.tuner], "strategy": config.strategy.name},
-        "sites": list(files.deployment(folder).sites),
-        "rounds": config.train.rounds,
-        "each_round": _work(config.train),
-        "looks_at_single_updates": pieces.strategy.declares.needs_individual_updates,
-        "leaves": results.wire(up, pieces.codec),
-        "arrives": {"tensors": len(down)},
-        "numbers": results.numbers(pieces, remote=True),
-    }
-
-
-def _work(train: TrainConfig) -> str:
-    """How much is learnt before something is sent: of few images an update tells most."""
-    steps = f"{train.local_steps} steps" if train.local_steps is not None else f"epochs {train.local_epochs or 1:g}"
-    return f"{steps}, {train.batch_size} images at a time; a strategy may have its own"
 
 
 def serve(

@@ -84,16 +84,6 @@ def test_a_refused_request_never_reaches_the_site(apart: Apart, tmp_path: Path) 
     assert heard == []
 
 
-def test_what_a_person_approves_is_what_leaves(apart: Apart) -> None:
-    terms = hospital.terms(apart.at("alpine"))
-    site = apart.resident("alpine").site
-    assert terms["agreement"] == site.experiment.handshake.agreement
-    assert {row["name"] for row in terms["leaves"]} == set(site.experiment.up(1))
-    assert "metrics" in {row["name"] for row in terms["numbers"]}
-    with pytest.raises(ConfigError, match="another agreement"):
-        hospital.terms(apart.at("alpine"), "0" * 64)
-
-
 def test_metrics_leave_by_name(apart: Apart, tmp_path: Path) -> None:
     rules = GateConfig(min_patients=1, min_images=1, metrics=("accuracy", "balanced_*"))
     numbers = reply(apart, tmp_path, rules, "finish")["numbers"]

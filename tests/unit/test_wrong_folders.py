@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("flwr")
 
 from consilium import checkpoint, cli
-from consilium.deployment import board, files, hospital, init, leaflets, office
+from consilium.deployment import board, consent, files, init, leaflets, office
 from consilium.errors import ConfigError, StateError
 from tests.hospitals_apart import FEDERATION, SITE, SITES, Apart, made
 
@@ -94,7 +94,7 @@ def test_what_is_no_digest_compares_nothing(
 
 
 def test_the_beginning_of_a_digest_is_enough_to_approve(apart: Apart, capsys: pytest.CaptureFixture[str]) -> None:
-    digest = hospital.terms(apart.at("prairie"))["agreement"]
+    digest = consent.terms(apart.at("prairie"))["agreement"]
     words = ["site", "approve", apart.at("prairie"), "--by", "me", "--yes", "--digest"]
     assert call(capsys, *words, digest[:12])[0] == 0
     code, said = call(capsys, *words, "0000")
