@@ -2,7 +2,8 @@
 
 Flower's node may stop asking for work and stay: its loop ends at the first error that it does not know, its heartbeat
 at another, and the thread of a web server keeps the process; a reply that it cannot send it forgets; without the
-program that starts client apps it waits for ever. From outside all of this looks like a node that is alive. So whatever
+program that starts client apps it waits for ever, and for the reply of an app that was killed before it had fetched its
+message, or that was asked to end. From outside all of this looks like a node that is alive. So whatever
 Flower calls an error, and the death of any part, ends the process and all that it started: the supervisor begins anew,
 and the coordinator, which asks again, gets the reply that the site's service remembers. No part of Flower is changed.
 """
@@ -17,12 +18,15 @@ import threading
 import time
 from contextlib import suppress
 from importlib.metadata import entry_points
+from pathlib import Path
 
 SUPERNODE = "flower-supernode"
+WAITS = "_push_messages"  # Flower's function in whose own lines it waits for the reply of a client app
 ENDS = "This node ends: "  # before the reason, in its log
 PATIENCE = 10.0  # seconds after an error in which Flower may end by itself, and say more
 LEAVING = 4.0  # seconds to take leave of the coordinator; Flower would make an end after five, of this process alone
 LOOK = 1.0  # seconds between two looks at the programs that the node started
+LOOKS = 30  # at a node that waits for a client app of which none lives; a reply is there before its app ends
 
 
 class Watch(logging.Handler):
@@ -45,12 +49,16 @@ class Watch(logging.Handler):
         self.leave(f"a part of it died ({_line(f'{thread.exc_type.__name__}: {thread.exc_value}')})")
 
     def look(self) -> None:
-        """Wait until a program that the node started has ended, and nobody asked how: it was meant to stay."""
-        before = None
+        """Wait until a program that the node started has ended, and nobody asked how: it was meant to stay. Or until
+        the node has long waited for the reply of a client app that is dead."""
+        before, in_vain = None, 0
         while (ended := _ended()) is None or ended != before:
             before = ended
+            in_vain = in_vain + 1 if _waits() and _apps_dead() else 0
+            if in_vain == LOOKS:
+                return self.leave("a client app has ended, and no reply of it is there (flwr-clientapp)")
             time.sleep(LOOK)
-        self.leave("the program that starts its client apps has ended (flower-superexec)")
+        return self.leave("the program that starts its client apps has ended (flower-superexec)")
 
     def leave(self, why: str) -> None:
         """Ask Flower to take leave of the coordinator, which then knows at once; make an end where that takes long."""
@@ -85,6 +93,32 @@ def _ended() -> int | None:
     except (AttributeError, ChildProcessError):  # no such call on this system; nothing started
         return None
     return found.si_pid if found else None
+
+
+def _waits() -> bool:
+    """Whether Flower's loop stands still where it waits for a reply, and does not send one."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    return frame is not None and frame.f_code.co_name == WAITS
+
+
+def _apps_dead() -> bool:
+    """Whether programs that were started by what the node started are known, and none of them lives: the last one that
+    ended stays known until the next one starts. False on a system that does not say."""
+    found = [_state(app) for child in _children(os.getpid()) for app in _children(child)]
+    return bool(found) and set(found) <= {"Z", "X"}
+
+
+def _children(process: int) -> list[int]:
+    with suppress(OSError):  # gone meanwhile
+        files = Path(f"/proc/{process}/task").glob("*/children")
+        return [int(child) for file in files for child in file.read_text().split()]
+    return []
+
+
+def _state(process: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    return "X"
 
 
 def end() -> None:

@@ -21,7 +21,21 @@ ROOT = Path(__file__).parents[2]
 STAYS = "import threading, time; threading.Thread(target=time.sleep, args=(1000,)).start(); "  # as its web server does
 CHILD = "import subprocess; child = subprocess.Popen(['sleep', '1000']); print('child', child.pid, flush=True); "
 LOG = "import logging; log = logging.getLogger('flwr'); "
-QUICK = "from consilium.deployment import watch; watch.PATIENCE = watch.LOOK = 0.1; watch.LEAVING = 3.0; watch.main()"
+QUICK = (
+    "from consilium.deployment import watch; watch.PATIENCE = watch.LOOK = 0.1; watch.LEAVING = 3.0; watch.LOOKS = 5; "
+    "watch.main()"
+)
+STARTER = "import subprocess, time; app = subprocess.Popen({app!r}); time.sleep(1000)"  # as flower-superexec does
+WAITING = f"""import subprocess, sys, time
+    def {watch.WAITS}():
+        while True:
+            time.sleep(0.05)
+    def idle():
+        while True:
+            time.sleep(0.05)
+    child = subprocess.Popen([sys.executable, "-c", {{starter!r}}])
+    print("child", child.pid, flush=True)
+    {{then}}()"""
 
 
 def started(folder: Path, body: str) -> subprocess.Popen[str]:
@@ -81,6 +95,24 @@ def test_a_heartbeat_that_dies_ends_the_node(tmp_path: Path) -> None:
 def test_a_program_that_it_started_and_that_ends_ends_the_node(tmp_path: Path) -> None:
     body = STAYS + "import subprocess; subprocess.run(['true']); " + CHILD + "child.kill(); time.sleep(1000)"
     assert f"{watch.ENDS}the program that starts its client apps has ended" in said(tmp_path, body)
+
+
+@pytest.mark.skipif(not Path(f"/proc/self/task/{os.getpid()}/children").is_file(), reason="the system does not say")
+class TestAClientApp:
+    @pytest.mark.parametrize("end", ["kill -9 $$", "exit 0"])  # Flower's own exits well when it is asked to end
+    def test_that_is_dead_and_has_not_replied_ends_the_node(self, end: str, tmp_path: Path) -> None:
+        out = said(tmp_path, STAYS + WAITING.format(starter=STARTER.format(app=["sh", "-c", end]), then=watch.WAITS))
+        assert f"{watch.ENDS}a client app has ended, and no reply of it is there" in out
+
+    @pytest.mark.parametrize(("app", "then"), [("sleep 1000", watch.WAITS), ("exit 0", "idle")])
+    def test_that_is_at_work_or_has_replied_ends_nothing(self, app: str, then: str, tmp_path: Path) -> None:
+        starter = STARTER.format(app=["sh", "-c", f"exec {app}" if "sleep" in app else app])
+        with started(tmp_path, WAITING.format(starter=starter, then=then)) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(2)
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_it_takes_leave_where_flower_does(tmp_path: Path) -> None:
