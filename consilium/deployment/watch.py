@@ -2,10 +2,11 @@
 
 Flower's node may stop asking for work and stay: its loop ends at the first error that it does not know, its heartbeat
 at another, and the thread of a web server keeps the process; a reply that it cannot send it forgets; without the
-program that starts client apps it waits for ever, and for the reply of an app that was killed before it had fetched its
-message, or that was asked to end. From outside all of this looks like a node that is alive. So whatever
-Flower calls an error, and the death of any part, ends the process and all that it started: the supervisor begins anew,
-and the coordinator, which asks again, gets the reply that the site's service remembers. No part of Flower is changed.
+program that starts client apps it waits for ever, and so it does for an app that is killed before it has fetched its
+message, or that is asked to end. From outside all of this looks like a node that is alive. So whatever Flower calls an
+error, the death of any part, and a wait for a dead app ends the process and all that it started: the supervisor begins
+anew, and the coordinator, which asks again, gets the reply that the site's service remembers. No part of Flower is
+changed.
 """
 
 from __future__ import annotations

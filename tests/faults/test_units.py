@@ -62,7 +62,7 @@ class Installed(Loopback):
         found = {unit: int(self.shows(unit, "NRestarts")) for unit in (LEADER, *PARTS)}
         return {unit: number for unit, number in found.items() if number}
 
-    def running(self) -> list[str]:
+    def alive(self) -> list[str]:
         """Processes of the three users, with their words."""
         lines = self.there.well("ps", "-e", "-o", "user:32=,args=").splitlines()
         return [line for line in lines if line.split()[0] in USERS]
@@ -118,7 +118,7 @@ def test_units_killed_in_a_run_start_again_and_it_ends_as_if_nothing_had_been(tm
             made.serve("audit-log", site)
         lost.after()
         made.there.well("systemctl", "disable", "--now", *PARTS, LEADER)
-        assert made.running() == []
+        assert made.alive() == []
         active = made.there("systemctl", "is-active", *PARTS, LEADER).stdout.split()
         assert active == ["inactive"] * (len(PARTS) + 1)
 
