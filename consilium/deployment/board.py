@@ -7,7 +7,9 @@ comes), training, done (it replied in this round), late, lost, absent, refused, 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,23 +22,37 @@ from consilium.errors import ConsiliumError, StateError
 
 STATUS, LOG = "status.json", "log.jsonl"
 STOPPED = "Flower was told to stop it; consilium coordinator resume goes on after the last closed round"
+EVERY = 0.5  # seconds from one write of the state to the next at least, as each waits for the disk
+AT_ONCE = ("start", "round")  # events that are written as they come
+
+
+def _later(seconds: float, do: Callable[[], None]) -> None:
+    timer = threading.Timer(seconds, do)
+    timer.daemon = True
+    timer.start()
 
 
 @dataclass
 class Board:
-    """What `consilium coordinator status` prints."""
+    """What `consilium coordinator status` prints. Every event is logged as it comes; the state that many of them leave
+    is written once, half a second after the last time, and at the end of a round and of the run at once."""
 
     folder: Path
     table: dict[str, Any] = field(default_factory=lambda: {"state": "starting", "round": 0, "sites": {}})
+    clock: Callable[[], float] = time.monotonic
+    later: Callable[[float, Callable[[], None]], None] = _later
 
     def __post_init__(self) -> None:
         self.log = Log(self.folder / LOG)
+        self._lock = threading.RLock()  # whoever was put off writes from a thread of its own
+        self._due, self._waits = self.clock(), False  # when the next write may be; whether one was put off
 
     def show(self, event: Mapping[str, object]) -> None:
         """Take note of an event of the coordinator or of its transport."""
         self.log(event)
-        self._note(dict(event))
-        self._write()
+        with self._lock:
+            self._note(dict(event))
+            self._write() if event["event"] in AT_ONCE else self._write_in_time()
 
     def _note(self, event: dict[str, Any]) -> None:
         kind, sites = event.pop("event"), self.table["sites"]
@@ -70,8 +86,7 @@ class Board:
         """The state of the run at the end, whatever it is: no runner's exit code is to be trusted. The folder is held
         from before the first word to after the last one: who finds it free has all that this process will ever say."""
         with run_folder.locked(self.folder):
-            self.table |= {"state": "starting", "process": os.getpid()}
-            self._write()
+            self._turn("starting", process=os.getpid())
             try:
                 yield
             except SystemExit:  # by which Flower ends the process of a run that it was told to stop
@@ -81,17 +96,36 @@ class Board:
                 text = str(error) if isinstance(error, ConsiliumError) else f"{type(error).__name__}: {error}"
                 self.broke_off(text)
                 raise
-            self.table |= {"state": "finished", "message": ""}
             self.log({"event": "finished"})
-            self._write()
+            self._turn("finished", message="")
 
     def broke_off(self, why: str, state: str = "failed") -> None:
         """The run ends here, from outside."""
-        self.table |= {"state": state, "message": why}
         self.log({"event": state, "message": why})
-        self._write()
+        self._turn(state, message=why)
+
+    def _turn(self, state: str, **more: object) -> None:
+        with self._lock:
+            self.table |= {"state": state, **more}
+            self._write()
+
+    def _write_in_time(self) -> None:
+        wait = self._due - self.clock()
+        if wait <= 0:
+            self._write()
+        elif not self._waits:
+            self._waits = True
+            self.later(wait, self._put_off)
+
+    def _put_off(self) -> None:
+        """What was put off, unless it was written meanwhile: after the last word of a run nothing is."""
+        with self._lock:
+            if self._waits:
+                self._waits = False
+                self._write_in_time()
 
     def _write(self) -> None:
+        self._due, self._waits = self.clock() + EVERY, False
         with suppress(StateError):  # a full disk: the run's own files say so
             checkpoint.write_json(self.folder / STATUS, {**self.table, "time": now()})
 

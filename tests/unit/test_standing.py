@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import subprocess
 import sys
@@ -224,7 +225,8 @@ def test_what_was_stopped_a_moment_ago_is_not_stopped_again(folder: Path, monkey
 
 
 def test_after_the_last_round_a_site_that_is_asked_reads_its_test_images(folder: Path) -> None:
-    here, asked = Board(folder), {"event": "link", "site": "alpine", "status": "asked"}
+    here = Board(folder, clock=itertools.count().__next__)
+    asked = {"event": "link", "site": "alpine", "status": "asked"}
     here.show({"event": "start", "sites": ["alpine"], "rounds": 2, "closed": 1})
     here.show(asked)
     assert board.read(folder)["sites"]["alpine"]["status"] == "training"
