@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -153,6 +154,22 @@ class Loopback:
         for site in SITES:
             self.wait(lambda site=site: "ready site=" in self.output(site), site)  # type: ignore[misc]
 
+    def begin(self, hooks: Mapping[str, str] | None = None) -> None:
+        """The SuperLink, all sites, and a run."""
+        self.link()
+        self.join_all(hooks)
+        self.submit()
+
+    def at_work(self, round: int = 2) -> Path:
+        """Begun, and prairie's service has its request of this round; it answers when the file is gone."""
+        self.link()
+        for site in SITES[:2]:
+            self.join(site)
+        mark = self.slowly(SITES[2], round)
+        self.submit()
+        self.until_asked(SITES[2], round)
+        return mark
+
     def slowly(self, site: str, round: int | None = None) -> Path:
         """Join with a service that waits before it answers, in all rounds or in one, as long as the file is there."""
         mark = self.folder / f"{site}.slow"
@@ -184,6 +201,16 @@ class Loopback:
             if time.monotonic() > end:
                 raise AssertionError(f"waited {patience:g} s for {what}\n{self.told()}")
             time.sleep(0.1)
+
+    def asked(self, site: str) -> list[int]:
+        """Rounds that a site's service was asked for, again where its reply was lost."""
+        return [int(number) for number in re.findall(r"asked kind=round round=(\d+)", self.output(site))]
+
+    def until_asked(self, site: str, round: int) -> None:
+        self.wait(lambda: round in self.asked(site), f"{site}'s work in round {round}")
+
+    def until_closed(self, round: int) -> None:
+        self.wait(lambda: self.quick().get("closed", 0) >= round, f"the end of round {round}")
 
     def ended(self, patience: float = PATIENCE) -> dict[str, Any]:
         """The state of the run when it is over."""
@@ -217,6 +244,7 @@ def loopback(
     change: Mapping[str, str] | None = None,
 ) -> Iterator[Loopback]:
     """New folders; `change`: text of the agreement -> other text. All processes end with the test."""
+    folder.mkdir(exist_ok=True)
     port = processes.free_port()
     settings = {"strategy": strategy, "rounds": rounds, "deadline": deadline, "grace": grace}
     text = FEDERATION.format(port=port, **settings)

@@ -14,7 +14,7 @@ pytest.importorskip("flwr")
 from consilium.deployment import files
 from tests.faults.conftest import Lost
 from tests.faults.loopback import SITES, Loopback, loopback
-from tests.faults.outcome import assert_journals_whole, assert_same, died, missed, resume, simulated
+from tests.faults.outcome import assert_as_simulated, assert_journals_whole, died, missed, resume
 
 SLOWER = """
 import time
@@ -29,48 +29,34 @@ Site.handle = slowly
 """
 
 
-def begun(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
-
-
 @pytest.mark.faults
 def test_a_site_that_loses_power_misses_rounds_and_catches_up_with_its_personal_state(
     tmp_path: Path, lost: Lost
 ) -> None:
     """Its node too is killed, so that Flower refuses it until the old one's heartbeat is overdue; it tries again."""
-    with loopback(begun(tmp_path / "there"), strategy="fedopal", rounds=8, deadline=22, grace=3) as made:
-        made.link()
-        made.join("alpine")
-        made.join("harbour")
-        mark = made.slowly("prairie", round=2)
-        made.submit()
-        made.wait(lambda: "asked kind=round round=2" in made.output("prairie"), "prairie's second round")
+    with loopback(tmp_path / "there", strategy="fedopal", rounds=8, deadline=22, grace=3) as made:
+        mark = made.at_work()
         lost.before(made, "site and node killed in training")
         os.kill(made.process("prairie"), signal.SIGKILL)
         made.kill("prairie")
         mark.unlink()
         made.join("prairie")
-        state = made.ended()
-        assert state["state"] == "finished", made.told()
+        assert made.ended()["state"] == "finished", made.told()
         gone = missed(made, "prairie")
         assert gone == [*range(2, 2 + len(gone))]
         assert 0 < len(gone) < 7, "it never came back"
         assert all(each["sites"][site]["status"] == "ok" for each in made.rounds() for site in SITES[:2])
         assert all(22 + 3 <= made.rounds()[number - 1]["seconds"] < 60 for number in gone), "deadline and grace"
         assert "still holds its last connection" in made.output("prairie")  # refused, and tried again
-        assert_same(made, simulated(made, tmp_path / "here", {"prairie": gone}))
-        assert_journals_whole(made)
+        assert_as_simulated(made, tmp_path / "here", {"prairie": gone})
         lost.after()
 
 
 @pytest.mark.faults
 def test_a_site_that_is_twenty_times_slower_holds_nobody_up(tmp_path: Path, lost: Lost) -> None:
-    with loopback(begun(tmp_path / "there"), rounds=3, deadline=30, grace=2) as made:
-        made.link()
-        made.join_all({"prairie": SLOWER})
-        made.submit()
-        made.wait(lambda: made.quick().get("closed") == 1, "round 1")
+    with loopback(tmp_path / "there", rounds=3, deadline=30, grace=2) as made:
+        made.begin({"prairie": SLOWER})
+        made.until_closed(1)
         lost.before(made, "site 20 times slower (replies dropped)")
         assert made.ended()["state"] == "finished", made.told()
         assert missed(made, "prairie") == [1, 2, 3]
@@ -79,8 +65,7 @@ def test_a_site_that_is_twenty_times_slower_holds_nobody_up(tmp_path: Path, lost
         late = [each for each in made.log() if each["event"] == "late"]
         assert [(each["site"], each["policy"]) for each in late][:1] == [("prairie", "dropped")]
         assert all(each["bytes"] > 0 for each in late if each["policy"] == "dropped")
-        asked = [line for line in made.output("prairie").splitlines() if line.startswith("asked kind=round")]
-        assert len(asked) < 3, "a site that is behind is not sent one round after the other"
+        assert len(made.asked("prairie")) < 3, "a site that is behind is not sent one round after the other"
         assert json.loads((made.run / "result.json").read_text())["untested"] == ["prairie"]
         assert_journals_whole(made)
         lost.after(rounds=range(1, 4))
@@ -92,25 +77,22 @@ def test_whoever_leads_is_killed_and_the_run_goes_on_after_the_last_closed_round
     victim: str, tmp_path: Path, lost: Lost
 ) -> None:
     """At two moments: just after a round was closed, and while sites train."""
-    with loopback(begun(tmp_path / "there"), strategy="fedopal", rounds=4) as made:
+    with loopback(tmp_path / "there", strategy="fedopal", rounds=4) as made:
         made.link()
         made.join("alpine")
         made.join("harbour")
         mark = made.slowly("prairie", round=3)
         made.submit()
-        made.wait(lambda: made.quick().get("closed") == 1, "round 1")
+        made.until_closed(1)
         lost.before(made, f"{victim} killed after a closed round")
         kill(made, victim)
         resume(made)
-        made.wait(lambda: "asked kind=round round=3" in made.output("prairie"), "prairie's third round")
+        made.until_asked("prairie", 3)
         lost.before(made, f"{victim} killed while sites train")
         kill(made, victim)
         mark.unlink()
         resume(made)
-        assert made.ended()["state"] == "finished", made.told()
-        assert [missed(made, site) for site in SITES] == [[], [], []]
-        assert_same(made, simulated(made, tmp_path / "here"))
-        assert_journals_whole(made)
+        assert_as_simulated(made, tmp_path / "here")
         lost.after()
 
 
@@ -130,7 +112,7 @@ def kill(made: Loopback, victim: str) -> None:
 @pytest.mark.faults
 def test_a_quorum_that_is_not_reached_stops_with_names_and_can_be_resumed(tmp_path: Path, lost: Lost) -> None:
     whole = {"quorum = 0.6": "quorum = 1.0"}
-    with loopback(begun(tmp_path / "there"), rounds=2, deadline=15, grace=2, change=whole) as made:
+    with loopback(tmp_path / "there", rounds=2, deadline=15, grace=2, change=whole) as made:
         made.link()
         for site in SITES[:2]:
             made.join(site)
@@ -145,7 +127,5 @@ def test_a_quorum_that_is_not_reached_stops_with_names_and_can_be_resumed(tmp_pa
         text = (made.at(files.COORDINATOR) / files.FEDERATION).read_text()
         (made.at(files.COORDINATOR) / files.FEDERATION).write_text(text.replace("deadline = 15", "deadline = 120"))
         resume(made)
-        assert made.ended()["state"] == "finished", made.told()
-        assert_same(made, simulated(made, tmp_path / "here"))
-        assert_journals_whole(made)
+        assert_as_simulated(made, tmp_path / "here")
         lost.after()

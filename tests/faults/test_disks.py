@@ -12,7 +12,7 @@ pytest.importorskip("flwr")
 from consilium.deployment import files
 from tests.faults.conftest import Lost
 from tests.faults.loopback import loopback
-from tests.faults.outcome import assert_journals_whole, assert_same, missed, simulated
+from tests.faults.outcome import assert_as_simulated
 
 # Files of this process may have 20 kB from here on: enough for a line of a log, too little for a state. SIGXFSZ is
 # ignored by Python, so that writing fails as it does on a full disk.
@@ -46,13 +46,10 @@ Site.handle = troubled
 
 @pytest.mark.faults
 def test_a_full_disk_a_damaged_state_and_a_second_process_keep_the_last_good_state(tmp_path: Path, lost: Lost) -> None:
-    (tmp_path / "there").mkdir()
     befalls = {"disk full at a site": [2], "personal state damaged": [4], "two processes on one folder": [1, 3, 5]}
     with loopback(tmp_path / "there", strategy="fedopal", rounds=5) as made:
-        made.link()
-        made.join_all({"prairie": TROUBLE})
-        made.submit()
-        made.wait(lambda: made.quick().get("closed") == 1, "round 1")
+        made.begin({"prairie": TROUBLE})
+        made.until_closed(1)
         lost.before(made, *befalls)
         second = made.call("site", "join", made.at("prairie"))
         assert second.returncode == 1, second.stderr
@@ -60,15 +57,12 @@ def test_a_full_disk_a_damaged_state_and_a_second_process_keep_the_last_good_sta
         again = made.call("coordinator", "submit", made.at(files.COORDINATOR))
         assert again.returncode == 1
         assert "the run of this folder is going on" in again.stderr
-        assert made.ended()["state"] == "finished", made.told()
-        assert missed(made, "prairie") == [2, 4]
+        assert_as_simulated(made, tmp_path / "here", {"prairie": [2, 4]})
         rows = [each["sites"]["prairie"] for each in made.rounds()]
         assert all(rows[number - 1]["message"].startswith("see failures.jsonl at the site, ") for number in (2, 4))
         kept = next(made.at("prairie").glob("state/*/failures.jsonl")).read_text().splitlines()
         full, damaged = [json.loads(line)["text"] for line in kept]
         assert "a file could not be written" in full
         assert "state-00003.safetensors" in damaged
-        assert_same(made, simulated(made, tmp_path / "here", {"prairie": [2, 4]}))
-        assert_journals_whole(made)
         for fault, rounds in befalls.items():
             lost.after(fault, rounds=rounds)

@@ -16,8 +16,8 @@ pytest.importorskip("flwr")
 
 from consilium.deployment import files
 from tests.faults.conftest import Lost
-from tests.faults.loopback import SITES, Loopback, loopback
-from tests.faults.outcome import assert_journals_whole, assert_same, missed, resume, simulated
+from tests.faults.loopback import loopback
+from tests.faults.outcome import assert_as_simulated, resume
 from tests.faults.spaces import inside, ip
 
 SIZE = 96 << 20  # bytes of the small disk
@@ -45,10 +45,6 @@ def fill(folder: Path, leave: int = 0) -> Path:
     return path
 
 
-def asked(made: Loopback, number: int) -> bool:
-    return f"asked kind=round round={number}" in made.output("prairie")
-
-
 @pytest.mark.faults
 def test_the_disk_of_a_site_is_full(tmp_path: Path, lost: Lost) -> None:
     """With room for a line of the journal: an error. With room for nothing: no answer, until there is room again."""
@@ -57,32 +53,23 @@ def test_the_disk_of_a_site_is_full(tmp_path: Path, lost: Lost) -> None:
 
 def full_site(folder: Path, lost: Lost) -> None:
     ip("link", "set", "lo", "up")
-    (folder / "there").mkdir()
     with loopback(folder / "there", strategy="fedopal", rounds=4, deadline=400) as made:
         on_a_small_disk(made.at("prairie"))
-        made.link()
-        made.join("alpine")
-        made.join("harbour")
-        mark = made.slowly("prairie", round=2)
-        made.submit()
-        made.wait(lambda: asked(made, 2), "prairie's second round")
+        mark = made.at_work()
         lost.before(made, "disk full at a site, room for the journal alone", "disk full at a site, no room at all")
         filler = fill(made.at("prairie"), leave=5 * PIECE)
         mark.write_text("3")
-        made.wait(lambda: asked(made, 3), "prairie's third round")
+        made.until_asked("prairie", 3)
         filler.unlink()
         filler = fill(made.at("prairie"))
         mark.unlink()
         made.wait(lambda: made.quick()["sites"]["prairie"]["status"] == "lost", "no answer")
         filler.unlink()
-        assert made.ended()["state"] == "finished", made.told()
-        assert missed(made, "prairie") == [2]
+        assert_as_simulated(made, folder / "here", {"prairie": [2]})
         assert made.rounds()[1]["sites"]["prairie"]["message"].startswith("see failures.jsonl at the site, ")
         kept = next(made.at("prairie").glob("state/*/failures.jsonl")).read_text().splitlines()
         assert all("a file could not be written" in json.loads(line)["text"] for line in kept)
         assert "No space left on device" in made.output("prairie")
-        assert_same(made, simulated(made, folder / "here", {"prairie": [2]}))
-        assert_journals_whole(made)
         lost.after("disk full at a site, room for the journal alone", rounds=[2])
         lost.after(rounds=[3, 4])
 
@@ -96,16 +83,10 @@ def test_the_disk_of_the_coordinator_is_full(room: int, tmp_path: Path, lost: Lo
 
 def full_coordinator(folder: Path, lost: Lost, room: str) -> None:
     ip("link", "set", "lo", "up")
-    (folder / "there").mkdir()
     with loopback(folder / "there", strategy="fedopal", rounds=4, deadline=400) as made:
         there = made.at(files.COORDINATOR)
         on_a_small_disk(there)
-        made.link()
-        made.join("alpine")
-        made.join("harbour")
-        mark = made.slowly("prairie", round=2)
-        made.submit()
-        made.wait(lambda: asked(made, 2), "prairie's second round")
+        mark = made.at_work()
         lost.before(made, f"disk full at the coordinator, {room} pages of room")
         filler = fill(there, leave=int(room) * PIECE)
         mark.unlink()
@@ -115,8 +96,5 @@ def full_coordinator(folder: Path, lost: Lost, room: str) -> None:
         assert "No space left on device" in state["message"] or "make room" in state["message"], state
         filler.unlink()
         resume(made)
-        assert made.ended()["state"] == "finished", made.told()
-        assert [missed(made, site) for site in SITES] == [[], [], []]
-        assert_same(made, simulated(made, folder / "here"))
-        assert_journals_whole(made)
+        assert_as_simulated(made, folder / "here")
         lost.after()

@@ -10,9 +10,8 @@ import pytest
 pytest.importorskip("flwr")
 
 from tests.faults.conftest import Lost
-from tests.faults.loopback import SITES, loopback
-from tests.faults.outcome import assert_journals_whole, assert_same, missed, simulated
-from tests.faults.test_crashes import begun
+from tests.faults.loopback import loopback
+from tests.faults.outcome import assert_as_simulated, missed
 
 OVERDUE = """
 import pathlib, time
@@ -33,29 +32,23 @@ Site.handle = slowly
 def test_a_slow_sites_replies_count_in_the_rounds_after_their_own(tmp_path: Path, lost: Lost) -> None:
     """It works on rounds 1 and 3 until these are closed; the bits are those of a simulation in which it does."""
     change = {"grace = 2": 'grace = 2\nlate = "next_round"'}
-    with loopback(begun(tmp_path / "there"), strategy="fedper", rounds=5, deadline=25, grace=2, change=change) as made:
-        made.link()
+    with loopback(tmp_path / "there", strategy="fedper", rounds=5, deadline=25, grace=2, change=change) as made:
         mark = tmp_path / "done"
-        made.join_all({"prairie": OVERDUE.format(mark=str(mark), rounds=(1, 3))})
-        made.submit()
+        made.begin({"prairie": OVERDUE.format(mark=str(mark), rounds=(1, 3))})
         for number in (1, 3):
-            made.wait(lambda number=number: made.quick().get("closed") == number, f"round {number}")  # type: ignore[misc]
+            made.until_closed(number)
             if number == 1:
                 lost.before(made, "site slower than rounds (late replies counted in the next round)")
             Path(f"{mark}{number}").touch()
-        assert made.ended()["state"] == "finished", made.told()
-        assert [missed(made, site) for site in SITES] == [[], [], [1, 3]]
+        assert_as_simulated(made, tmp_path / "here", late={"prairie": (1, 3)})
         rows = {each["round"]: each["sites"]["prairie"] for each in made.rounds()}
         assert {number: row["late_from"] for number, row in rows.items() if "late_from" in row} == {2: 1, 4: 3}
-        asked = [line for line in made.output("prairie").splitlines() if line.startswith("asked kind=round")]
-        assert [line.split()[2] for line in asked] == ["round=1", "round=3", "round=5"]
+        assert made.asked("prairie") == [1, 3, 5]
         late = [(each["site"], each["policy"]) for each in made.log() if each["event"] == "late"]
         assert late == [("prairie", "next_round")] * 2
         result = json.loads((made.run / "result.json").read_text())
         assert result["late"] == {"policy": "next_round", "counted": {"prairie": [2, 4]}}
         assert "reply to the round before" in (made.run / "report.html").read_text()
-        assert_same(made, simulated(made, tmp_path / "here", late={"prairie": (1, 3)}))
-        assert_journals_whole(made)
         lost.after(rounds=range(1, 6))
 
 
@@ -64,12 +57,10 @@ def test_a_reply_that_comes_when_flower_takes_it_no_more_costs_the_site_nothing_
     tmp_path: Path, lost: Lost
 ) -> None:
     """It is at work on round 1 until that request has been given up, and its time at Flower is over."""
-    with loopback(begun(tmp_path / "there"), rounds=12, deadline=14, grace=1) as made:
-        made.link()
+    with loopback(tmp_path / "there", rounds=12, deadline=14, grace=1) as made:
         mark = tmp_path / "done"
-        made.join_all({"prairie": OVERDUE.format(mark=str(mark), rounds=(1,))})
-        made.submit()
-        made.wait(lambda: (made.quick().get("closed") or 0) >= 4, "round 4")
+        made.begin({"prairie": OVERDUE.format(mark=str(mark), rounds=(1,))})
+        made.until_closed(4)
         lost.before(made, "reply refused by Flower, as its time was over")
         Path(f"{mark}1").touch()
         assert made.ended()["state"] == "finished", made.told()
@@ -79,12 +70,8 @@ def test_a_reply_that_comes_when_flower_takes_it_no_more_costs_the_site_nothing_
         assert made.rounds()[-1]["sites"]["prairie"]["status"] == "ok"
         policies = [each["policy"] for each in made.log() if each["event"] == "late"]
         assert policies[0] == "given up"
-        asked = [
-            int(line.split("round=")[1].split()[0])
-            for line in made.output("prairie").splitlines()
-            if "asked kind=round" in line
-        ]
+        asked = made.asked("prairie")
         assert asked[0] == 1
         assert sum(number in gone for number in asked) <= 4, "closed rounds queued up"
-        assert_same(made, simulated(made, tmp_path / "here", {"prairie": gone}))
+        assert_as_simulated(made, tmp_path / "here", {"prairie": gone})
         lost.after(rounds=range(1, 13))

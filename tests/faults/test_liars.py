@@ -13,7 +13,7 @@ from consilium.deployment import files
 from tests.faults.conftest import Lost
 from tests.faults.liar import PATIENT
 from tests.faults.loopback import SITES, Loopback, loopback
-from tests.faults.outcome import assert_journals_whole, assert_same, missed, simulated
+from tests.faults.outcome import assert_as_simulated
 
 REFUSE = {'name = "fedavg"': 'name = "fedavg"\nrefuse_updates = 1000'}
 
@@ -22,13 +22,10 @@ NAMES = {"old": "answer of an old round", "exception": "exception that names a p
 
 
 def played(made: Loopback, plan: dict[int, str], lost: Lost) -> None:
-    """A run in which prairie does what the plan says, to its end."""
-    made.link()
-    made.join_all({"prairie": f"from tests.faults import liar\nliar.install({plan!r})"})
-    made.submit()
-    made.wait(lambda: made.quick().get("closed") == 1, "round 1")
+    """A run in which prairie does what the plan says."""
+    made.begin({"prairie": f"from tests.faults import liar\nliar.install({plan!r})"})
+    made.until_closed(1)
     lost.before(made, *map(named, plan.values()))
-    assert made.ended()["state"] == "finished", made.told()
 
 
 def named(lie: str) -> str:
@@ -51,9 +48,9 @@ def over(plan: dict[int, str], lost: Lost) -> None:
         lost.after(named(lie), rounds=[number])
 
 
-def expect(made: Loopback, plan: dict[int, str], said: dict[str, tuple[str, str]]) -> None:
+def expect(made: Loopback, folder: Path, plan: dict[int, str], said: dict[str, tuple[str, str]]) -> None:
     """Every round of the plan closed without prairie, for the reason given, and with the others."""
-    assert missed(made, "prairie") == sorted(plan)
+    assert_as_simulated(made, folder, {"prairie": plan})
     for each in made.rounds():
         assert [each["sites"][site]["status"] for site in SITES[:2]] == ["ok", "ok"]
         row = each["sites"]["prairie"]
@@ -66,7 +63,6 @@ def expect(made: Loopback, plan: dict[int, str], said: dict[str, tuple[str, str]
 @pytest.mark.faults
 def test_tensors_that_must_not_come_are_refused_by_name(tmp_path: Path, lost: Lost) -> None:
     plan = dict(enumerate(("nan", "inf", "shape", "names", "norm", "oversize", "noise"), start=2))
-    (tmp_path / "there").mkdir()
     with loopback(tmp_path / "there", rounds=len(plan) + 2, change=REFUSE) as made:
         played(made, plan, lost)
         said = {
@@ -78,16 +74,13 @@ def test_tensors_that_must_not_come_are_refused_by_name(tmp_path: Path, lost: Lo
             "oversize": ("refused", "the reply of prairie is too large"),
             "noise": ("refused", "the reply of prairie is too large"),
         }
-        expect(made, plan, said)
-        assert_same(made, simulated(made, tmp_path / "here", {"prairie": plan}))
-        assert_journals_whole(made)
+        expect(made, tmp_path / "here", plan, said)
         over(plan, lost)
 
 
 @pytest.mark.faults
 def test_old_and_foreign_replies_and_texts_of_exceptions_do_not_come_in(tmp_path: Path, lost: Lost) -> None:
     plan = dict(enumerate(("old", "other", "images", "cut", "number", "absurd", "exception", "fault"), start=2))
-    (tmp_path / "there").mkdir()
     with loopback(tmp_path / "there", rounds=len(plan) + 2) as made:
         played(made, plan, lost)
         without = {number: lie for number, lie in plan.items() if lie != "fault"}  # which is asked again
@@ -100,9 +93,7 @@ def test_old_and_foreign_replies_and_texts_of_exceptions_do_not_come_in(tmp_path
             "absurd": ("refused", "the update of prairie is absurdly large"),
             "exception": ("error", "see failures.jsonl at the site, "),
         }
-        expect(made, without, said)
-        assert_same(made, simulated(made, tmp_path / "here", {"prairie": without}))
-        assert_journals_whole(made)
+        expect(made, tmp_path / "here", without, said)
         (kept,) = next(made.at("prairie").glob("state/*/failures.jsonl")).read_text().splitlines()
         assert PATIENT in json.loads(kept)["text"]
         assert PATIENT in (made.at("prairie") / "log.jsonl").read_text()

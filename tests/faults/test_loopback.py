@@ -15,7 +15,7 @@ from consilium import checkpoint
 from consilium.deployment import files
 from tests.faults.conftest import Lost
 from tests.faults.loopback import SITES, loopback
-from tests.faults.outcome import assert_journals_whole, assert_same, missed, simulated
+from tests.faults.outcome import assert_as_simulated
 
 SGD = 'optimizer = "sgd"\nmomentum = 0\nweight_decay = 0\nclip_norm = 0'  # what scaffold is defined for
 PARITY: dict[str, tuple[str, dict[str, str]]] = {
@@ -32,15 +32,9 @@ PARITY: dict[str, tuple[str, dict[str, str]]] = {
 def test_across_real_processes_and_in_one_the_bits_are_the_same(method: str, tmp_path: Path) -> None:
     """What is shared, in both checkpoints that are kept, and the model that each hospital serves."""
     strategy, change = PARITY[method]
-    (tmp_path / "there").mkdir()
     with loopback(tmp_path / "there", strategy=strategy, rounds=2, change=change) as made:
-        made.link()
-        made.join_all()
-        made.submit()
-        assert made.ended()["state"] == "finished", made.told()
-        assert [missed(made, site) for site in SITES] == [[], [], []]
-        here = simulated(made, tmp_path / "here")
-        assert_same(made, here)
+        made.begin()
+        here = assert_as_simulated(made, tmp_path / "here")
         for path in sorted(here.glob("checkpoints/*.safetensors")):
             ours, theirs = (checkpoint.load(run / "checkpoints" / path.name)[0] for run in (made.run, here))
             assert any(name.startswith("shared/") for name in theirs)
@@ -51,23 +45,13 @@ def test_across_real_processes_and_in_one_the_bits_are_the_same(method: str, tmp
 @pytest.mark.faults
 def test_a_site_is_killed_and_comes_back_and_the_bits_are_those_of_a_simulation(tmp_path: Path, lost: Lost) -> None:
     """The deployment guide's way, with one fault: prairie's processes die in round 2 and are started again."""
-    (tmp_path / "there").mkdir()
     with loopback(tmp_path / "there", rounds=3, deadline=200) as made:
-        made.link()
-        for site in SITES[:2]:
-            made.join(site)
-        mark = made.slowly("prairie", round=2)
-        made.submit()
-        made.wait(lambda: "asked kind=round round=2" in made.output("prairie"), "prairie's second round")
+        mark = made.at_work()
         lost.before(made, "site stopped in training, back in time")
         made.kill("prairie", signal.SIGTERM)
         mark.unlink()
         made.join("prairie")
-        state = made.ended()
-        assert state["state"] == "finished", made.told()
-        assert [each["sites"]["prairie"]["status"] for each in made.rounds()] == ["ok", "ok", "ok"]
-        assert_same(made, simulated(made, tmp_path / "here"))
-        assert_journals_whole(made)
+        assert_as_simulated(made, tmp_path / "here")
         status = made.call("coordinator", "status", made.at(files.COORDINATOR))
         assert (status.returncode, status.stdout.splitlines()[0]) == (0, "finished: round 3 of 3, 3 closed")
         for site in SITES:

@@ -15,8 +15,8 @@ pytest.importorskip("flwr")
 from consilium.deployment import files, processes
 from tests.faults import killer
 from tests.faults.conftest import Lost
-from tests.faults.loopback import SITES, Loopback, loopback
-from tests.faults.outcome import assert_journals_whole, assert_same, died, missed, resume, simulated
+from tests.faults.loopback import Loopback, loopback
+from tests.faults.outcome import assert_as_simulated, died, resume
 
 ROUNDS = 4
 EDGES = {"start": killer.AT_THE_START, "finish": killer.AT_THE_END}
@@ -33,7 +33,6 @@ def drawn(seed: int) -> list[list[Any]]:
 
 @pytest.mark.faults
 def test_a_coordinator_killed_at_moments_drawn_over_the_run_ends_with_the_same_bits(tmp_path: Path, lost: Lost) -> None:
-    (tmp_path / "there").mkdir()
     with loopback(tmp_path / "there", strategy="fedopal", rounds=ROUNDS) as made:
         plan = made.folder / "moment.json"
         app = made.at(files.COORDINATOR) / processes.APP / "consilium_federation" / "coordinator.py"
@@ -49,10 +48,7 @@ def test_a_coordinator_killed_at_moments_drawn_over_the_run_ends_with_the_same_b
             plan.with_suffix(".done").unlink()
             made.wait(lambda: died(made), "news of it")
         go_on(made)
-        assert made.ended()["state"] == "finished", made.told()
-        assert [missed(made, site) for site in SITES] == [[], [], []]
-        assert_same(made, simulated(made, tmp_path / "here"))
-        assert_journals_whole(made)
+        assert_as_simulated(made, tmp_path / "here")
         assert not list(made.run.rglob("*.tmp"))
         lost.after()
 
@@ -84,7 +80,6 @@ AT_THE_LINK = [
 def test_a_superlink_killed_at_moments_drawn_over_the_run_ends_with_the_same_bits(tmp_path: Path, lost: Lost) -> None:
     draw = random.Random(6)
     moments = sorted((draw.randint(1, ROUNDS), order) for order in range(len(AT_THE_LINK)))
-    (tmp_path / "there").mkdir()
     with loopback(tmp_path / "there", strategy="fedopal", rounds=ROUNDS) as made:
         plan = made.folder / "moment.json"
         made.link(MORTAL.format(plan=str(plan)))
@@ -92,7 +87,7 @@ def test_a_superlink_killed_at_moments_drawn_over_the_run_ends_with_the_same_bit
         made.submit()
         for number, order in moments:
             path, how = AT_THE_LINK[order]
-            made.wait(lambda number=number: made.quick().get("closed", 0) >= number - 1, f"round {number}")  # type: ignore[misc]
+            made.until_closed(number - 1)
             lost.before(made, f"SuperLink killed at {path.removeprefix('/v1/')}, {how}")
             plan.with_suffix(".new").write_text(json.dumps([path, how]))
             plan.with_suffix(".new").rename(plan)
@@ -100,10 +95,7 @@ def test_a_superlink_killed_at_moments_drawn_over_the_run_ends_with_the_same_bit
             plan.with_suffix(".done").unlink()
             made.wait(lambda: died(made), "news of it")
             resume(made)
-        assert made.ended()["state"] == "finished", made.told()
-        assert [missed(made, site) for site in SITES] == [[], [], []]
-        assert_same(made, simulated(made, tmp_path / "here"))
-        assert_journals_whole(made)
+        assert_as_simulated(made, tmp_path / "here")
         lost.after()
 
 
@@ -121,16 +113,11 @@ def damaged(database: Path) -> None:
 @pytest.mark.faults
 def test_a_superlink_whose_database_is_gone_or_damaged_takes_the_run_again(tmp_path: Path, lost: Lost) -> None:
     """Nothing of a run is in it but messages that are under way. Nodes that were connected come back by themselves."""
-    (tmp_path / "there").mkdir()
     with loopback(tmp_path / "there", strategy="fedopal", rounds=3, deadline=300) as made:
         folder = made.at(files.COORDINATOR)
-        made.link()
-        made.join("alpine")
-        made.join("harbour")
-        mark = made.slowly("prairie", round=2)
-        made.submit()
+        mark = made.at_work()
         for number, harm in ((2, removed), (3, damaged)):
-            made.wait(lambda number=number: f"asked kind=round round={number}" in made.output("prairie"), "its work")  # type: ignore[misc]
+            made.until_asked("prairie", number)
             lost.before(made, f"SuperLink's database {harm.__name__} while stopped")
             made.kill("link", signal.SIGTERM)
             made.wait(lambda: died(made), "news of it")
@@ -138,10 +125,7 @@ def test_a_superlink_whose_database_is_gone_or_damaged_takes_the_run_again(tmp_p
             made.link()
             resume(made)
             mark.write_text(str(number + 1))
-        assert made.ended()["state"] == "finished", made.told()
+        assert_as_simulated(made, tmp_path / "here")
         assert len(list(folder.glob(f"{processes.DATABASE}.damaged-*Z"))) == 1
         assert "could not be read and is now superlink.db.damaged-" in made.output("link")
-        assert [missed(made, site) for site in SITES] == [[], [], []]
-        assert_same(made, simulated(made, tmp_path / "here"))
-        assert_journals_whole(made)
         lost.after()

@@ -17,23 +17,12 @@ pytest.importorskip("flwr")
 from consilium.deployment import files, processes
 from tests.faults.conftest import Lost
 from tests.faults.loopback import SITES, Loopback, loopback
-from tests.faults.outcome import assert_journals_whole, assert_same, missed, simulated
+from tests.faults.outcome import assert_as_simulated
 from tests.faults.spaces import COORDINATOR, apart, inside
 
 LONG = {"deadline": 400.0}  # seconds: Flower gives a node up after one minute, and refuses it for one more
 PATIENCE = 500.0
 HEARTBEATS = 60.0  # seconds without one after which Flower gives a node up
-
-
-def at_work(made: Loopback) -> Path:
-    """Round 2 is open, and prairie's service has its request; it answers when this file is gone."""
-    made.link()
-    made.join("alpine")
-    made.join("harbour")
-    mark = made.slowly("prairie", round=2)
-    made.submit()
-    made.wait(lambda: "asked kind=round round=2" in made.output("prairie"), "prairie's second round")
-    return mark
 
 
 def given_up(made: Loopback) -> bool:
@@ -42,11 +31,8 @@ def given_up(made: Loopback) -> bool:
 
 def assert_nothing_lost(made: Loopback, folder: Path) -> None:
     """The run ends as if nothing had been, by the processes that began it."""
-    assert made.ended(PATIENCE)["state"] == "finished", made.told()
-    assert [missed(made, site) for site in SITES] == [[], [], []]
+    assert_as_simulated(made, folder, patience=PATIENCE)
     assert made.output("prairie").count("ready site=") == 1, "the service was never started again"
-    assert_same(made, simulated(made, folder))
-    assert_journals_whole(made)
 
 
 class Way:
@@ -85,9 +71,8 @@ def way(made: Loopback, site: str, kind: str) -> Iterator[Way]:
 @pytest.mark.parametrize("kind", ["refused", "hung up"])
 def test_a_network_that_is_cut_while_a_reply_is_on_its_way_costs_nothing(kind: str, tmp_path: Path, lost: Lost) -> None:
     """For longer than Flower's heartbeat: the link gives the node up, and takes it back."""
-    (tmp_path / "there").mkdir()
     with loopback(tmp_path / "there", **LONG) as made, way(made, "prairie", kind) as road:
-        mark = at_work(made)
+        mark = made.at_work()
         lost.before(made, f"network cut while a reply is on its way ({kind})")
         road.cut()
         mark.unlink()
@@ -119,9 +104,8 @@ def parts(of: int) -> dict[str, int]:
 @pytest.mark.parametrize("part", ["flwr-clientapp", "flower-superexec"])
 def test_a_node_that_loses_a_part_asks_for_work_again(part: str, tmp_path: Path, lost: Lost) -> None:
     """The service is at work meanwhile; its reply is remembered and handed over when it is asked again."""
-    (tmp_path / "there").mkdir()
     with loopback(tmp_path / "there", **LONG) as made:
-        mark = at_work(made)
+        mark = made.at_work()
         running: Callable[[], dict[str, int]] = lambda: parts(made.process("prairie"))  # noqa: E731
         made.wait(lambda: part in running(), f"{part} of prairie")
         lost.before(made, f"{part} of a node killed")
@@ -145,10 +129,9 @@ def test_a_hospital_whose_line_is_dead_is_back_when_it_is_mended(
 
 
 def dead_line(folder: Path, lost: Lost, kind: str, length: str) -> None:
-    (folder / "there").mkdir()
     elsewhere = {'address = "127.0.0.1:': f'address = "{COORDINATOR}:'}
     with loopback(folder / "there", change=elsewhere, **LONG) as made, apart(made, SITES) as cables:
-        mark = at_work(made)
+        mark = made.at_work()
         log = made.at("prairie") / "supernode.log"
         before = log.read_text().count("Connection attempt failed")
         lost.before(made, f"line {kind} while a site trains, {length} than Flower's heartbeat")

@@ -12,7 +12,7 @@ pytest.importorskip("flwr")
 
 from tests.connect_proxy import proxy
 from tests.faults.loopback import SITES, loopback
-from tests.faults.outcome import assert_journals_whole, assert_same, simulated
+from tests.faults.outcome import assert_as_simulated
 
 KNOWN = f"Basic {base64.b64encode(b'clinic:s@cret').decode()}"
 
@@ -21,7 +21,6 @@ KNOWN = f"Basic {base64.b64encode(b'clinic:s@cret').decode()}"
 @pytest.mark.faults
 def test_the_run_is_the_same_through_a_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The coordinator's machine has the proxy in its environment too: its own parts do without."""
-    (tmp_path / "there").mkdir()
     elsewhere = {"127.0.0.1:": "coordinator.test:"}
     with proxy(KNOWN) as way, loopback(tmp_path / "there", rounds=2, change=elsewhere) as made:
         for name in ("HTTPS_PROXY", "HTTP_PROXY"):
@@ -32,10 +31,8 @@ def test_the_run_is_the_same_through_a_proxy(tmp_path: Path, monkeypatch: pytest
         (line,) = (each for each in json.loads(checked.stdout) if each["what"] == "connection")
         assert line["verdict"] == "good", line
         made.submit()
-        assert made.ended()["state"] == "finished", made.told()
+        assert_as_simulated(made, tmp_path / "here")
         assert set(way.led) == {f"coordinator.test:{made.port}"}
-        assert_same(made, simulated(made, tmp_path / "here"))
-        assert_journals_whole(made)
         logs = [path for path in made.folder.rglob("*") if path.suffix in (".log", ".jsonl", ".out")]
         assert len(logs) > len(SITES)
         assert not [path for path in logs if "s%40cret" in path.read_text(errors="replace")], "the password"

@@ -14,7 +14,7 @@ pytest.importorskip("flwr")
 from consilium.deployment import files
 from tests.faults.conftest import Lost
 from tests.faults.loopback import SITES, loopback
-from tests.faults.outcome import assert_journals_whole, assert_same, missed, simulated, up, written
+from tests.faults.outcome import assert_as_simulated, up, written
 
 HELD = """
 import pathlib, time
@@ -43,50 +43,36 @@ processes.supernode = hostile
 @pytest.mark.faults
 def test_a_reply_that_was_lost_on_its_way_is_given_again_and_counted_once(tmp_path: Path, lost: Lost) -> None:
     """The node is killed after the service has answered, and before the reply is pushed."""
-    (tmp_path / "there").mkdir()
     with loopback(tmp_path / "there", strategy="fedopal", rounds=3, deadline=300) as made:
         mark = made.folder / "held"
         mark.touch()
-        made.link()
-        made.join_all({"prairie": HELD.format(mark=str(mark))})
-        made.submit()
+        made.begin({"prairie": HELD.format(mark=str(mark))})
         made.wait(lambda: mark.read_text() == "answered", "prairie's answer in round 2")
         lost.before(made, "reply lost on its way, request delivered twice")
         os.kill(made.process("prairie"), signal.SIGKILL)
         mark.unlink()
-        assert made.ended()["state"] == "finished", made.told()
-        assert [missed(made, site) for site in SITES] == [[], [], []]
+        here = assert_as_simulated(made, tmp_path / "here")
         assert "repeated kind=round round=2" in made.output("prairie")
         first, second = written(made, "prairie", round=2)
         assert first["request"] == second["request"]
         assert first["reply"] == second["reply"]
         assert [len(written(made, site, round=2)) for site in SITES[:2]] == [1, 1]
-        here = simulated(made, tmp_path / "here")
-        assert_same(made, here)
         assert up(made.run) == up(here), "bytes of its tensors are counted once"
-        assert_journals_whole(made)
         lost.after()
 
 
 @pytest.mark.faults
 def test_a_second_answer_to_the_same_request_does_not_come_in(tmp_path: Path, lost: Lost) -> None:
     """The node's program was changed at the hospital, and holds a registered key."""
-    (tmp_path / "there").mkdir()
     with loopback(tmp_path / "there", rounds=3) as made:
         notes = made.folder / "notes"
-        made.link()
-        made.join_all({"prairie": TWIN.format(notes=str(notes))})
-        made.submit()
-        made.wait(lambda: made.quick().get("closed") == 1, "round 1")
+        made.begin({"prairie": TWIN.format(notes=str(notes))})
+        made.until_closed(1)
         lost.before(made, "a second answer to one request")
-        assert made.ended()["state"] == "finished", made.told()
+        here = assert_as_simulated(made, tmp_path / "here")
         tried = [json.loads(line)["when"] for line in notes.read_text().splitlines()]
         assert {"at once", "a round later"} <= set(tried)
-        assert [missed(made, site) for site in SITES] == [[], [], []]
-        here = simulated(made, tmp_path / "here")
-        assert_same(made, here)
         assert up(made.run) == up(here)
         link = (made.at(files.COORDINATOR) / "superlink.log").read_text()
         assert "duplicate reply" in link
-        assert_journals_whole(made)
         lost.after()
