@@ -1,4 +1,4 @@
-"""Figures of the faults: what was tried, what came through it, what was lost; runs/faults.json after `--faults`."""
+"""Figures of the faults: what was tried, what came through it, what was lost; in runs/ after `--faults`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from tests.faults import loss
 from tests.faults.loss import Lost as Lost
 
-FIGURES = Path(__file__).parents[2] / "runs" / "faults.json"
+RUNS = Path(__file__).parents[2] / "runs"
 _tried: dict[str, dict[str, Any]] = {}
 _began = time.monotonic()
 
@@ -36,11 +37,12 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the figures where any were taken."""
+    """Write the figures where any were taken, by the release of Flower that they were taken with."""
     whole = not hasattr(session.config, "workerinput")  # of pytest-xdist, where each worker knows its own tests alone
     if _tried and whole and session.config.getoption("--faults"):
-        machine = {"cores": os.cpu_count(), "commit": _commit()}
-        loss.write(FIGURES, {**loss.figures(_tried, time.monotonic() - _began), **machine})
+        where = {"flower": metadata.version("flwr"), "cores": os.cpu_count(), "commit": _commit()}
+        found = {**loss.figures(_tried, time.monotonic() - _began), **where}
+        loss.write(RUNS / f"faults-{where['flower']}.json", found)
 
 
 def _commit() -> str:

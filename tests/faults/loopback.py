@@ -7,14 +7,17 @@ runs before it and may make it slow, or make it lie.
 from __future__ import annotations
 
 import json
+import math
 import os
+import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ from consilium import seeds
 from consilium.deployment import conduct, files, processes
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 240.0  # seconds after which a test gives up waiting
+PATIENCE = 600.0  # seconds after which a test gives up waiting, of which a machine that is busy needs many
 SITES = ("alpine", "harbour", "prairie")
 FEDERATION = """
 name = "loopback"
@@ -83,6 +86,7 @@ class Loopback:
 
     folder: Path
     port: int
+    deadline: float = 120.0
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     before: dict[str, list[str]] = field(default_factory=dict)  # name -> words before its command (spaces.py)
 
@@ -125,7 +129,7 @@ class Loopback:
         """End a service by a signal, as a crash or an operator does."""
         process = self.running.pop(name)
         process.send_signal(sign)
-        process.wait(60)
+        process.wait(PATIENCE)
 
     def process(self, name: str) -> int:
         """Of Flower's program that a service started last."""
@@ -195,11 +199,11 @@ class Loopback:
             return {"state": "none", "sites": {}}
         return found
 
-    def wait(self, until: Callable[[], Any], what: str, patience: float = PATIENCE) -> None:
-        end = time.monotonic() + patience
+    def wait(self, until: Callable[[], Any], what: str) -> None:
+        end = time.monotonic() + PATIENCE
         while not until():
             if time.monotonic() > end:
-                raise AssertionError(f"waited {patience:g} s for {what}\n{self.told()}")
+                raise AssertionError(f"waited {PATIENCE:g} s for {what}\n{self.told()}")
             time.sleep(0.1)
 
     def asked(self, site: str) -> list[int]:
@@ -209,12 +213,21 @@ class Loopback:
     def until_asked(self, site: str, round: int) -> None:
         self.wait(lambda: round in self.asked(site), f"{site}'s work in round {round}")
 
-    def until_closed(self, round: int) -> None:
-        self.wait(lambda: self.quick().get("closed", 0) >= round, f"the end of round {round}")
+    def over(self) -> bool:
+        return self.quick()["state"] in ("finished", "failed")
 
-    def ended(self, patience: float = PATIENCE) -> dict[str, Any]:
-        """The state of the run when it is over."""
-        self.wait(lambda: self.quick()["state"] in ("finished", "failed"), "the run's end", patience)
+    def closed(self) -> int:
+        """Rounds, by now."""
+        return int(self.quick().get("closed", 0))
+
+    def until_closed(self, round: int) -> None:
+        """Or until the run is over."""
+        self.wait(lambda: self.closed() >= round or self.over(), f"the end of round {round}")
+
+    def ended(self) -> dict[str, Any]:
+        """The state of the run when it is over; patience is for a round, and for what comes after the last."""
+        while not self.over():
+            self.until_closed(self.closed() + 1)
         return self.quick()
 
     def rounds(self) -> list[dict[str, Any]]:
@@ -233,6 +246,20 @@ class Loopback:
         return "\n".join([json.dumps(self.quick(), indent=1), *parts])
 
 
+def busy() -> float:
+    """Processes that want to run, for each core; at least one."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+def steady_port() -> int:
+    """A port that nobody uses, nor is given for a connection of his own while who listens on it is away."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)  # below those that systems hand out
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+
+
 @contextmanager
 def loopback(
     folder: Path,
@@ -243,16 +270,17 @@ def loopback(
     grace: float = 5,
     change: Mapping[str, str] | None = None,
 ) -> Iterator[Loopback]:
-    """New folders; `change`: text of the agreement -> other text. All processes end with the test."""
+    """New folders; `change`: text of the agreement -> other text; `deadline`: seconds on a machine with nothing else to
+    do, `Loopback.deadline` on this one. All processes end with the test."""
     folder.mkdir(exist_ok=True)
-    port = processes.free_port()
+    port, deadline = steady_port(), math.ceil(deadline * busy())
     settings = {"strategy": strategy, "rounds": rounds, "deadline": deadline, "grace": grace}
     text = FEDERATION.format(port=port, **settings)
     for old, new in (change or {}).items():
         text = text.replace(old, new)
     (folder / "federation.toml").write_text(text)
     (folder / "own.toml").write_text(OWN)
-    made = Loopback(folder / "made", port)
+    made = Loopback(folder / "made", port, deadline)
     done = made.call(
         "deploy", "init", folder / "federation.toml", "--out", made.folder, "--site-file", folder / "own.toml"
     )

@@ -17,7 +17,7 @@ from consilium.deployment import files, journal
 from consilium.engines import simulate
 from consilium.messages import envelope_of
 from consilium.protocols import Failure
-from tests.faults.loopback import OWN, PATIENCE, SITES, Loopback
+from tests.faults.loopback import OWN, SITES, Loopback
 
 Tensors = dict[str, Any]
 Absent = Mapping[str, Collection[int]]  # site -> rounds without it
@@ -68,12 +68,10 @@ def last(run: Path) -> Tensors:
     return checkpoint.load(max((run / "checkpoints").glob("*.safetensors")))[0]
 
 
-def assert_as_simulated(
-    made: Loopback, folder: Path, absent: Absent | None = None, late: Absent | None = None, patience: float = PATIENCE
-) -> Path:
+def assert_as_simulated(made: Loopback, folder: Path, absent: Absent | None = None, late: Absent | None = None) -> Path:
     """The run ends with every reply but those named, with whole journals, and with the bits of a simulation in which it
     is so; the simulation's folder."""
-    assert made.ended(patience)["state"] == "finished", made.told()
+    assert made.ended()["state"] == "finished", made.told()
     for site in SITES:
         assert missed(made, site) == sorted({*(absent or {}).get(site, ()), *(late or {}).get(site, ())}), site
     here = simulated(made, folder, absent, late)

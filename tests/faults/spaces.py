@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.loopback import ROOT, Loopback
+from tests.faults.loopback import PATIENCE, ROOT, Loopback
 from tests.faults.loss import Lost
 
 COORDINATOR = "10.77.0.1"  # its address; every hospital has a cable of its own to it
@@ -35,7 +35,7 @@ def inside(body: Callable[..., None], folder: Path, lost: Lost, *words: str) -> 
     if probe.returncode:
         pytest.skip(f"this system refuses namespaces: {probe.stderr.strip()}")
     command = [*ALONE, sys.executable, "-m", __name__, body.__module__, body.__name__, str(folder), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, cwd=ROOT, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3 * PATIENCE, cwd=ROOT, check=False)
     if (folder / NOTES).is_file():
         for fault, row in json.loads((folder / NOTES).read_text()).items():
             lost.note(fault, row)

@@ -23,7 +23,7 @@ handle = Site.handle
 def slowly(self, data):
     before = time.monotonic()
     reply = handle(self, data)
-    time.sleep(max(45.0, 19 * (time.monotonic() - before)))
+    time.sleep(max({least}, 19 * (time.monotonic() - before)))
     return reply
 Site.handle = slowly
 """
@@ -39,14 +39,16 @@ def test_a_site_that_loses_power_misses_rounds_and_catches_up_with_its_personal_
         lost.before(made, "site and node killed in training")
         os.kill(made.process("prairie"), signal.SIGKILL)
         made.kill("prairie")
+        made.slowly("prairie", round=2)  # of which it misses the end, however soon it is let in
+        made.until_closed(2)
         mark.unlink()
-        made.join("prairie")
         assert made.ended()["state"] == "finished", made.told()
         gone = missed(made, "prairie")
         assert gone == [*range(2, 2 + len(gone))]
         assert 0 < len(gone) < 7, "it never came back"
         assert all(each["sites"][site]["status"] == "ok" for each in made.rounds() for site in SITES[:2])
-        assert all(22 + 3 <= made.rounds()[number - 1]["seconds"] < 60 for number in gone), "deadline and grace"
+        late = [made.rounds()[number - 1]["seconds"] - (made.deadline + 3) for number in gone]
+        assert all(0 <= seconds < 60 for seconds in late), "deadline and grace"
         assert "still holds its last connection" in made.output("prairie")  # refused, and tried again
         assert_as_simulated(made, tmp_path / "here", {"prairie": gone})
         lost.after()
@@ -55,7 +57,7 @@ def test_a_site_that_loses_power_misses_rounds_and_catches_up_with_its_personal_
 @pytest.mark.faults
 def test_a_site_that_is_twenty_times_slower_holds_nobody_up(tmp_path: Path, lost: Lost) -> None:
     with loopback(tmp_path / "there", rounds=3, deadline=30, grace=2) as made:
-        made.begin({"prairie": SLOWER})
+        made.begin({"prairie": SLOWER.format(least=1.5 * made.deadline)})
         made.until_closed(1)
         lost.before(made, "site 20 times slower (replies dropped)")
         assert made.ended()["state"] == "finished", made.told()
@@ -125,7 +127,9 @@ def test_a_quorum_that_is_not_reached_stops_with_names_and_can_be_resumed(tmp_pa
         lost.before(made, "quorum not reached, then resumed")
         made.join("prairie")
         text = (made.at(files.COORDINATOR) / files.FEDERATION).read_text()
-        (made.at(files.COORDINATOR) / files.FEDERATION).write_text(text.replace("deadline = 15", "deadline = 120"))
+        (made.at(files.COORDINATOR) / files.FEDERATION).write_text(
+            text.replace(f"deadline = {made.deadline}", "deadline = 600")
+        )
         resume(made)
         assert_as_simulated(made, tmp_path / "here")
         lost.after()

@@ -11,7 +11,7 @@ pytest.importorskip("flwr")
 
 from consilium.deployment import files
 from tests.faults.conftest import Lost
-from tests.faults.loopback import loopback
+from tests.faults.loopback import SLOW, loopback
 from tests.faults.outcome import assert_as_simulated
 
 # Files of this process may have 20 kB from here on: enough for a line of a log, too little for a state. SIGXFSZ is
@@ -48,7 +48,9 @@ Site.handle = troubled
 def test_a_full_disk_a_damaged_state_and_a_second_process_keep_the_last_good_state(tmp_path: Path, lost: Lost) -> None:
     befalls = {"disk full at a site": [2], "personal state damaged": [4], "two processes on one folder": [1, 3, 5]}
     with loopback(tmp_path / "there", strategy="fedopal", rounds=5) as made:
-        made.begin({"prairie": TROUBLE})
+        mark = made.folder / "harbour.slow"
+        mark.write_text("2")
+        made.begin({"prairie": TROUBLE, "harbour": SLOW.format(mark=str(mark))})
         made.until_closed(1)
         lost.before(made, *befalls)
         second = made.call("site", "join", made.at("prairie"))
@@ -57,6 +59,7 @@ def test_a_full_disk_a_damaged_state_and_a_second_process_keep_the_last_good_sta
         again = made.call("coordinator", "submit", made.at(files.COORDINATOR))
         assert again.returncode == 1
         assert "the run of this folder is going on" in again.stderr
+        mark.unlink()
         assert_as_simulated(made, tmp_path / "here", {"prairie": [2, 4]})
         rows = [each["sites"]["prairie"] for each in made.rounds()]
         assert all(rows[number - 1]["message"].startswith("see failures.jsonl at the site, ") for number in (2, 4))

@@ -102,7 +102,7 @@ class Reader:
         """Ctrl-C; the exit code."""
         process, _ = self.terminals.pop(line)
         process.send_signal(signal.SIGINT)
-        return process.wait(60)
+        return process.wait(PATIENCE)
 
     def said(self) -> str:
         return "\n".join(path.read_text(errors="replace")[-1500:] for path in self.folder.glob("terminal-*"))

@@ -14,15 +14,13 @@ import pytest
 
 pytest.importorskip("flwr")
 
-from consilium.deployment import files, processes
+from consilium.deployment import files
 from tests.faults.conftest import Lost
-from tests.faults.loopback import SITES, Loopback, loopback
+from tests.faults.loopback import SITES, Loopback, loopback, steady_port
 from tests.faults.outcome import assert_as_simulated
 from tests.faults.spaces import COORDINATOR, apart, inside
 
 LONG = {"deadline": 400.0}  # seconds: Flower gives a node up after one minute, and refuses it for one more
-PATIENCE = 500.0
-HEARTBEATS = 60.0  # seconds without one after which Flower gives a node up
 
 
 def given_up(made: Loopback) -> bool:
@@ -31,7 +29,7 @@ def given_up(made: Loopback) -> bool:
 
 def assert_nothing_lost(made: Loopback, folder: Path) -> None:
     """The run ends as if nothing had been, by the processes that began it."""
-    assert_as_simulated(made, folder, patience=PATIENCE)
+    assert_as_simulated(made, folder)
     assert made.output("prairie").count("ready site=") == 1, "the service was never started again"
 
 
@@ -39,7 +37,7 @@ class Way:
     """The way to the SuperLink leads through here. Two ways to cut it: nobody listens, or who listens hangs up."""
 
     def __init__(self, made: Loopback, kind: str) -> None:
-        self.kind, self.mark, self.port = kind, made.folder / "cut", processes.free_port()
+        self.kind, self.mark, self.port = kind, made.folder / "cut", steady_port()
         words = [Path(__file__).with_name("proxy.py"), self.port, made.port, self.mark]
         self.command = [sys.executable, *map(str, words)]
         self.process = subprocess.Popen(self.command)
@@ -76,7 +74,7 @@ def test_a_network_that_is_cut_while_a_reply_is_on_its_way_costs_nothing(kind: s
         lost.before(made, f"network cut while a reply is on its way ({kind})")
         road.cut()
         mark.unlink()
-        made.wait(lambda: given_up(made), "the link to give it up", 2 * HEARTBEATS)
+        made.wait(lambda: given_up(made), "the link to give it up")
         road.mend()
         assert_nothing_lost(made, tmp_path / "here")
         if kind == "hung up":  # an end of file in the TLS handshake is an error that Flower's loop does not survive
@@ -139,7 +137,7 @@ def dead_line(folder: Path, lost: Lost, kind: str, length: str) -> None:
         mark.unlink()
         made.wait(lambda: log.read_text().count("Connection attempt failed") > before, "the node to notice")
         if length == "longer":
-            made.wait(lambda: given_up(made), "the link to give it up", 2 * HEARTBEATS)
+            made.wait(lambda: given_up(made), "the link to give it up")
         cables["prairie"].mend(kind)
         assert_nothing_lost(made, folder / "here")
         lost.after()

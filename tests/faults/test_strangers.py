@@ -24,7 +24,7 @@ from tests.faults.outcome import assert_as_simulated, resume
 UNSIGNED = """
 import http.client, ssl, sys
 context = ssl.create_default_context(cafile=sys.argv[2])
-link = http.client.HTTPSConnection("127.0.0.1", int(sys.argv[1]), timeout=20, context=context)
+link = http.client.HTTPSConnection("127.0.0.1", int(sys.argv[1]), timeout=200, context=context)
 for name in ("activate-node", "pull-messages", "push-messages", "pull-object", "push-object"):
     link.request("POST", f"/v1/fleet/{name}", b"", {"Content-Type": "application/protobuf"})
     answer = link.getresponse()
@@ -32,7 +32,7 @@ for name in ("activate-node", "pull-messages", "push-messages", "pull-object", "
 """
 PLAIN = """
 import socket, sys
-with socket.create_connection(("127.0.0.1", int(sys.argv[1])), timeout=20) as link:
+with socket.create_connection(("127.0.0.1", int(sys.argv[1])), timeout=200) as link:
     link.sendall(b"POST /v1/fleet/activate-node HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: 0\\r\\n\\r\\n")
     print(link.recv(100))
 """
