@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from consilium.deployment import files
 from consilium.deployment.journal import Journal
@@ -22,7 +23,8 @@ def main() -> None:
     """Print them, or put them between the marks of a page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, nargs="?", help="the folder that run.sh made; left out: the faults alone")
-    parser.add_argument("--faults", type=Path, default=Path("runs/faults.json"), help="what `make faults` wrote")
+    faults = sorted(Path("runs").glob("faults-*.json"))
+    parser.add_argument("--faults", type=Path, nargs="+", default=faults, help="what `make faults` wrote, by release")
     parser.add_argument("--into", type=Path, help="the page whose tables are renewed")
     wanted = parser.parse_args()
     parts = {"run": of_run(wanted.out) if wanted.out else "", "faults": of_faults(wanted.faults)}
@@ -53,26 +55,25 @@ def of_run(out: Path) -> str:
     return "\n\n".join(parts)
 
 
-def of_faults(path: Path) -> str:
-    """What the tests of faults found; nothing where they were not run."""
-    if not path.is_file():
+def of_faults(paths: Sequence[Path]) -> str:
+    """What the tests of faults found with each release of Flower; nothing where they were not run."""
+    found = [json.loads(path.read_text()) for path in paths]
+    if not found:
         return ""
-    found = json.loads(path.read_text())
-    said = (
-        f"Commit {found['commit']}, {found['cores']} cores, {found['seconds'] / 60:.0f} minutes: "
-        f"**{found['tried']} faults tried, {found['recovered']} recovered, {found['rounds_lost']} rounds lost, "
-        f"{found['bytes_lost']} bytes lost.**"
-    )
-    rows = [
-        [name, "yes" if each["recovered"] else "**no**", *(known(each[key]) for key in ("rounds_lost", "bytes_lost"))]
-        for name, each in sorted(found["faults"].items(), key=lambda pair: pair[0].lower())
-    ]
-    return f"{said}\n\n{table(['fault', 'recovered', 'rounds lost', 'bytes lost'], rows)}"
+    columns = ("commit", "cores", "tried", "recovered", "rounds_lost", "bytes_lost")
+    rows = [[each["flower"], *(str(each[key]) for key in columns), f"{each['seconds'] / 60:.0f}"] for each in found]
+    head = ["Flower", "commit", "cores", "faults tried", "recovered", "rounds lost", "bytes lost", "minutes"]
+    names = sorted({name for each in found for name in each["faults"]}, key=str.lower)
+    costs = [[name, *(cost(each["faults"].get(name)) for each in found)] for name in names]
+    said = "Rounds lost by each fault; **no**, where it was not recovered from:"
+    return f"{table(head, rows)}\n\n{said}\n\n{table(['fault', *(each['flower'] for each in found)], costs)}"
 
 
-def known(number: int | None) -> str:
-    """What a fault cost; not known where the federation did not recover."""
-    return UNDEFINED if number is None else str(number)
+def cost(row: dict[str, Any] | None) -> str:
+    """Rounds that a fault cost; undefined where it was not tried."""
+    if row is None:
+        return UNDEFINED
+    return f"{row['rounds_lost']}" if row["recovered"] else "**no**"
 
 
 def commit() -> str:
