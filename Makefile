@@ -19,7 +19,8 @@ test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -q -n $(WORKERS)
 
 # Real SuperLink and SuperNodes that are killed, cut off and lied to: about half an hour on 4 cores, 21 minutes with
-# FAULT_WORKERS=3. Figures go to runs/faults.json; `python examples/deployment/summary.py --into docs/results/deployment.md` tells.
+# FAULT_WORKERS=3. Figures go to runs/faults-*.json, by release of Flower;
+# `python examples/deployment/summary.py --into docs/results/deployment.md` tells.
 faults: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -q --faults -n $(FAULT_WORKERS) --dist worksteal --durations=0 tests/faults
 

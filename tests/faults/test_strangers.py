@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from consilium.deployment import files, init, processes
 from tests.faults.conftest import Lost
-from tests.faults.loopback import SITES, loopback
+from tests.faults.loopback import SITES, busy, loopback
 from tests.faults.outcome import assert_as_simulated, resume
 
 UNSIGNED = """
@@ -134,7 +134,7 @@ def refused(port: int, arguments: list[str]) -> bool:
     command = [processes.program("flower-supernode"), "--superlink", f"127.0.0.1:{port}", *arguments]
     command += ["--port", str(processes.free_port())]
     try:
-        done = subprocess.run(command, capture_output=True, timeout=30, check=False)
+        done = subprocess.run(command, capture_output=True, timeout=30 * busy(), check=False)
     except subprocess.TimeoutExpired as error:
         return b"SuperNode ID" not in (error.stdout or b"")
     return done.returncode != 0
