@@ -3,15 +3,21 @@
 Flower serves three interfaces on one port. The nodes' asks for a registered key. The one by which runs are begun asks
 for nothing: whoever reached it could make the coordinator and every node run any code. So all but the nodes' interface
 is for callers on this machine. No part of Flower is changed: what it hands to its web server goes through here.
+
+It starts the coordinator's program by another one that it does not look after. Without that one it would take runs and
+begin none; so it ends then, and its supervisor starts both anew.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Awaitable, Callable, MutableMapping
 from importlib.metadata import entry_points
 from ipaddress import ip_address
 from typing import Any
+
+from consilium.deployment import watch
 
 SUPERLINK, NODES, HERE = "flower-superlink", "/v1/fleet/", "/consilium/door"
 HANDED_ON = (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via")  # headers of proxies
@@ -61,6 +67,13 @@ async def _answer(send: Send, status: int) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
+def look() -> None:
+    """End when the program has ended that starts the coordinator's."""
+    watch.await_child()
+    watch.say("the program that starts the coordinator's has ended (flower-superexec)")
+    watch.end()
+
+
 def main() -> None:
     """Flower's own program, with the words of the command line, behind the door."""
     import uvicorn
@@ -69,6 +82,7 @@ def main() -> None:
     serve = web.run
 
     web.run = lambda app, **settings: serve(Door(app), **settings, **ALONE)
+    threading.Thread(target=look, daemon=True).start()
     (program,) = entry_points(group="console_scripts", name=SUPERLINK)
     sys.argv[0] = SUPERLINK
     program.load()()

@@ -17,13 +17,14 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 
 SUPERNODE = "flower-supernode"
 WAITS = "_push_messages"  # Flower's function in whose own lines it waits for the reply of a client app
-ENDS = "This node ends: "  # before the reason, in its log
+ENDS = "This program ends: "  # before the reason, in its log
 PATIENCE = 10.0  # seconds after an error in which Flower may end by itself, and say more
 LEAVING = 4.0  # seconds to take leave of the coordinator; Flower would make an end after five, of this process alone
 LOOK = 1.0  # seconds between two looks at the programs that the node started
@@ -50,16 +51,18 @@ class Watch(logging.Handler):
         self.leave(f"a part of it died ({_line(f'{thread.exc_type.__name__}: {thread.exc_value}')})")
 
     def look(self) -> None:
-        """Wait until a program that the node started has ended, and nobody asked how: it was meant to stay. Or until
-        the node has long waited for the reply of a client app that is dead."""
-        before, in_vain = None, 0
-        while (ended := _ended()) is None or ended != before:
-            before = ended
+        """Wait until a program that the node started has ended, or it has long waited for the reply of a dead app."""
+        in_vain = 0
+
+        def waits_in_vain() -> bool:
+            nonlocal in_vain
             in_vain = in_vain + 1 if _waits() and _apps_dead() else 0
-            if in_vain == LOOKS:
-                return self.leave("a client app has ended, and no reply of it is there (flwr-clientapp)")
-            time.sleep(LOOK)
-        return self.leave("the program that starts its client apps has ended (flower-superexec)")
+            return in_vain == LOOKS
+
+        if await_child(waits_in_vain):
+            self.leave("the program that starts its client apps has ended (flower-superexec)")
+        else:
+            self.leave("a client app has ended, and no reply of it is there (flwr-clientapp)")
 
     def leave(self, why: str) -> None:
         """Ask Flower to take leave of the coordinator, which then knows at once; make an end where that takes long."""
@@ -72,9 +75,26 @@ class Watch(logging.Handler):
         first = not self.said.is_set()
         self.said.set()
         if first:
-            with suppress(OSError):  # on a full disk it ends all the same
-                print(ENDS + why, file=sys.stderr, flush=True)
+            say(why)
         return first
+
+
+def say(why: str) -> None:
+    """Into the log; on a full disk it ends all the same."""
+    with suppress(OSError):
+        print(ENDS + why, file=sys.stderr, flush=True)
+
+
+def await_child(enough: Callable[[], bool] = lambda: False) -> bool:
+    """Until a program that this process started has ended, and nobody asked how: it was meant to stay. False, where a
+    look between found that it is enough."""
+    before = None
+    while (ended := _ended()) is None or ended != before:
+        before = ended
+        if enough():
+            return False
+        time.sleep(LOOK)
+    return True
 
 
 def _line(text: str) -> str:
@@ -123,7 +143,7 @@ def _state(process: int) -> str:
 
 
 def end() -> None:
-    """At once, with all that the node started: its supervisor made it the first of a group of processes."""
+    """At once, with all that this process started: its supervisor made it the first of a group of processes."""
     if os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os._exit(1)

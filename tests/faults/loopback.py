@@ -136,6 +136,10 @@ class Loopback:
         lines = [line for line in self.output(name).splitlines() if line.startswith("started program=")]
         return int(lines[-1].rpartition("process=")[2].split()[0])
 
+    def parts(self, name: str) -> dict[str, int]:
+        """Programs of Flower that this one started, and those that these started: name -> process."""
+        return _parts(self.process(name))
+
     def output(self, name: str) -> str:
         path = self.folder / f"{name}.out"
         return path.read_text(errors="replace") if path.is_file() else ""
@@ -246,9 +250,23 @@ class Loopback:
         return "\n".join([json.dumps(self.quick(), indent=1), *parts])
 
 
+def _parts(of: int) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            words = (entry / "cmdline").read_bytes().decode().split("\0")
+        except OSError:  # gone meanwhile
+            continue
+        if parent == of:
+            name = next((Path(word).name for word in words if Path(word).name.startswith(("flwr-", "flower-"))), "")
+            found |= {name: int(entry.name)} | _parts(int(entry.name))
+    return found
+
+
 def busy() -> float:
-    """Processes that want to run, for each core; at least one."""
-    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    """Processes that want to run, for each core: at least one, at most so many that waiting longer is no help."""
+    return min(max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)), 4.0)
 
 
 def steady_port() -> int:

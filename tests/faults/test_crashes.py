@@ -29,6 +29,9 @@ Site.handle = slowly
 """
 
 
+STARTER = "flower-superexec of the SuperLink"  # without it no coordinator is started, and Flower does not look after it
+
+
 @pytest.mark.faults
 def test_a_site_that_loses_power_misses_rounds_and_catches_up_with_its_personal_state(
     tmp_path: Path, lost: Lost
@@ -74,7 +77,7 @@ def test_a_site_that_is_twenty_times_slower_holds_nobody_up(tmp_path: Path, lost
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("victim", ["coordinator", "superlink", "both"])
+@pytest.mark.parametrize("victim", ["coordinator", "superlink", "both", STARTER])
 def test_whoever_leads_is_killed_and_the_run_goes_on_after_the_last_closed_round(
     victim: str, tmp_path: Path, lost: Lost
 ) -> None:
@@ -101,6 +104,8 @@ def test_whoever_leads_is_killed_and_the_run_goes_on_after_the_last_closed_round
 def kill(made: Loopback, victim: str) -> None:
     if victim == "coordinator":
         os.kill(made.quick()["process"], signal.SIGKILL)
+    elif victim == STARTER:
+        os.kill(made.parts("link")["flower-superexec"], signal.SIGKILL)
     elif victim == "superlink":
         os.kill(made.process("link"), signal.SIGKILL)
     else:

@@ -82,21 +82,6 @@ def test_a_network_that_is_cut_while_a_reply_is_on_its_way_costs_nothing(kind: s
         lost.after()
 
 
-def parts(of: int) -> dict[str, int]:
-    """Programs that a process started, and those that these started: name -> process."""
-    found: dict[str, int] = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            words = (entry / "cmdline").read_bytes().decode().split("\0")
-        except OSError:  # gone meanwhile
-            continue
-        if parent == of:
-            name = next((Path(word).name for word in words if Path(word).name.startswith(("flwr-", "flower-"))), "")
-            found |= {name: int(entry.name)} | parts(int(entry.name))
-    return found
-
-
 @pytest.mark.faults
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="processes are found by /proc")
 @pytest.mark.parametrize("part", ["flwr-clientapp", "flower-superexec"])
@@ -104,7 +89,7 @@ def test_a_node_that_loses_a_part_asks_for_work_again(part: str, tmp_path: Path,
     """The service is at work meanwhile; its reply is remembered and handed over when it is asked again."""
     with loopback(tmp_path / "there", **LONG) as made:
         mark = made.at_work()
-        running: Callable[[], dict[str, int]] = lambda: parts(made.process("prairie"))  # noqa: E731
+        running: Callable[[], dict[str, int]] = lambda: made.parts("prairie")  # noqa: E731
         made.wait(lambda: part in running(), f"{part} of prairie")
         lost.before(made, f"{part} of a node killed")
         os.kill(running()[part], signal.SIGKILL)

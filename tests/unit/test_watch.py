@@ -1,4 +1,4 @@
-"""The node of a hospital: what can work no more ends, with all that it started, and its log says why.
+"""The node of a hospital, and the SuperLink: what can work no more ends, with all that it started, and says why.
 
 Flower's program is played by a few lines that stand in its place among the entry points of installed packages.
 """
@@ -15,16 +15,18 @@ from pathlib import Path
 
 import pytest
 
-from consilium.deployment import processes, watch
+from consilium.deployment import door, processes, watch
 
 ROOT = Path(__file__).parents[2]
 STAYS = "import threading, time; threading.Thread(target=time.sleep, args=(1000,)).start(); "  # as its web server does
 CHILD = "import subprocess; child = subprocess.Popen(['sleep', '1000']); print('child', child.pid, flush=True); "
 LOG = "import logging; log = logging.getLogger('flwr'); "
 QUICK = (
-    "from consilium.deployment import watch; watch.PATIENCE = watch.LOOK = 0.1; watch.LEAVING = 3.0; watch.LOOKS = 5; "
-    "watch.main()"
+    "from consilium.deployment import door, watch; watch.PATIENCE = watch.LOOK = 0.1; watch.LEAVING = 3.0; "
+    "watch.LOOKS = 5; "
 )
+NODE, LINK = (watch.SUPERNODE, QUICK + "watch.main()"), (door.SUPERLINK, QUICK + "door.main()")
+ORPHAN = "import subprocess; subprocess.run(['true']); " + CHILD + "child.kill(); time.sleep(1000)"
 STARTER = "import subprocess, time; app = subprocess.Popen({app!r}); time.sleep(1000)"  # as flower-superexec does
 WAITING = f"""import subprocess, sys, time
     def {watch.WAITS}():
@@ -38,15 +40,16 @@ WAITING = f"""import subprocess, sys, time
     {{then}}()"""
 
 
-def started(folder: Path, body: str) -> subprocess.Popen[str]:
-    """The node, as its supervisor starts it, with this for Flower's program."""
+def started(folder: Path, body: str, program: tuple[str, str] = NODE) -> subprocess.Popen[str]:
+    """The node, or the SuperLink, as its supervisor starts it, with this for Flower's program."""
+    name, source = program
     (folder / "played.py").write_text(f"def main():\n    {body}\n")
     info = folder / "flwr-0.0.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: flwr\nVersion: 0.0.0\n")
-    (info / "entry_points.txt").write_text(f"[console_scripts]\n{watch.SUPERNODE} = played:main\n")
+    (info / "entry_points.txt").write_text(f"[console_scripts]\n{name} = played:main\n")
     return subprocess.Popen(
-        [sys.executable, "-c", QUICK],
+        [sys.executable, "-c", source],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -55,9 +58,9 @@ def started(folder: Path, body: str) -> subprocess.Popen[str]:
     )
 
 
-def said(folder: Path, body: str) -> str:
+def said(folder: Path, body: str, program: tuple[str, str] = NODE) -> str:
     """All that it wrote, and for what it names as children: they are gone."""
-    with started(folder, body) as process:
+    with started(folder, body, program) as process:
         try:
             out, _ = process.communicate(timeout=60)
         finally:
@@ -93,8 +96,12 @@ def test_a_heartbeat_that_dies_ends_the_node(tmp_path: Path) -> None:
 
 
 def test_a_program_that_it_started_and_that_ends_ends_the_node(tmp_path: Path) -> None:
-    body = STAYS + "import subprocess; subprocess.run(['true']); " + CHILD + "child.kill(); time.sleep(1000)"
-    assert f"{watch.ENDS}the program that starts its client apps has ended" in said(tmp_path, body)
+    assert f"{watch.ENDS}the program that starts its client apps has ended" in said(tmp_path, STAYS + ORPHAN)
+
+
+def test_a_superlink_ends_with_the_program_that_starts_the_coordinators(tmp_path: Path) -> None:
+    pytest.importorskip("uvicorn")
+    assert f"{watch.ENDS}the program that starts the coordinator's has ended" in said(tmp_path, STAYS + ORPHAN, LINK)
 
 
 @pytest.mark.skipif(not Path(f"/proc/self/task/{os.getpid()}/children").is_file(), reason="the system does not say")
@@ -146,17 +153,17 @@ def test_what_is_no_error_ends_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrote", "why"),
     [
-        ("before\nThis node ends: it met an error (x)\nafter\n", "it met an error (x)"),
-        ("CERTIFICATE_VERIFY_FAILED\nThis node ends: y\n", "the coordinator is not whom keys/ca.crt vouches for"),
-        ("This node ends: a part of it died ('401 Unauthorized')\n", processes._REASONS["401 Unauthorized"]),
+        ("before\nThis program ends: it met an error (x)\nafter\n", "it met an error (x)"),
+        ("CERTIFICATE_VERIFY_FAILED\nThis program ends: y\n", "the coordinator is not whom keys/ca.crt vouches for"),
+        ("This program ends: a part of it died ('401 Unauthorized')\n", processes._REASONS["401 Unauthorized"]),
         ("Exit Code: 7\nbad words\nhelp\n", "bad words help"),
         ("nothing\n", "see supernode.log"),
     ],
 )
 def test_the_sites_log_says_why_a_node_ended(wrote: str, why: str, tmp_path: Path) -> None:
     log = tmp_path / "supernode.log"
-    log.write_text("of an earlier start: This node ends: long ago\n" + wrote)
-    assert processes._why(log, len("of an earlier start: This node ends: long ago\n")) == why
+    log.write_text("of an earlier start: This program ends: long ago\n" + wrote)
+    assert processes._why(log, len("of an earlier start: This program ends: long ago\n")) == why
 
 
 def test_the_supervisor_starts_it_again_and_tells_why(tmp_path: Path) -> None:
