@@ -13,7 +13,7 @@ pytest.importorskip("flwr")
 from tests.faults import dying
 from tests.faults.conftest import Lost
 from tests.faults.loopback import loopback
-from tests.faults.test_network import LONG, assert_nothing_lost, at_work, parts
+from tests.faults.test_network import LONG, assert_nothing_lost
 
 pytestmark = [
     pytest.mark.faults,
@@ -29,13 +29,10 @@ ENDED = "why=a client app has ended, and no reply of it is there"
 def test_an_app_killed_before_it_has_its_message_costs_nothing(call: str, tmp_path: Path, lost: Lost) -> None:
     """It has claimed the task, which Flower's node then waits for without end: it says an error of messages alone that
     an app has fetched."""
-    (tmp_path / "there").mkdir()
     with loopback(tmp_path / "there", **LONG) as made:
         plan = tmp_path / "call"
         made.link()
-        made.join("alpine")
-        made.join("harbour")
-        made.join("prairie", dying.install(tmp_path / "bin", plan))
+        made.join_all({"prairie": dying.install(tmp_path / "bin", plan)})
         lost.before(made, f"client app killed before {call}")
         plan.write_text(call)
         made.submit()
@@ -48,12 +45,11 @@ def test_an_app_killed_before_it_has_its_message_costs_nothing(call: str, tmp_pa
 def test_an_app_that_is_asked_to_end_costs_nothing(tmp_path: Path, lost: Lost) -> None:
     """It ends well, as it says, and without a reply; the service's is remembered, and handed over when it is asked
     again."""
-    (tmp_path / "there").mkdir()
     with loopback(tmp_path / "there", **LONG) as made:
-        mark = at_work(made)
-        made.wait(lambda: "flwr-clientapp" in parts(made.process("prairie")), "an app of prairie")
+        mark = made.at_work()
+        made.wait(lambda: "flwr-clientapp" in made.parts("prairie"), "an app of prairie")
         lost.before(made, "client app of a node asked to end")
-        os.kill(parts(made.process("prairie"))["flwr-clientapp"], signal.SIGTERM)
+        os.kill(made.parts("prairie")["flwr-clientapp"], signal.SIGTERM)
         made.wait(lambda: ENDED in made.output("prairie"), "the node to end")
         mark.unlink()
         assert_nothing_lost(made, tmp_path / "here")
