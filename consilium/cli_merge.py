@@ -33,6 +33,22 @@ Weights = Annotated[
 ]
 
 
+Adapters = Annotated[
+    list[Path], typer.Argument(metavar="ADAPTER...", help="Signed adapters, or one merged folder with --subtract.")
+]
+Trust = Annotated[
+    list[str] | None,
+    typer.Option(metavar="[SITE=]FILE", help="Public key that may sign, for SITE alone if named; repeatable."),
+]
+Validate = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="CONFIG|JSON", help="Whose validation images choose; or merge.json of a site; repeatable."),
+]
+Subtract = Annotated[
+    list[Path] | None, typer.Option(metavar="ADAPTER", help="Take this site out of the merged folder; repeatable.")
+]
+
+
 def keys(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="Private key to write; FILE.pub is public.")],
 ) -> None:
@@ -44,31 +60,19 @@ def keys(
 
 
 def merge(
-    adapters: Annotated[
-        list[Path], typer.Argument(metavar="ADAPTER...", help="Signed adapters, or one merged folder with --subtract.")
-    ],
+    adapters: Adapters,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    trust: Annotated[
-        list[str] | None,
-        typer.Option(metavar="[SITE=]FILE", help="Public key that may sign, for SITE alone if named; repeatable."),
-    ] = None,
+    trust: Trust = None,
     rule: Annotated[Rule | None, typer.Option(help="mean if left out; ties and dare look at single entries.")] = None,
     scale: Annotated[str, typer.Option(metavar="auto|NUMBER", help="Lambda; auto: chosen by --validate.")] = "auto",
-    validate: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="CONFIG|JSON", help="Whose validation images choose; or merge.json of a site; repeatable."
-        ),
-    ] = None,
+    validate: Validate = None,
     select: Annotated[str, typer.Option(help="Validation metric that chooses.")] = "balanced_accuracy",
     scales: Annotated[str, typer.Option(metavar="A,B,...", help="Candidates for auto.")] = "",
     weigh: Annotated[Weigh | None, typer.Option(help="uniform if left out; examples: by training images.")] = None,
     density: Annotated[float, typer.Option(help="Share of entries that ties and dare keep.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Of dare.")] = 0,
     rank: Annotated[int | None, typer.Option(min=1, help="Cut products to this rank; left out: exact.")] = None,
-    subtract: Annotated[
-        list[Path] | None, typer.Option(metavar="ADAPTER", help="Take this site out of the merged folder; repeatable.")
-    ] = None,
+    subtract: Subtract = None,
     sign: Annotated[Path | None, typer.Option(metavar="KEY", help="Sign the merged model.")] = None,
     weights: Weights = None,
     json: Json = False,
@@ -94,10 +98,7 @@ def merge(
     )
     with progress.live(Console(stderr=True, markup=False)) as show:
         if subtract:
-            _refuse(rule is not None, "--rule", "the merged folder's own rule holds")
-            _refuse(weigh is not None, "--weigh", "the merged folder's own weights hold")
-            _refuse(len(adapters) != 1, "ADAPTER", "--subtract takes one merged folder")
-            work.subtract(adapters[0], subtract, trust or (), out, options, show)
+            work.subtract(_merged(adapters, rule, weigh), subtract, trust or (), out, options, show)
         else:
             work.merge(adapters, trust or (), out, options, show)
     _tell(out, json)
@@ -122,8 +123,14 @@ def _number(text: str, where: str) -> float:
         raise ConfigError("this is no number", where=where, allowed="numbers", received=text) from error
 
 
-def _refuse(wrong: bool, where: str, what: str) -> None:
+def _merged(adapters: list[Path], rule: Rule | None, weigh: Weigh | None) -> Path:
+    """The folder to take sites out of; ConfigError for words that have no effect then."""
     from consilium.errors import ConfigError
 
-    if wrong:
-        raise ConfigError(what, where=where)
+    if rule is not None:
+        raise ConfigError("the merged folder's own rule holds", where="--rule")
+    if weigh is not None:
+        raise ConfigError("the merged folder's own weights hold", where="--weigh")
+    if len(adapters) != 1:
+        raise ConfigError("--subtract takes one merged folder", where="ADAPTER")
+    return adapters[0]

@@ -53,17 +53,7 @@ def export(
     if out.exists() and any(out.iterdir()):
         raise StateError("the folder to export into is not empty", where=str(out), remedy="choose another --out")
     trained = load_trained(run, site, "cpu", weights)
-    if members.averaged(trained.variables) is not None or instances.MOST in trained.variables:
-        what = "an ensemble, and a model that is weighed image by image, are more than a format holds"
-        raise ConfigError(what, where="strategy", remedy="use `consilium predict`")
-    if format != "safetensors" and trained.model.head.config.kind != "linear":
-        raise ConfigError(
-            "timm classifiers are linear; this run has another head",
-            where="head.kind",
-            received="mlp",
-            allowed="linear",
-            remedy=SAFETENSORS,
-        )
+    _check_model(trained, format)
     if format == "safetensors":
         values, manifest = _adapter(trained, run)
         if sign is not None or counts:
@@ -75,6 +65,21 @@ def export(
             write(out / name, content)
     checkpoint.write_json(out / "config.json", card(trained))
     return out
+
+
+def _check_model(trained: Trained, format: Format) -> None:
+    """ConfigError for a model that this format has no way to say."""
+    if members.averaged(trained.variables) is not None or instances.MOST in trained.variables:
+        what = "an ensemble, and a model that is weighed image by image, are more than a format holds"
+        raise ConfigError(what, where="strategy", remedy="use `consilium predict`")
+    if format != "safetensors" and trained.model.head.config.kind != "linear":
+        raise ConfigError(
+            "timm classifiers are linear; this run has another head",
+            where="head.kind",
+            received="mlp",
+            allowed="linear",
+            remedy=SAFETENSORS,
+        )
 
 
 def load(folder: Path, weights: str | None = None, device: str = "cpu") -> Trained:
