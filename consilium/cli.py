@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from consilium import cli_data, cli_deploy, cli_merge, cli_study, cli_unseen
-from consilium.cli_data import ConfigFile, Json, Settings, print_json
+from consilium.cli_data import ConfigFile, Json, Lines, Settings, print_json
 from consilium.errors import BackboneError, ConfigError, ConsiliumError, DataError
 
 app = typer.Typer(
@@ -110,7 +110,7 @@ def run(
     settings: Settings = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; left out: runs/<name of the run>.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where this folder's run stopped.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object per event and line.")] = False,
+    json: Lines = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the outcome only.")] = False,
 ) -> None:
     """Simulate a federation: train, evaluate, write the run folder and its report."""

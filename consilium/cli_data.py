@@ -12,6 +12,7 @@ app = typer.Typer(no_args_is_help=True, help="Look at data before training: insp
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; repeatable.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
+Lines = Annotated[bool, typer.Option("--json", help="One JSON object per event and line.")]
 
 
 def print_json(value: object) -> None:

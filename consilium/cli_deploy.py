@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from consilium.cli_data import Json, print_json
+from consilium.cli_data import Json, Lines, print_json
 
 deploy = typer.Typer(no_args_is_help=True, help="Prepare a federation across hospitals.")
 site = typer.Typer(no_args_is_help=True, help="At a hospital: look at what is there, and take part.")
@@ -55,15 +56,14 @@ def join(
     node_user: Annotated[
         str | None, typer.Option(help="With --service-only: the system's user who runs the node, and may ask.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object per event and line.")] = False,
+    json: Lines = False,
 ) -> None:
     """Serve this hospital's site, and connect it to the coordinator, until Ctrl-C."""
-    from consilium import progress
     from consilium.deployment import hospital
 
     if not service and (socket or node_user):
         raise typer.BadParameter("--socket and --node-user belong to --service-only")
-    with progress.json_lines() if json else progress.plain() as show:
+    with _shown(json) as show:
         if service:
             return hospital.serve(folder, show, _until_ended, socket, node_user)
         return hospital.join(folder, show, _until_ended)
@@ -77,14 +77,13 @@ def node(
     socket: Annotated[
         Path | None, typer.Option(help="Where the site's service listens; left out: in the same folder.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object per event and line.")] = False,
+    json: Lines = False,
 ) -> None:
     """Connect a site's service to the coordinator, as a user of its own who cannot read images, until Ctrl-C."""
-    from consilium import progress
     from consilium.deployment import files
     from consilium.deployment.node import connect
 
-    with progress.json_lines() if json else progress.plain() as show:
+    with _shown(json) as show:
         connect(folder, socket or folder / files.SOCKET, show, _until_ended)
 
 
@@ -210,12 +209,11 @@ def states(
 
 
 @coordinator.command()
-def start(folder: Folder, json: Annotated[bool, typer.Option("--json", help="One object per event.")] = False) -> None:
+def start(folder: Folder, json: Lines = False) -> None:
     """Run the SuperLink that hospitals connect to, until Ctrl-C."""
-    from consilium import progress
     from consilium.deployment import office
 
-    with progress.json_lines() if json else progress.plain() as show:
+    with _shown(json) as show:
         office.start(folder, show, _until_ended)
 
 
@@ -287,6 +285,12 @@ def stop(folder: Folder) -> None:
 
     office.stop(folder)
     print("stopped; `consilium coordinator resume` goes on after the last closed round")
+
+
+def _shown(json: bool) -> AbstractContextManager[Callable[[Mapping[str, object]], None]]:
+    from consilium import progress
+
+    return progress.json_lines() if json else progress.plain()
 
 
 def _follow(folder: Path) -> None:

@@ -75,6 +75,19 @@ class Apart:
             self.residents[site] = Resident(hospital.open_site(own, lambda _: None), self.told.append)
         return self.residents[site]
 
+    def slow_at_first(self, takes: int = 67) -> LocalGrid:
+        """Nodes of which prairie takes that many looks for its first reply: 67 is two seconds after its round."""
+        grid = self.grid(prairie={"takes": takes})
+        prairie = next(node for node in grid.nodes.values() if node.takes)
+        handle = prairie.handler
+
+        def at_once(content: RecordDict) -> RecordDict:
+            prairie.takes = 0
+            return handle(content)
+
+        prairie.handler = at_once
+        return grid
+
     def grid(self, **nodes: Mapping[str, Any]) -> LocalGrid:
         """A node per site; options of `Node` by site."""
         keys = files.public_keys(self.at(files.COORDINATOR), files.deployment(self.at(files.COORDINATOR)))

@@ -8,7 +8,7 @@ listens on a socket in `socket/`, which the site's Flower node asks for every me
 from __future__ import annotations
 
 import pwd
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from consilium import run, run_folder
@@ -18,7 +18,7 @@ from consilium.deployment.files import SiteFile
 from consilium.deployment.gate import Gate
 from consilium.deployment.guard import Guard
 from consilium.deployment.journal import Journal
-from consilium.deployment.log import Log
+from consilium.deployment.log import Log, Show
 from consilium.engines.kept import claimed
 from consilium.engines.relay import Listener, Other
 from consilium.engines.resident import Resident
@@ -26,8 +26,6 @@ from consilium.engines.site import Site
 from consilium.errors import ConfigError
 from consilium.experiment import assemble
 from consilium.messages import envelope_of
-
-Show = Callable[[Mapping[str, object]], None]
 
 
 def open_site(own: SiteFile, show: Show) -> Site:
@@ -53,12 +51,7 @@ def serve(
     ask, and who runs the node (`connect`).
     """
     own, other = files.read_site(folder), _user(node_user)
-    log = Log(own.folder / files.LOG)
-
-    def tell(event: Mapping[str, object]) -> None:
-        log(event)
-        show(event)
-
+    tell = Log(own.folder / files.LOG).before(show)
     with claimed(own.folder / files.STATE):
         run_folder.clean(own.folder / files.STATE)
         site = open_site(own, show)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+
+Show = Callable[[Mapping[str, object]], None]
 
 
 def now() -> str:
@@ -29,3 +31,12 @@ class Log:
                 file.write(line)
         except OSError:
             print(line, end="", flush=True)
+
+    def before(self, show: Show) -> Show:
+        """Whoever is told, as `show` is, once a line is here."""
+
+        def tell(event: Mapping[str, object]) -> None:
+            self(event)
+            show(event)
+
+        return tell

@@ -9,32 +9,26 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from consilium import checkpoint, run_folder
 from consilium.deployment import board, door, files, processes
-from consilium.deployment.log import Log
+from consilium.deployment.log import Log, Show
 from consilium.deployment.processes import APP, CONNECTION, Supervised
 from consilium.errors import ConfigError, StateError
 
 FLOWER_RUN = "flower.json"
 ENDED = ("finished", "failed", "stopped", "died")
-Show = Callable[[Mapping[str, object]], None]
 
 
 def start(folder: Path, show: Show, until: Callable[[], None]) -> None:
     """Keep the SuperLink running until `until` returns; enrolled sites are registered with it."""
     known(folder)
-    meeting, log = files.deployment(folder), Log(folder / board.LOG)
+    meeting, tell = files.deployment(folder), Log(folder / board.LOG).before(show)
     keys = files.public_keys(folder, meeting)
-
-    def tell(event: Mapping[str, object]) -> None:
-        log(event)
-        show(event)
-
     address = meeting.address
     processes.await_port(address, tell)
     if damaged := processes.set_aside(folder.resolve()):

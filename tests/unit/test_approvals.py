@@ -10,7 +10,6 @@ import pytest
 
 pytest.importorskip("flwr")
 
-from consilium import cli
 from consilium.deployment import approvals, files
 from consilium.deployment.gate import Gate, GateConfig
 from consilium.deployment.guard import Guard
@@ -18,6 +17,7 @@ from consilium.deployment.journal import Journal
 from consilium.engines.resident import Resident
 from consilium.errors import ConfigError, StateError
 from consilium.messages import envelope_of
+from tests.commands import call
 from tests.hospitals_apart import FEDERATION, Apart, made
 
 ASKS = GateConfig(min_patients=1, approval=True)
@@ -161,12 +161,6 @@ def test_a_damaged_file_is_not_written_to(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the verbs
-def call(*words: object) -> int:
-    with pytest.raises(SystemExit) as caught:
-        cli.main([str(word) for word in words])
-    return int(caught.value.code or 0)
-
-
 def test_a_person_approves_looks_and_takes_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = made(tmp_path).at("alpine")
 

@@ -209,16 +209,7 @@ def test_a_coordinator_that_was_killed_goes_on_to_the_same_bits(at: int, tmp_pat
 
 def test_a_site_that_is_away_for_a_round_catches_up(tmp_path: Path) -> None:
     apart = made(tmp_path)
-    grid = apart.grid(prairie={"takes": 67})
-    prairie = next(node for node in grid.nodes.values() if node.takes)
-    handle = prairie.handler
-
-    def back(content: object) -> object:
-        prairie.takes = 0
-        return handle(content)  # type: ignore[arg-type]
-
-    prairie.handler = back  # type: ignore[assignment]
-    out = apart.conduct(grid)
+    out = apart.conduct(apart.slow_at_first())
     lines = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     assert lines[0]["sites"]["prairie"]["status"] == "late"
     assert lines[1]["sites"]["prairie"]["status"] == "ok"

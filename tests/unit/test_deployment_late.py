@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from consilium.deployment import board, files, page
 from consilium.errors import ConfigError
 from consilium.messages import decode_reply, envelope_of
 from consilium.report import load, sections
-from tests.hospitals_apart import FEDERATION, Apart, made
+from tests.hospitals_apart import FEDERATION, made
 
 NEXT = FEDERATION.replace("grace = 5", 'grace = 5\nlate = "next_round"')
 SCAFFOLD = NEXT.replace('"fedavg"', '"scaffold"').replace(
@@ -82,23 +81,9 @@ def test_the_weights_need_not_be_there_where_folders_are_made(tmp_path: Path) ->
     assert files.read_text(path).deployment.late == "next_round"
 
 
-def slow_at_first(apart: Apart, takes: int = 67) -> Any:
-    """A grid on which prairie's first reply comes two seconds after its round."""
-    grid = apart.grid(prairie={"takes": takes})
-    prairie = next(node for node in grid.nodes.values() if node.takes)
-    handle = prairie.handler
-
-    def at_once(content: object) -> object:
-        prairie.takes = 0
-        return handle(content)  # type: ignore[arg-type]
-
-    prairie.handler = at_once  # type: ignore[assignment]
-    return grid
-
-
 def test_a_late_reply_counts_and_is_shown(tmp_path: Path) -> None:
     apart = made(tmp_path, NEXT)
-    out = apart.conduct(slow_at_first(apart))
+    out = apart.conduct(apart.slow_at_first())
     folder = apart.at(files.COORDINATOR)
     lines = page.rounds(out / "events.jsonl")
     rows = [line["sites"]["prairie"] for line in lines]
@@ -123,7 +108,7 @@ def test_a_late_reply_counts_and_is_shown(tmp_path: Path) -> None:
 
 def test_what_also_misses_the_next_round_is_given_up_and_the_site_asked_afresh(tmp_path: Path) -> None:
     apart = made(tmp_path, NEXT)
-    out = apart.conduct(slow_at_first(apart, takes=150))
+    out = apart.conduct(apart.slow_at_first(takes=150))
     rows = [line["sites"]["prairie"] for line in page.rounds(out / "events.jsonl")]
     assert [(row["status"], row.get("late_from")) for row in rows] == [("late", None), ("late", None), ("ok", None)]
     assert rows[1]["message"] == "it is still at work on an earlier request"
@@ -137,7 +122,7 @@ def test_the_sum_is_formed_of_what_was_sent(tmp_path: Path) -> None:
     """Round 2: what alpine and harbour learnt in it, and prairie in round 1."""
     text = NEXT.replace("rounds = 3", "rounds = 2")
     apart = made(tmp_path, text)
-    out = apart.conduct(slow_at_first(apart))
+    out = apart.conduct(apart.slow_at_first())
     site = apart.resident("alpine").site
     terms = {}
     for name, request, reply in apart.seen:
@@ -168,6 +153,6 @@ def test_while_it_runs_the_board_says_which_round_a_reply_is_for(tmp_path: Path)
 
 def test_under_the_other_policy_nothing_counts_late(tmp_path: Path) -> None:
     apart = made(tmp_path)
-    out = apart.conduct(slow_at_first(apart))
+    out = apart.conduct(apart.slow_at_first())
     assert json.loads((out / "result.json").read_text())["late"] == {"policy": "drop", "counted": {}}
     assert "late_from" not in (out / "events.jsonl").read_text()

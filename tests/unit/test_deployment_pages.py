@@ -11,12 +11,12 @@ import pytest
 pytest.importorskip("flwr")
 
 from consilium import checkpoint
-from consilium.cli import main
 from consilium.deployment import files, hospital, own_page
 from consilium.engines import relay
 from consilium.errors import StateError
 from consilium.report.html import render
 from consilium.report.load import load_run
+from tests.commands import call
 from tests.hospitals_apart import FEDERATION, SITE, SITES, Apart, made
 
 OWN = SITE.replace("num_images = 64", "num_images = 64\nnum_sites = 3")
@@ -87,9 +87,7 @@ def test_nothing_of_an_image_or_a_patient_is_in_it(apart: Apart) -> None:
 def test_the_verb_makes_it_again_and_beside_a_simulation(apart: Apart, tmp_path: Path) -> None:
     before = (apart.run / "report.html").read_bytes()
     (apart.run / "report.html").unlink()
-    with pytest.raises(SystemExit) as ended:
-        main(["report", str(apart.run)])
-    assert not ended.value.code
+    assert call("report", apart.run) == 0
     assert (apart.run / "report.html").read_bytes() == before
     both = render([apart.run, apart.run], tmp_path / "both.html")
     assert "2 runs side by side" in words(both)
@@ -152,9 +150,7 @@ def test_the_service_makes_it_when_a_run_ends_and_the_verb_anew(apart: Apart, tm
     hospital.serve(site, lambda event: told.append(dict(event)), ask_all)
     assert [event["path"] for event in told if event["event"] == "page"] == [str(site.resolve() / "report.html")]
     before = (site / "report.html").read_bytes()
-    with pytest.raises(SystemExit) as ended:
-        main(["site", "report", str(site)])
-    assert not ended.value.code
+    assert call("site", "report", site) == 0
     assert (site / "report.html").read_bytes() == before
     with pytest.raises(StateError, match="has not ended here"):
         hospital.page(site, "0" * 16)

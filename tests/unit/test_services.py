@@ -11,9 +11,9 @@ import pytest
 
 pytest.importorskip("flwr")
 
-from consilium import cli
 from consilium.deployment import board, files, init, reach, services
 from consilium.engines.kept import claimed
+from tests.commands import call
 from tests.hospitals_apart import FEDERATION, SITE, Apart, made
 
 
@@ -22,13 +22,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Apart:
     apart = made(tmp_path_factory.mktemp("finished"), FEDERATION.replace("rounds = 3", "rounds = 1"))
     apart.conduct()
     return apart
-
-
-def call(*words: object) -> int:
-    """Exit code of the command line."""
-    with pytest.raises(SystemExit) as caught:
-        cli.main([str(word) for word in words])
-    return int(caught.value.code or 0)
 
 
 # ------------------------------------------------------------------------------------------------ what is written

@@ -18,12 +18,12 @@ from PIL import Image
 
 pytest.importorskip("flwr")
 
-from consilium import cli
 from consilium.deployment import approvals, files, machine, processes, reach, site_check
 from consilium.deployment.reach import Finding
 from consilium.engines import relay
 from consilium.errors import ConfigError
 from consilium.experiment import pick_device
+from tests.commands import call
 from tests.hospitals_apart import made
 
 CLASSES = ("carcinoma", "keratosis", "melanoma", "naevus")
@@ -169,14 +169,11 @@ def test_a_hospital_that_keeps_as_many_runs_as_it_may(tmp_path: Path) -> None:
 
 def test_the_verb_prints_remedies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = hospital(tmp_path, one_class)
-    with pytest.raises(SystemExit) as caught:
-        cli.main(["site", "check", str(folder)])
-    assert int(caught.value.code or 0) == 0
+    assert call("site", "check", folder) == 0
     assert "-> to try out only" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as caught:
-        cli.main(["site", "check", str(folder), "--digest", "0000", "--json"])
+    code = call("site", "check", folder, "--digest", "0000", "--json")
     table = {row["what"]: row for row in json.loads(capsys.readouterr().out)}
-    assert caught.value.code == (1 if table["agreement"]["verdict"] == "bad" else 0)
+    assert code == (1 if table["agreement"]["verdict"] == "bad" else 0)
 
 
 # ------------------------------------------------------------------------------------------------ who could read what

@@ -11,6 +11,7 @@ pytest.importorskip("flwr")
 from consilium import checkpoint, cli
 from consilium.deployment import board, consent, files, init, leaflets, office
 from consilium.errors import ConfigError, StateError
+from tests import commands
 from tests.hospitals_apart import FEDERATION, SITE, SITES, Apart, made
 
 
@@ -21,10 +22,8 @@ def apart(tmp_path_factory: pytest.TempPathFactory) -> Apart:
 
 def call(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
     """Exit code of a verb, and what it said."""
-    with pytest.raises(SystemExit) as caught:
-        cli.main([*map(str, words)])
-    said = capsys.readouterr()
-    return int(caught.value.code or 0), said.out + said.err
+    code, said = commands.call(*words), capsys.readouterr()
+    return code, said.out + said.err
 
 
 LEADER = [["start"], ["submit"], ["resume"], ["stop"], ["status"], ["status", "--page", "0"], ["status", "--follow"]]
