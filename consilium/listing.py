@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from rich.console import Console, Group, RenderableType
 from rich.filesize import decimal
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from rich.tree import Tree
 
@@ -100,10 +100,15 @@ class Finding(Protocol):
 
 def findings(found: Sequence[Finding]) -> Table:
     """A line for each, and where it is not good, what to do below it."""
-    table = Table("what", "verdict", "found", box=None, pad_edge=False)
+    table = Table("what", "verdict", _whole("found"), box=None, pad_edge=False)
     for each in found:
         table.add_row(each.what, each.verdict, each.text + (f"\n-> {each.remedy}" if each.remedy else ""))
     return table
+
+
+def _whole(title: str) -> Column:
+    """A column in which no digest and no name ends in dots on a narrow terminal: people compare and copy them."""
+    return Column(title, overflow="fold")
 
 
 def comparison(runs: Sequence[Path]) -> Table:
@@ -222,7 +227,7 @@ def _grow_mapping(branch: Tree, value: Mapping[str, Any]) -> None:
 
 def _grid(rows: Mapping[Any, Mapping[str, Any]], most: int = _ROWS) -> Table:
     columns = list(next(iter(rows.values())))
-    table = Table("", *map(str, columns), box=None, pad_edge=False)
+    table = Table("", *(_whole(str(column)) for column in columns), box=None, pad_edge=False)
     for name, row in islice(rows.items(), most):
         table.add_row("" if isinstance(name, int) else str(name), *(_short(row.get(column)) for column in columns))
     if len(rows) > most:

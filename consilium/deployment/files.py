@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -114,7 +114,7 @@ def read_text(path: Path) -> Agreement:
     from consilium.deployment import late
 
     folder = path.resolve().parent
-    table = config_file.read(path)
+    table = _plain(path)
     deployment = _parties(table, path)
     del table["deployment"]
     if "sites" in table:
@@ -178,7 +178,26 @@ def check_template(path: Path) -> None:
 def deployment(folder: Path) -> Deployment:
     """Who takes part and where they meet, of the agreement in a folder; the rest of it is not looked at."""
     path = _in(folder, FEDERATION)
-    return _parties(config_file.read(path), path)
+    return _parties(_plain(path), path)
+
+
+def _plain(path: Path) -> dict[str, Any]:
+    """The tables of an agreement. ConfigError for signs that a terminal obeys: whoever wrote it could hide lines from
+    the person who is to approve it."""
+    table = config_file.read(path)
+    odd = next((text for text in _texts(table) if not text.isprintable()), None)
+    if odd is not None:
+        remedy = "ask whoever wrote the agreement to leave them out; it needs none, nor line ends in a text"
+        raise ConfigError("signs that cannot be seen", where=str(path), received=ascii(odd), remedy=remedy)
+    return table
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Every key and every text in a table."""
+    if isinstance(value, str):
+        yield value
+    for each in (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _texts(each)
 
 
 def _parties(table: Mapping[str, Any], path: Path) -> Deployment:

@@ -335,6 +335,8 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         (FEDERATION.replace('"prairie"]', '"../x"]'), "names that can be a folder's"),
         (FEDERATION.replace('"prairie"]', '"alpine"]'), "different names"),
         (FEDERATION.replace("grace = 5", 'address = "nowhere"'), "host:port"),
+        (FEDERATION.replace('"naevus"', '"naevus\\u001b[8m"'), "signs that cannot be seen"),
+        (FEDERATION.replace("[deployment]", '["\\u202Edeployment"]'), "signs that cannot be seen"),
         (FEDERATION.split("[deployment]")[0], "deployment"),
         (FEDERATION + "[engine]\nworkers = 3\n", "these have no effect across hospitals"),
     ],

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from consilium import listing
+from consilium.deployment.reach import Finding
 from consilium.errors import StateError
 
 
@@ -86,3 +87,15 @@ def test_an_outline_has_a_line_for_each_sentence_and_an_end() -> None:
         _text(listing.outline({"row": {"a": {"sites": list(range(50))}, "b": {"sites": [1]}}}, "t")).count("30 more")
         == 1
     )
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_a_digest_is_whole_on_a_narrow_terminal(width: int) -> None:
+    digest, console = "0123456789abcdef" * 4, Console(width=width)
+    tables = [listing.findings([Finding("agreement", "good", digest)]), listing.rows([{"by": "me", "run": digest}])]
+    with console.capture() as capture:
+        for table in tables:
+            console.print(table)
+    shown = capture.get()
+    assert "…" not in shown
+    assert "".join(shown.split()).count(digest) == 2
