@@ -25,6 +25,7 @@ from consilium.data import Preprocessing
 from consilium.errors import ConfigError
 from consilium.registry import Options, model_at, options_error
 
+Factor = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 
@@ -132,6 +133,7 @@ class TrainConfig(Options):
     augmentation: Literal["none", "dermoscopy", "radiograph"] = "none"
     participation: Fraction = 1.0  # share of the sites drawn in each round
     quorum: Fraction = 1.0  # share of the drawn sites that must reply
+    refuse_longer: Factor = 100.0  # times a round's median update: a longer one is refused by its site's name; 0: never
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
@@ -141,6 +143,8 @@ class TrainConfig(Options):
             raise ValueError("momentum has an effect with optimizer = 'sgd' only")
         if self.learning_rate is not None and "learning_rate_factor" in changed(self):
             raise ValueError("learning_rate_factor is of the tuners' presets, which learning_rate replaces")
+        if 0 < self.refuse_longer < 1:
+            raise ValueError("refuse_longer is 0, or at least 1: nothing is longer than itself")
         if self.optimizer == "sgd" and self.learning_rate is None:
             raise ValueError("the tuners' own rates are for adamw: give a learning_rate with optimizer = 'sgd'")
         return self

@@ -7,7 +7,7 @@ so that neither pile up: what is kept of a site is its numbers. Sites that lack 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from consilium.messages import (
     encode,
     plain,
 )
+from consilium.peers import Peers, Queue, Step, check_length, check_size, lengths_of
 from consilium.protocols import Failure, Specs, Update
 from consilium.rounds import Progress, Versions
 from consilium.tensors import Tensors, digest
@@ -36,9 +37,6 @@ from consilium.tensors import Tensors, digest
 Display = Callable[[Mapping[str, object]], None]
 LATE_FROM = "late_from"  # ours: no number of a site's own is called so
 LARGEST_ENVELOPE = 1024**2  # bytes of a reply beside its tensors: numbers, and those of a test split at the end
-
-
-ABSURD = 1e8  # no trained parameter, control or statistic of features is as large
 
 
 class Transport(Protocol):
@@ -106,15 +104,17 @@ class Exchange:
         was not reached."""
         self.asked, news = sorted(self.sites), _News(self)  # not kept here: it holds the payloads, and this exchange
         waiting, early = list(reversed(self.asked)), dict[str, Reply | Failure]()
+        peers = Peers(self.partners.experiment.config.train.refuse_longer)
+        self._queue, self._steps = Queue[Reply | Failure](peers), dict[str, Step]()
         answers = self.partners.transport.round(_Requests(self.asked, news.request))
-        for done, (site, data) in enumerate(answers, start=1):
+        for self._done, (site, data) in enumerate(answers, start=1):
             early[site] = data if isinstance(data, Failure) else self._read(site, data)
-            event = {"event": "site", "kind": self.kind, "round": self.number, "site": site}
-            self.partners.display({**self.status(early[site]), **event, "done": done, "total": len(self.asked)})
+            self._tell(early[site])
             while waiting and waiting[-1] in early:
-                yield from self._noted(early.pop(waiting.pop()))
+                yield from self._in_turn(early.pop(waiting.pop()))
         for site in filter(early.__contains__, reversed(waiting)):
-            yield from self._noted(early.pop(site))
+            yield from self._in_turn(early.pop(site))
+        yield from self._noted(self._queue.rest())
         self._enough()
 
     def updates(self) -> Iterator[Update]:
@@ -143,12 +143,27 @@ class Exchange:
         late = [failure.site for failure in self.failures if failure.code == "late"]
         return {site: self.versions[site] for site in late if site in self.versions}
 
-    def _noted(self, answer: Reply | Failure) -> Iterator[Reply]:
-        if isinstance(answer, Failure):
-            self.failures.append(answer)
-        else:
-            self.replied[answer.site] = replace(answer, tensors={})
-            yield answer
+    def _in_turn(self, answer: Reply | Failure) -> Iterator[Reply]:
+        step = self._steps.pop(answer.site, None)
+        return self._noted(self._queue.put(answer, step if isinstance(answer, Reply) else None))
+
+    def _noted(self, judged: Iterable[tuple[Reply | Failure, str | None]]) -> Iterator[Reply]:
+        """Of answers in their turn, the replies. What its peers show to be broken was told as "ok" when it came, so it
+        is told again."""
+        for answer, why in judged:
+            if why is not None:
+                answer = Failure(answer.site, "refused", plain(why))
+                self._tell(answer)
+            if isinstance(answer, Failure):
+                self.failures.append(answer)
+            else:
+                self.progress.num_examples.setdefault(answer.site, answer.num_examples)
+                self.replied[answer.site] = replace(answer, tensors={})
+                yield answer
+
+    def _tell(self, answer: Reply | Failure) -> None:
+        event = {"event": "site", "kind": self.kind, "round": self.number, "site": answer.site}
+        self.partners.display({**self.status(answer), **event, "done": self._done, "total": len(self.asked)})
 
     # -------------------------------------------------------------------------------------------- replies
     def _read(self, site: str, data: bytes) -> Reply | Failure:
@@ -223,22 +238,17 @@ class Exchange:
 
     def _bounded(self, reply: Reply) -> None:
         """WireError where an update is longer than the strategy lets it be, or larger than any model's numbers are: a
-        site that is broken, or not honest; else the honest ones would be blamed a round later."""
+        site that is broken, or not honest; else the honest ones would be blamed a round later. What it is beside its
+        peers is seen in its turn."""
+        check_size(reply.site, reply.tensors)
         experiment = self.partners.experiment
-        sizes = {n: float(v.abs().max()) for n, v in reply.tensors.items() if v.is_floating_point() and v.numel()}
-        if absurd := sorted(name for name, size in sizes.items() if size > ABSURD):
-            what, received = f"the update of {reply.site} is absurdly large", f"{sizes[absurd[0]]:.2g} in {absurd[0]}"
-            remedy = "look at the site's training; strategy.refuse_updates sets a closer bound"
-            raise WireError(what, allowed=f"numbers up to {ABSURD:g}", received=received, remedy=remedy)
-        if (limit := experiment.strategy.declares.largest_update) is None:
+        peers, largest = experiment.config.train.refuse_longer, experiment.strategy.declares.largest_update
+        if not reply.tensors or not reply.num_examples or (not peers and largest is None):
             return
-        sent = experiment.send(self.progress.server, reply.site)
-        steps = [value.double() - sent[name].double() for name, value in reply.tensors.items() if name in sent]
-        length = math.sqrt(sum(float(step.square().sum()) for step in steps))
-        if length > limit:
-            remedy = "look at the site's training, or raise strategy.refuse_updates"
-            what, allowed = f"the update of {reply.site} is too long", f"up to {limit:g}"
-            raise WireError(what, allowed=allowed, received=f"{length:.4g}", remedy=remedy)
+        lengths = lengths_of(reply.tensors, experiment.send(self.progress.server, reply.site))
+        if lengths is not None:
+            check_length(reply.site, lengths[0], largest)
+            self._steps[reply.site] = Step(reply.site, lengths[0], reply.num_examples, lengths[1])
 
     def _counted(self, reply: Reply) -> Reply | Failure:
         """A reply whose numbers can be reckoned with: weights of the mean do not change from round to round."""
@@ -255,7 +265,7 @@ class Exchange:
             return Failure(reply.site, "non_finite", plain(str(error)))
         except WireError as error:
             return Failure(reply.site, "refused", plain(str(error)))
-        known = self.progress.num_examples.setdefault(reply.site, reply.num_examples)
+        known = self.progress.num_examples.get(reply.site, reply.num_examples)
         if known != reply.num_examples:
             message = f"it has {reply.num_examples} training images now and had {known} before"
             return Failure(reply.site, "refused", message)

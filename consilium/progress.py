@@ -1,9 +1,9 @@
 """Common: the displays of a run. In: the events a run emits, plain mappings. Out: a live view, lines, or JSON lines.
 
 Events: prepare (what, done, total), warning (text), start (name, sites, rounds, out), site (kind, round, site, status,
-numbers, done and total of those asked), round (a line of events.jsonl), reference (name, kind: start, round or reused),
-finish (result, report, headline). A display is a function of one event and keeps nothing of a run that the run itself
-would need.
+numbers, done and total of those asked; again where a reply is refused once its peers are known), round (a line of
+events.jsonl), reference (name, kind: start, round or reused), finish (result, report, headline). A display is a
+function of one event and keeps nothing of a run that the run itself would need.
 """
 
 from __future__ import annotations

@@ -18,7 +18,11 @@ from tests.faults.outcome import assert_as_simulated
 REFUSE = {'name = "fedavg"': 'name = "fedavg"\nrefuse_updates = 1000'}
 
 
-NAMES = {"old": "answer of an old round", "exception": "exception that names a patient"}
+NAMES = {
+    "old": "answer of an old round",
+    "exception": "exception that names a patient",
+    "times": "update times 1e4 in a reply",
+}
 
 
 def played(made: Loopback, plan: dict[int, str], lost: Lost) -> None:
@@ -80,7 +84,8 @@ def test_tensors_that_must_not_come_are_refused_by_name(tmp_path: Path, lost: Lo
 
 @pytest.mark.faults
 def test_old_and_foreign_replies_and_texts_of_exceptions_do_not_come_in(tmp_path: Path, lost: Lost) -> None:
-    plan = dict(enumerate(("old", "other", "images", "cut", "number", "absurd", "exception", "fault"), start=2))
+    lies = ("old", "other", "images", "cut", "number", "absurd", "times", "exception", "fault")
+    plan = dict(enumerate(lies, start=2))
     with loopback(tmp_path / "there", rounds=len(plan) + 2) as made:
         played(made, plan, lost)
         without = {number: lie for number, lie in plan.items() if lie != "fault"}  # which is asked again
@@ -91,6 +96,7 @@ def test_old_and_foreign_replies_and_texts_of_exceptions_do_not_come_in(tmp_path
             "cut": ("refused", "no whole message"),
             "number": ("refused", "seconds nan"),
             "absurd": ("refused", "the update of prairie is absurdly large"),
+            "times": ("refused", "the update of prairie is too long beside those of its peers"),
             "exception": ("error", "see failures.jsonl at the site, "),
         }
         expect(made, tmp_path / "here", without, said)

@@ -74,7 +74,8 @@ def test_each_coordinate_stays_among_honest_sites(name: str, data: st.DataObject
 
 
 def _run(folder: Path, name: str, times: float, rounds: int = 2, **options: Any) -> federation.Outcome:
-    settings = federation.configure(strategy={"name": name, **options}, train={"rounds": rounds})
+    train = {"rounds": rounds, "refuse_longer": 0}  # else it is refused before the sum
+    settings = federation.configure(strategy={"name": name, **options}, train=train)
     pieces = federation.assemble(settings)
     return federation.run(folder, settings, SITES, wrap=lambda inner: Dishonest(inner, pieces, times))
 
