@@ -112,6 +112,11 @@ def test_where_most_stand_still_nobody_is_measured() -> None:
     assert judged(steps((0, 10), (5, 10), (5, 10), (1e9, 10))) == ["s003"]
 
 
+def test_who_was_refused_is_no_peer_of_those_that_follow() -> None:
+    """Six sites in a row that are broken do not become the measure of each other."""
+    assert judged(steps(*[(1, 10)] * 3, *[(1e4, 10)] * 6)) == [f"s{at:03}" for at in range(3, 9)]
+
+
 def test_zero_refuses_nobody() -> None:
     assert not judged(steps((1, 10), (1, 10), (1e30, 10)), limit=0)
 
