@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.filesize import decimal
 from rich.padding import Padding
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from consilium import keeping, registry, results
@@ -94,7 +94,7 @@ def _total(rows: Sequence[Mapping[str, Any]]) -> int:
 # ------------------------------------------------------------------------------------------------ in plain words
 def words(terms: Mapping[str, Any]) -> RenderableType:
     """All of it for people, on a terminal of 80 columns too; the digest comes last."""
-    facts = Table.grid(padding=(0, 2))
+    facts = Table.grid("", _whole(""), padding=(0, 2))
     for label, text in _facts(terms):
         facts.add_row(Text(label, "bold"), Text(text))
     title = Text(f"What {terms['site']} is asked to agree to", "bold")
@@ -187,5 +187,10 @@ def _numbers(rows: Sequence[Mapping[str, str]]) -> Table:
     return table
 
 
+def _whole(title: str) -> Column:
+    """In which no name ends in dots, however long it is."""
+    return Column(title, overflow="fold")
+
+
 def _titled(title: str, *columns: str) -> Table:
-    return Table(*columns, title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    return Table(*map(_whole, columns), title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)

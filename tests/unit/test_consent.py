@@ -65,6 +65,16 @@ def test_a_page_of_80_columns_hides_nothing(apart: Apart) -> None:
     assert sum(int(size.replace(",", "")) for *_, size in rows) == terms["bytes_by_round"][0]
 
 
+@pytest.mark.parametrize("width", [80, 40])
+def test_no_name_ends_in_dots_however_long_it_is(width: int, apart: Apart) -> None:
+    terms, long = consent.terms(apart.at("harbour")), "Q" * 100
+    terms["task"]["classes"][1] = terms["sites"][0] = terms["leaves"][0]["name"] = terms["numbers"][0]["name"] = long
+    page = told(terms, width)
+    assert "…" not in page
+    assert page.count("Q") == 400
+    assert page.replace("\n", "").endswith(terms["agreement"])
+
+
 def test_the_words_of_a_plain_agreement(apart: Apart) -> None:
     page = said(consent.terms(apart.at("harbour")))
     for words in (
