@@ -48,7 +48,7 @@ def _admit(folder: Path, resume: bool) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, remedy: str = f"wait for it, or {OTHER}") -> Iterator[None]:
     """Hold a folder, as long as this process lives; StateError where another one does."""
     with _lock_file(folder) as file:
         for attempt in range(_ATTEMPTS):
@@ -57,7 +57,7 @@ def locked(folder: Path) -> Iterator[None]:
                 break
             except OSError as error:
                 if attempt == _ATTEMPTS - 1:
-                    what, remedy = "another process works in this run folder", f"wait for it, or {OTHER}"
+                    what = "another process works in this run folder"
                     raise StateError(what, where=str(folder), remedy=remedy) from error
                 time.sleep(0.05)  # it may be one that only looks: `is_held`
         yield

@@ -93,11 +93,16 @@ def twins(folder: Path, site: str) -> list[str]:
 
 
 def submit(folder: Path) -> dict[str, Any]:
-    """Begin the run of this folder, or go on with it; StateError where it is running or finished. One that was killed
-    after its last file and before it said so is begun once more, and says so."""
+    """Begin the run of this folder, or go on with it; StateError where it is running or finished, or another process
+    begins it now. One that was killed after its last file and before it said so is begun once more, and says so."""
+    known(folder)
+    with run_folder.locked(folder / processes.HOME, "another submit is at work: see consilium coordinator status"):
+        return _submit(folder)
+
+
+def _submit(folder: Path) -> dict[str, Any]:
     from consilium.engines.flower import fingerprints
 
-    known(folder)
     state = status(folder)["state"] if (folder / board.STATUS).is_file() else "new"
     if state in ("starting", "running"):
         remedy = f"consilium coordinator status {folder}"
@@ -147,20 +152,25 @@ def begun(folder: Path) -> None:
         raise StateError("there is no run to resume", where=str(folder), remedy="consilium coordinator submit")
 
 
-def stop(folder: Path) -> None:
-    """End the run; what is closed stays, and `resume` goes on from it."""
+def stop(folder: Path, patience: float = 60.0) -> None:
+    """End the run; what is closed stays, and `resume` goes on from it. StateError where it goes on all the same."""
     known(folder)
     if not (folder / FLOWER_RUN).is_file():
         raise StateError("no run was begun here", where=str(folder), remedy="consilium coordinator submit")
     if (folder / board.STATUS).is_file() and (state := status(folder)["state"]) in ENDED:
         remedy = "nothing is to be done: consilium coordinator status says how it ended"
         raise StateError("no run is going on", where=str(folder), received=state, remedy=remedy)
-    run = checkpoint.read_json(folder / FLOWER_RUN)["run"]
+    run, end = checkpoint.read_json(folder / FLOWER_RUN)["run"], time.monotonic() + patience
     try:
         _of_superlink(folder, "stop", run, CONNECTION)
     except StateError as error:
         if "already finished" not in str(error.received):  # it was told so a moment ago, and has yet to say it
             raise
+    while (state := status(folder)["state"]) not in ENDED:
+        if time.monotonic() >= end:
+            remedy = "consilium coordinator status; if it stays, start the coordinator anew: it ends all runs"
+            raise StateError("Flower stopped the run, and its process works on", received=state, remedy=remedy)
+        time.sleep(0.2)
 
 
 def status(folder: Path) -> dict[str, Any]:

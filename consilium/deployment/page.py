@@ -37,7 +37,7 @@ table { border-collapse: collapse; width: 100%; margin: 1rem 0 }
 th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #8884; vertical-align: top }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
 td.n { white-space: nowrap } .said, pre { overflow-wrap: anywhere }
-@media (max-width: 40rem) { th, td { padding: .3rem } }
+@media (max-width: 40rem) { th, td { padding: .2rem; font-size: .8rem } }
 .s { padding: 0 .5em; border-radius: .6em; border: 1px solid; white-space: nowrap }
 .good { color: var(--good) } .busy { color: var(--busy) } .bad { color: var(--bad) } .idle { color: var(--idle) }
 pre { white-space: pre-wrap; color: var(--bad) } small { color: var(--idle) }
@@ -87,8 +87,11 @@ def html(folder: Path) -> str:
 
 
 def name(folder: Path) -> str:
-    """Of the agreement."""
-    return str(config_file.read(folder / files.FEDERATION).get("name", "run"))
+    """Of the agreement; of one that cannot be read now, as while somebody edits it, no name."""
+    try:
+        return str(config_file.read(folder / files.FEDERATION).get("name", "run"))
+    except ConsiliumError:
+        return "run"
 
 
 def kind(state: object) -> str:

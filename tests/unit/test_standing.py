@@ -7,13 +7,15 @@ import itertools
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from consilium import run_folder
+from consilium import checkpoint, run_folder
 from consilium.deployment import board, files, init, office, processes
 from consilium.deployment.board import Board
 from consilium.errors import StateError
@@ -210,6 +212,16 @@ def test_a_run_that_cannot_be_handed_over_leaves_what_was_known(
     assert office.status(folder)["message"] == "too few sites"
 
 
+def test_two_who_submit_at_one_moment_do_not_both_begin_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = flower(monkeypatch, broken)
+    with (
+        run_folder.locked(folder / processes.HOME),
+        pytest.raises(StateError, match="another submit is at work"),
+    ):
+        office.submit(folder)
+    assert not asked
+
+
 def test_what_was_stopped_a_moment_ago_is_not_stopped_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def over() -> Any:
         raise StateError("flwr stop failed", received="[code: 18] Run is already finished.")
@@ -217,11 +229,36 @@ def test_what_was_stopped_a_moment_ago_is_not_stopped_again(folder: Path, monkey
     with run_folder.locked(folder):  # its process has yet to say that it ends
         handed_over(folder, process=1, state="running")
         asked = flower(monkeypatch, over)
-        office.stop(folder)
+        with pytest.raises(StateError, match="works on"):
+            office.stop(folder, patience=0.0)
         assert asked == [("stop", "7", processes.CONNECTION)]
         flower(monkeypatch, broken)
-        with pytest.raises(StateError):
+        with pytest.raises(StateError, match="flwr list failed"):
             office.stop(folder)
+
+
+def test_stop_says_so_when_the_run_has_ended(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    end = threading.Event()
+
+    def stopped() -> Any:
+        threading.Timer(0.5, end.set).start()
+        return {"success": True}
+
+    def run() -> None:
+        with suppress(SystemExit), Board(folder).reporting():
+            works.set()
+            end.wait()
+            raise SystemExit
+
+    works, process = threading.Event(), threading.Thread(target=run)
+    process.start()
+    works.wait()
+    checkpoint.write_json(folder / office.FLOWER_RUN, {"run": "7"})
+    flower(monkeypatch, stopped)
+    office.stop(folder)
+    assert end.is_set()
+    assert office.status(folder)["state"] == "stopped"
+    process.join()
 
 
 def test_after_the_last_round_a_site_that_is_asked_reads_its_test_images(folder: Path) -> None:

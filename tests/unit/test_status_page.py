@@ -107,6 +107,14 @@ def test_nothing_else_is_answered(request_: str, status: int, folder: Path) -> N
     assert got(folder, request_)[0] == status
 
 
+def test_a_page_while_somebody_edits_the_agreement(folder: Path) -> None:
+    with (folder / "federation.toml").open("a") as file:
+        file.write("sites = [")
+    status, _, body = got(folder, "GET / HTTP/1.0\r\nHost: localhost:8000\r\n\r\n")
+    assert status == 200
+    assert "too few sites" in body
+
+
 def test_a_page_before_any_run(folder: Path) -> None:
     (folder / board.STATUS).unlink()
     (folder / "run" / "events.jsonl").unlink()
