@@ -2,11 +2,11 @@
 
 Flower's node may stop asking for work and stay: its loop ends at the first error that it does not know, its heartbeat
 at another, and the thread of a web server keeps the process; a reply that it cannot send it forgets; without the
-program that starts client apps it waits for ever, and so it does for an app that is killed before it has fetched its
-message, or that is asked to end. From outside all of this looks like a node that is alive. So whatever Flower calls an
-error, the death of any part, and a wait for a dead app ends the process and all that it started: the supervisor begins
-anew, and the coordinator, which asks again, gets the reply that the site's service remembers. No part of Flower is
-changed.
+program that starts client apps it waits for ever, and so it does for an app that is killed between its two calls for
+its message, or that is asked to end. From outside all of this looks like a node that is alive. So whatever Flower calls
+an error, the death of any part, and a wait for a dead app ends the process and all that it started: the supervisor
+begins anew, and the coordinator, which asks again, gets the reply that the site's service remembers. No part of Flower
+is changed.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import entry_points
-from pathlib import Path
 
 SUPERNODE = "flower-supernode"
 WAITS = "_push_messages"  # Flower's function in whose own lines it waits for the reply of a client app
+DONE = "finished"  # what Flower calls a task that no app will work on any more
 ENDS = "This program ends: "  # before the reason, in its log
 PATIENCE = 10.0  # seconds after an error in which Flower may end by itself, and say more
 LEAVING = 4.0  # seconds to take leave of the coordinator; Flower would make an end after five, of this process alone
 LOOK = 1.0  # seconds between two looks at the programs that the node started
-LOOKS = 30  # at a node that waits for a client app of which none lives; a reply is there before its app ends
+LOOKS = 10  # at a node that waits for a reply that nobody will bring
 
 
 class Watch(logging.Handler):
@@ -51,13 +51,13 @@ class Watch(logging.Handler):
         self.leave(f"a part of it died ({_line(f'{thread.exc_type.__name__}: {thread.exc_value}')})")
 
     def look(self) -> None:
-        """Wait until a program that the node started has ended, or it has long waited for the reply of a dead app."""
-        in_vain = 0
+        """Wait until a program that it started has ended, or the node waits for a reply that nobody will bring."""
+        looks = 0
 
         def waits_in_vain() -> bool:
-            nonlocal in_vain
-            in_vain = in_vain + 1 if _waits() and _apps_dead() else 0
-            return in_vain == LOOKS
+            nonlocal looks
+            looks = looks + 1 if _in_vain() else 0
+            return looks == LOOKS
 
         if await_child(waits_in_vain):
             self.leave("the program that starts its client apps has ended (flower-superexec)")
@@ -116,30 +116,16 @@ def _ended() -> int | None:
     return found.si_pid if found else None
 
 
-def _waits() -> bool:
-    """Whether Flower's loop stands still where it waits for a reply, and does not send one."""
+def _in_vain() -> bool:
+    """Whether Flower's loop stands where it waits for a reply, and no task is open that could bring one: a reply is
+    there before its task ends. False where Flower's names are others."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    return frame is not None and frame.f_code.co_name == WAITS
-
-
-def _apps_dead() -> bool:
-    """Whether programs that were started by what the node started are known, and none of them lives: the last one that
-    ended stays known until the next one starts. False on a system that does not say."""
-    found = [_state(app) for child in _children(os.getpid()) for app in _children(child)]
-    return bool(found) and set(found) <= {"Z", "X"}
-
-
-def _children(process: int) -> list[int]:
-    with suppress(OSError):  # gone meanwhile
-        files = Path(f"/proc/{process}/task").glob("*/children")
-        return [int(child) for file in files for child in file.read_text().split()]
-    return []
-
-
-def _state(process: int) -> str:
-    with suppress(OSError):
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    return "X"
+    if frame is None or frame.f_code.co_name != WAITS:
+        return False
+    with suppress(Exception):
+        tasks = frame.f_locals["state"].get_tasks()
+        return bool(tasks) and all(task.status.status == DONE for task in tasks)
+    return False
 
 
 def end() -> None:

@@ -2,8 +2,8 @@
 
 All that is written goes to memory, the network holds the loopback alone, system settings are read-only. Only units that
 somebody installs there are started, with the few targets that these name. It ends, with all of its processes, when who
-made it ends, however that happens; its empty control group is then removed. Process 1 has no right to set the clock,
-load modules, make devices, or start the machine anew.
+made it ends, however that happens; of one that is killed an empty control group stays. Process 1 has no right to set
+the clock, load modules, make devices, or start the machine anew.
 """
 
 from __future__ import annotations
@@ -96,6 +96,9 @@ def machine(folder: Path) -> Iterator[Machine]:
     """One that has begun; skips where this system refuses namespaces. `folder` is there too, under the same name."""
     if missing := lacking():
         pytest.skip(f"a machine with systemd needs {missing}")
+    probe = subprocess.run(["unshare", *SPACES, "true"], capture_output=True, text=True, timeout=60, check=False)
+    if probe.returncode:
+        pytest.skip(f"this system refuses namespaces: {probe.stderr.strip()}")
     group = f"consilium-units-{os.getpid()}"
     command = ["unshare", *SPACES, "--fork", "--kill-child", sys.executable, "-m", __name__, str(folder), group]
     with (folder / "begun").open("w+") as out:

@@ -27,17 +27,29 @@ QUICK = (
 )
 NODE, LINK = (watch.SUPERNODE, QUICK + "watch.main()"), (door.SUPERLINK, QUICK + "door.main()")
 ORPHAN = "import subprocess; subprocess.run(['true']); " + CHILD + "child.kill(); time.sleep(1000)"
-STARTER = "import subprocess, time; app = subprocess.Popen({app!r}); time.sleep(1000)"  # as flower-superexec does
-WAITING = f"""import subprocess, sys, time
-    def {watch.WAITS}():
+WAITING = f"""import time
+    from types import SimpleNamespace as Object
+    class State:
+        def get_tasks(self):
+            return [Object(status=Object(status=each)) for each in {{tasks}}]
+    def {watch.WAITS}(state):
         while True:
             time.sleep(0.05)
-    def idle():
+    def idle(state):
         while True:
             time.sleep(0.05)
-    child = subprocess.Popen([sys.executable, "-c", {{starter!r}}])
-    print("child", child.pid, flush=True)
-    {{then}}()"""
+    {{then}}({{state}})"""
+
+FLOWERS = """from datetime import timedelta
+    from flwr.supercore.object_store import ObjectStoreFactory
+    from flwr.supernode import start_client_internal as node
+    from flwr.supernode.nodestate import NodeStateFactory
+    state = NodeStateFactory(ObjectStoreFactory()).state()
+    task = state.create_task("flwr-clientapp", 1)
+    assert state.claim_task(task) and state.activate_task(task)
+    {then}
+    print("ready", flush=True)
+    node._push_messages(state, None, None, None)"""
 
 
 def started(folder: Path, body: str, program: tuple[str, str] = NODE) -> subprocess.Popen[str]:
@@ -104,22 +116,51 @@ def test_a_superlink_ends_with_the_program_that_starts_the_coordinators(tmp_path
     assert f"{watch.ENDS}the program that starts the coordinator's has ended" in said(tmp_path, STAYS + ORPHAN, LINK)
 
 
-@pytest.mark.skipif(not Path(f"/proc/self/task/{os.getpid()}/children").is_file(), reason="the system does not say")
-class TestAClientApp:
-    @pytest.mark.parametrize("end", ["kill -9 $$", "exit 0"])  # Flower's own exits well when it is asked to end
-    def test_that_is_dead_and_has_not_replied_ends_the_node(self, end: str, tmp_path: Path) -> None:
-        out = said(tmp_path, STAYS + WAITING.format(starter=STARTER.format(app=["sh", "-c", end]), then=watch.WAITS))
-        assert f"{watch.ENDS}a client app has ended, and no reply of it is there" in out
+def test_a_wait_for_a_reply_that_no_task_will_bring_ends_the_node(tmp_path: Path) -> None:
+    out = said(tmp_path, STAYS + CHILD + WAITING.format(tasks=[watch.DONE] * 2, then=watch.WAITS, state="State()"))
+    assert f"{watch.ENDS}a client app has ended, and no reply of it is there" in out
 
-    @pytest.mark.parametrize(("app", "then"), [("sleep 1000", watch.WAITS), ("exit 0", "idle")])
-    def test_that_is_at_work_or_has_replied_ends_nothing(self, app: str, then: str, tmp_path: Path) -> None:
-        starter = STARTER.format(app=["sh", "-c", f"exec {app}" if "sleep" in app else app])
-        with started(tmp_path, WAITING.format(starter=starter, then=then)) as process:
-            assert process.stdout is not None
-            process.stdout.readline()
-            with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(2)
-            os.killpg(process.pid, signal.SIGKILL)
+
+@pytest.mark.parametrize(
+    ("tasks", "then", "state"),
+    [
+        ([watch.DONE, "running"], watch.WAITS, "State()"),
+        ([watch.DONE, "a new word"], watch.WAITS, "State()"),
+        ([watch.DONE], "idle", "State()"),
+        ([watch.DONE], watch.WAITS, "None"),
+        ([], watch.WAITS, "State()"),
+    ],
+)
+def test_a_wait_for_a_task_that_is_open_ends_nothing(tasks: list[str], then: str, state: str, tmp_path: Path) -> None:
+    """Nor does one in another part of Flower's, or with words that are not known."""
+    with started(tmp_path, CHILD + WAITING.format(tasks=tasks, then=then, state=state)) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(2)
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        "assert state.finish_task(task, 'failed', 'asked to end')",
+        "state.task_token_store[task].active_until -= timedelta(hours=1)",  # killed before it had fetched a message
+    ],
+)
+def test_flowers_own_wait_for_an_app_that_has_ended_ends_the_node(then: str, tmp_path: Path) -> None:
+    pytest.importorskip("flwr")
+    assert f"{watch.ENDS}a client app has ended" in said(tmp_path, STAYS + CHILD + FLOWERS.format(then=then))
+
+
+def test_flowers_own_wait_for_an_app_at_work_ends_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("flwr")
+    with started(tmp_path, FLOWERS.format(then="")) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(2)
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_it_takes_leave_where_flower_does(tmp_path: Path) -> None:
