@@ -31,7 +31,7 @@ class Guard:
 
     def answer(self, data: bytes) -> bytes:
         """What leaves in answer to a request. StateError where it cannot be written down first."""
-        digest, fields = hashlib.sha256(data).hexdigest(), dict[str, Any]()
+        digest, fields, inner = hashlib.sha256(data).hexdigest(), dict[str, Any](), b""
         why = None if len(data) <= self.gate.largest else "no request of this agreement is as large"
         if why is None:
             with suppress(WireError):
@@ -41,8 +41,13 @@ class Guard:
         if why is not None:
             reply, blanked = self.gate.refuse(fields, why), list[str]()
         else:
-            reply, blanked = self.gate.let_out(fields, self.resident.answer(data))
-        self.journal.add(self._entry(fields, {"bytes": len(data), "sha256": digest}, reply, blanked))
+            inner = self.resident.answer(data)
+            reply, blanked = self.gate.let_out(fields, inner)
+        entry = self._entry(fields, {"bytes": len(data), "sha256": digest}, reply, blanked)
+        self.journal.add(entry)
+        if entry["failure"] is not None and (not inner or envelope_of(inner)["failure"] is None):
+            about = {key: entry[key] for key in ("kind", "round", "run")}  # of what the site refused, it has told
+            self.resident.tell({"event": "refused", **about, "message": entry["failure"]["message"]})
         return reply
 
     def _entry(

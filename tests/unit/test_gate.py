@@ -81,7 +81,22 @@ def test_a_refused_request_never_reaches_the_site(apart: Apart, tmp_path: Path) 
     heard: list[Any] = []
     door = replace(door, resident=replace(door.resident, tell=heard.append))
     door.answer(asked(apart, "round"))
-    assert heard == []
+    assert [event["event"] for event in heard] == ["refused"]  # of what reaches it, it tells more
+
+
+@pytest.mark.parametrize(
+    ("rules", "said"),
+    [({"strategies": ["fedper"]}, ["refused"]), ({"max_bytes": 10}, ["repeated", "refused"]), ({}, ["repeated"])],
+)
+def test_who_serves_the_site_hears_what_its_rules_refuse(
+    apart: Apart, tmp_path: Path, rules: dict[str, Any], said: list[str]
+) -> None:
+    told = list[dict[str, Any]]()
+    door = guard(apart, tmp_path, OPEN.model_copy(update=rules))
+    door = replace(door, resident=replace(door.resident, tell=lambda event: told.append(dict(event))))
+    failure = envelope_of(door.answer(asked(apart, "round")))["failure"]
+    assert [event["event"] for event in told] == said
+    assert failure is None or told[-1]["message"] == failure["message"]
 
 
 def test_metrics_leave_by_name(apart: Apart, tmp_path: Path) -> None:
