@@ -63,10 +63,13 @@ def of_faults(paths: Sequence[Path]) -> str:
     columns = ("commit", "cores", "tried", "recovered", "rounds_lost", "bytes_lost")
     rows = [[each["flower"], *(str(each[key]) for key in columns), f"{each['seconds'] / 60:.0f}"] for each in found]
     head = ["Flower", "commit", "cores", "faults tried", "recovered", "rounds lost", "bytes lost", "minutes"]
-    names = sorted({name for each in found for name in each["faults"]}, key=str.lower)
-    costs = [[name, *(cost(each["faults"].get(name)) for each in found)] for name in names]
+    releases: dict[str, dict[str, Any]] = {}
+    for each in found:  # those of one release together, as of a whole run and of a test that was added or repeated
+        releases.setdefault(each["flower"], {}).update(each["faults"])
+    names = sorted(set().union(*releases.values()), key=str.lower)
+    costs = [[name, *(cost(faults.get(name)) for faults in releases.values())] for name in names]
     said = "Rounds lost by each fault; **no**, where it was not recovered from:"
-    return f"{table(head, rows)}\n\n{said}\n\n{table(['fault', *(each['flower'] for each in found)], costs)}"
+    return f"{table(head, rows)}\n\n{said}\n\n{table(['fault', *releases], costs)}"
 
 
 def cost(row: dict[str, Any] | None) -> str:
