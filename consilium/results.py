@@ -344,7 +344,8 @@ def never_drawn(passes: Mapping[str, int]) -> list[str]:
     """Sites that were drawn in no round; what is personal there is as it started. None where no site ever trains."""
     idle = sorted(site for site, count in passes.items() if not count and any(passes.values()))
     first = ", ".join(idle[:5]) + (" ..." if len(idle) > 5 else "")
-    return [f"{len(idle)} sites took part in no round, so nothing was trained there: {first}"] if idle else []
+    many = "1 site" if len(idle) == 1 else f"{len(idle)} sites"
+    return [f"{many} took part in no round, so nothing was trained there: {first}"] if idle else []
 
 
 def site_table(data: SiteData, classes: Sequence[str]) -> dict[str, Any]:

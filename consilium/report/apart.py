@@ -47,7 +47,7 @@ def sections(run: Run) -> list[Section]:
 def _rounds(run: Run) -> Section:
     away = shared.missed(run)
     rows = []
-    for site in run.result.sites:
+    for site in shared.roster(run):
         seen = [event.sites[site] for event in run.events if site in event.sites]
         worked = sum(each.seconds or 0.0 for each in seen)
         replied = sum(each.status == "ok" for each in seen)
@@ -87,11 +87,12 @@ def _state(event: SiteEvent) -> str:
 def _marks(run: Run, used: Sequence[str], title: str, width: float) -> Markup:
     numbers, roomy = [event.round for event in run.events], width > 500
     left, step = (160.0, 22.0) if roomy else (14.0, 38.0)
-    bottom = 8 + step * len(run.result.sites)
+    sites = shared.roster(run)
+    bottom = 8 + step * len(sites)
     x = marks.Axis(numbers[0] - 0.5, numbers[-1] + 0.5, left, width - 14)
     every = max(1, round(len(numbers) * 28 / (width - left)))
     parts = [marks.axis_x(x, bottom, [float(n) for n in numbers if (n - numbers[0]) % every == 0], whole)]
-    for row, site in enumerate(run.result.sites):
+    for row, site in enumerate(sites):
         y = 8 + step * (row + 1) - 11
         name = (left - 12, y + 4, site, "end") if roomy else (4, y - 9, site, "start")
         parts.append(marks.name_text(*name))

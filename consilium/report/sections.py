@@ -182,8 +182,13 @@ def missed(run: Run) -> dict[str, str]:
             for event in run.events
             if site in event.sites and event.sites[site].status not in ("ok", "not_drawn")
         )
-        for site in run.result.sites
+        for site in roster(run)
     }
+
+
+def roster(run: Run) -> list[str]:
+    """All who were asked, also those that never answered, of whom nothing else is known."""
+    return sorted({*run.result.sites, *(site for event in run.events for site in event.sites)})
 
 
 def _absences(run: Run) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,18 @@ def test_the_coordinators_page_is_written_at_the_end_and_says_who_took_part(apar
     run = load_run(apart.run)
     assert run.result.agreement_hash in text
     assert "http" not in (apart.run / "report.html").read_text().replace("http://www.w3.org", "")  # self-contained
+
+
+def test_a_hospital_that_was_never_heard_of_is_on_it(apart: Apart, tmp_path: Path) -> None:
+    run = shutil.copytree(apart.run, tmp_path / "run")
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    for event in events:
+        event["sites"]["coast"] = {"status": "refused", "message": "gate.strategies"}
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    page = render([run], tmp_path / "page.html")
+    away = ", ".join(f"{event['round']} (refused)" for event in events)
+    assert f"coast without {away}" in page.read_text()
+    assert f"coast 0 of {len(events)}" in words(page)
 
 
 def test_its_numbers_are_those_that_hospitals_sent(apart: Apart) -> None:

@@ -207,7 +207,8 @@ def test_what_sites_left_is_gathered_and_a_site_that_wasnever_drawn_is_named(tmp
 
 
 @pytest.mark.parametrize(
-    ("passes", "named"), [({"a": 3, "b": 1}, None), ({"a": 3, "b": 0, "c": 0}, "2 sites"), ({}, None)]
+    ("passes", "named"),
+    [({"a": 3, "b": 1}, None), ({"a": 3, "b": 0, "c": 0}, "2 sites"), ({"a": 3, "b, c": 0}, "1 site "), ({}, None)],
 )
 def test_a_site_that_wasnever_drawn_is_warned_of(passes: dict[str, int], named: str | None) -> None:
     found = results.never_drawn(passes)
