@@ -36,10 +36,13 @@ def open_site(own: SiteFile, show: Show) -> Site:
 
 
 def guarded(own: SiteFile, site: Site, tell: Show) -> Guard:
-    """The site behind its own rules; ConfigError where these would refuse every round."""
-    gate = Gate(own.gate, site.experiment, site.data, own.folder)
+    """The site behind its own rules; ConfigError where these would refuse every round, StateError where a line of the
+    journal is not as it was written: from then on its end alone is looked at."""
+    gate, journal = Gate(own.gate, site.experiment, site.data, own.folder), Journal(own.folder)
     gating.check(gate)
-    return Guard(Resident(site, tell), gate, Journal(own.folder))
+    for _ in journal.entries():
+        pass
+    return Guard(Resident(site, tell), gate, journal)
 
 
 def serve(

@@ -166,6 +166,17 @@ def test_an_agreement_that_the_rules_would_refuse_is_refused_at_the_start(apart:
         hospital.guarded(shut, apart.resident("alpine").site, lambda _: None)
 
 
+def test_a_journal_that_was_changed_anywhere_is_said_before_anything_leaves(apart: Apart, tmp_path: Path) -> None:
+    own = replace(files.read_site(apart.at("alpine")), gate=OPEN, folder=tmp_path)
+    for number in range(3):
+        Journal(tmp_path).add({"what": number})
+    hospital.guarded(own, apart.resident("alpine").site, lambda _: None)
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"what":0', b'"what":7'))
+    with pytest.raises(StateError, match="not as it was written"):
+        hospital.guarded(own, apart.resident("alpine").site, lambda _: None)
+
+
 def test_unknown_rules_are_no_rules(tmp_path: Path) -> None:
     apart = made(tmp_path)
     path = apart.at("alpine") / files.SITE
