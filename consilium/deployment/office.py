@@ -74,14 +74,12 @@ def enrol(folder: Path, site: str, key: Path) -> str:
         allowed = ", ".join(sites)
         raise ConfigError("this site is no part of the agreement", allowed=allowed, received=site)
     try:
-        found = fingerprint(key.read_bytes())
+        data = key.read_bytes()
+        found = fingerprint(data)
     except (OSError, ValueError) as error:
         remedy = "give the site's node.key.pub, never node.key"
         raise ConfigError("this is no public key", where=str(key), received=str(error), remedy=remedy) from error
-    target = folder / files.NODES / f"{site}.pub"
-    target.parent.mkdir(exist_ok=True)
-    if target.resolve() != key.resolve():
-        shutil.copy(key, target)
+    checkpoint.write_bytes(folder / files.NODES / f"{site}.pub", data)  # on a full disk the old key stays
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,21 @@ def test_no_key_is_taken_into_a_hospitals_folder(apart: Apart, capsys: pytest.Ca
     key = apart.at("alpine") / "keys" / "node.key.pub"
     assert call(capsys, "coordinator", "enrol", apart.at("alpine"), "alpine", key)[0] == 2
     assert not (apart.at("alpine") / files.NODES).exists()
+
+
+def test_a_key_that_cannot_be_written_leaves_the_one_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apart = made(tmp_path)
+    leader, path = apart.at("coordinator"), apart.at("coordinator") / files.NODES / "alpine.pub"
+    before = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_sync", full)
+    code, said = call(capsys, "coordinator", "enrol", leader, "alpine", apart.at("harbour") / "keys" / "node.key.pub")
+    assert (code, "No space left" in said, path.read_bytes() == before) == (1, True, True)
 
 
 def test_a_key_that_two_sites_have_is_said_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
