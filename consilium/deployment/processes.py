@@ -127,23 +127,26 @@ def write_connection(folder: Path, address: str) -> None:
 
 def flwr(folder: Path, *words: str, timeout: float = 120.0) -> Any:
     """What one call of Flower's command line says, as JSON; StateError where it says that it failed."""
-    command = [program("flwr"), *words, "--format", "json"]
-    done = subprocess.run(
-        command,
-        env=environment(folder / HOME),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=folder,
-        check=False,
-    )
+    command, remedy = [program("flwr"), *words, "--format", "json"], "is the SuperLink up? consilium coordinator start"
+    try:
+        done = subprocess.run(
+            command,
+            env=environment(folder / HOME),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=folder,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        said = f"nothing in {timeout:g} s"
+        raise StateError(f"flwr {words[0]} failed", where=str(folder), received=said, remedy=remedy) from error
     try:
         found = json.loads(done.stdout)
     except ValueError:
         found = {}
     if done.returncode or not isinstance(found, dict) or not found.get("success"):
         said = found.get("error-message") or found.get("error_message") or (done.stderr or done.stdout).strip()[-600:]
-        remedy = "is the SuperLink up? consilium coordinator start"
         raise StateError(f"flwr {words[0]} failed", where=str(folder), received=said, remedy=remedy)
     return found
 

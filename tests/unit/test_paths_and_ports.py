@@ -43,6 +43,17 @@ def test_flower_reads_the_path_that_was_meant(tmp_path: Path, name: str) -> None
     assert connection["root-certificates"] == str(folder / "keys" / processes.CA)
 
 
+def test_a_program_of_flowers_that_says_nothing_is_no_fault_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent = tmp_path / "flwr"
+    silent.write_text("#!/bin/sh\nexec tail -f /dev/null\n")
+    silent.chmod(0o755)
+    monkeypatch.setattr(processes, "program", lambda _: str(silent))
+    with pytest.raises(StateError, match=r"flwr list failed(.|\n)*nothing in 0.1 s(.|\n)*coordinator start"):
+        processes.flwr(tmp_path, "list", timeout=0.1)
+
+
 def test_a_port_that_somebody_else_has_is_named_and_not_taken_for_ours() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
