@@ -345,7 +345,7 @@ def never_drawn(passes: Mapping[str, int]) -> list[str]:
     idle = sorted(site for site, count in passes.items() if not count and any(passes.values()))
     first = ", ".join(idle[:5]) + (" ..." if len(idle) > 5 else "")
     many = "1 site" if len(idle) == 1 else f"{len(idle)} sites"
-    return [f"{many} took part in no round, so nothing was trained there: {first}"] if idle else []
+    return [f"{many} took part in no round, so nothing that was trained there counts: {first}"] if idle else []
 
 
 def site_table(data: SiteData, classes: Sequence[str]) -> dict[str, Any]:

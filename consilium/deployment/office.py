@@ -65,8 +65,9 @@ def register(folder: Path, site: str, patience: float = 60.0) -> None:
 
 
 def enrol(folder: Path, site: str, key: Path) -> str:
-    """Take a site's public key into the coordinator's folder; its fingerprint, to be compared by telephone."""
-    from consilium.engines.flower import fingerprint
+    """Take a site's public key into the coordinator's folder; its fingerprint, to be compared by telephone, as
+    `ssh-keygen -l` tells it at the hospital."""
+    from consilium.engines.flower import spoken
 
     known(folder)
     sites = files.deployment(folder).sites
@@ -75,7 +76,7 @@ def enrol(folder: Path, site: str, key: Path) -> str:
         raise ConfigError("this site is no part of the agreement", allowed=allowed, received=site)
     try:
         data = key.read_bytes()
-        found = fingerprint(data)
+        found = spoken(data)
     except (OSError, ValueError) as error:
         remedy = "give the site's node.key.pub, never node.key"
         raise ConfigError("this is no public key", where=str(key), received=str(error), remedy=remedy) from error

@@ -41,6 +41,9 @@ def check(folder: Path, show: Show, digest: str | None = None) -> list[Finding]:
         pieces = assemble(own.config, own.config.task.classes or ())
         found += [*_model(pieces, digest), *(_rules(own, pieces, prepared) if prepared else [])]
         found += [*machine.disk(own, pieces), machine.memory(), machine.device(own, pieces.setting.device)]
+    with _reported(found, "secret"):
+        if (own.folder / files.SECRET).exists():  # else it is drawn when the service begins
+            files.secret(own.folder)
     found.append(_journal(own))
     address = files.deployment(folder).address
     return [*found, *reach.connection(own.folder / "keys" / processes.CA, address)]

@@ -19,12 +19,14 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     PublicFormat,
@@ -106,9 +108,19 @@ def server(conduct: Callable[[Path, Grid], None]) -> ServerApp:
 
 def fingerprint(public_key: bytes) -> str:
     """Of a node's public key, in OpenSSH's form, as it was enrolled, or in PEM, as Flower keeps it."""
-    load = load_ssh_public_key if public_key.startswith(b"ecdsa-") else load_pem_public_key
-    known = load(public_key).public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    known = _loaded(public_key).public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(known).hexdigest()
+
+
+def spoken(public_key: bytes) -> str:
+    """The fingerprint that people compare: what `ssh-keygen -l` says of the same key."""
+    _, blob, *_ = _loaded(public_key).public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).split()
+    return "SHA256:" + b64encode(hashlib.sha256(b64decode(blob)).digest()).decode().rstrip("=")
+
+
+def _loaded(public_key: bytes) -> PublicKeyTypes:
+    load = load_ssh_public_key if public_key.startswith(b"ecdsa-") else load_pem_public_key
+    return load(public_key)
 
 
 class Link(NamedTuple):

@@ -237,6 +237,15 @@ def test_memory_is_what_the_machine_or_its_container_leaves(tmp_path: Path, monk
     assert "does not say" in machine.memory().text
 
 
+def test_a_secret_that_is_damaged_and_one_that_is_not_drawn_yet(tmp_path: Path) -> None:
+    folder = hospital(tmp_path)
+    (folder / files.SECRET).unlink()
+    assert "secret" not in told(folder)
+    assert not (folder / files.SECRET).exists()
+    (folder / files.SECRET).write_text("{}")
+    assert told(folder)["secret"].verdict == "bad"
+
+
 def test_a_gpu_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = hospital(tmp_path)
     text = (folder / files.SITE).read_text()

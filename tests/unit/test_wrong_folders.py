@@ -58,6 +58,19 @@ def test_no_key_is_taken_into_a_hospitals_folder(apart: Apart, capsys: pytest.Ca
     assert not (apart.at("alpine") / files.NODES).exists()
 
 
+def test_a_fingerprint_is_what_ssh_keygen_tells_the_hospital(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = tmp_path / "node.key.pub"
+    key.write_text(
+        "ecdsa-sha2-nistp384 AAAAE2VjZHNhLXNoYTItbmlzdHAzODQAAAAIbmlzdHAzODQAAABhBN+oCtYqMOcsJtI+VxCN7YBtRAls"
+        "iCmSHgjizPZNTIapzTPnTaAU3OnSqV/a0LzRjl6a2adeG43mPSWPCL/3Sk+WpD+en9+GzLqOGbqX4fZ9k45W1CqPAk"
+        "QKXpnwHq+/kg== me@here\n"
+    )
+    said = call(capsys, "coordinator", "enrol", made(tmp_path).at("coordinator"), "alpine", key)
+    assert said == (0, "alpine: SHA256:Z6OSesPBtzZ527Z8TTkPmE0ji1wRDKjlLfbRwP4jkMw\n")  # `ssh-keygen -lf`, OpenSSH 9.2
+
+
 def test_a_key_that_cannot_be_written_leaves_the_one_before(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
