@@ -107,9 +107,9 @@ def _tail(path: Path) -> tuple[bytes | None, int, int]:
         return None, 0, 0
     with path.open("rb") as file:
         size = start = file.seek(0, os.SEEK_END)
-        data = b""
+        data, block = b"", _BLOCK
         while start and data.count(b"\n") < 2:
-            start = max(0, start - _BLOCK)
+            start, block = max(0, start - block), 2 * block  # else a long torn end is looked through again and again
             file.seek(start)
             data = file.read(size - len(data) - start) + data
     whole, end, torn = data.rpartition(b"\n")

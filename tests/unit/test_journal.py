@@ -172,8 +172,9 @@ def test_no_byte_can_be_touched_unseen(at: int, how: str) -> None:
                 Journal(Path(name)).add({})
 
 
-def test_a_line_costs_as_much_to_write_in_a_long_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal, "_BLOCK", 1024)
+def counted(monkeypatch: pytest.MonkeyPatch, block: int) -> list[int]:
+    """Bytes of every read of the journal from now on, which is looked through in blocks of this size at first."""
+    monkeypatch.setattr(journal, "_BLOCK", block)
     read: list[int] = []
     plain = io.open
 
@@ -187,7 +188,11 @@ def test_a_line_costs_as_much_to_write_in_a_long_journal(tmp_path: Path, monkeyp
         return Counting(io.FileIO(file)) if Path(file).name == JOURNAL and mode == "rb" else plain(file, mode, *words)
 
     monkeypatch.setattr(io, "open", opened)
-    costs = []
+    return read
+
+
+def test_a_line_costs_as_much_to_write_in_a_long_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, costs = counted(monkeypatch, 1024), []
     for number in range(200):
         read.clear()
         Journal(tmp_path).add({"what": f"{number:04d}"})
@@ -195,3 +200,13 @@ def test_a_line_costs_as_much_to_write_in_a_long_journal(tmp_path: Path, monkeyp
     assert costs[0] == 0
     assert 0 < max(costs) <= 1024
     assert (tmp_path / JOURNAL).stat().st_size > 20 * 1024
+
+
+def test_a_long_torn_end_is_looked_through_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = len(b"".join(_filled(tmp_path, 2)))
+    with (tmp_path / JOURNAL).open("ab") as file:
+        file.write(bytes(1 << 20))
+    read = counted(monkeypatch, 1024)
+    assert journal._tail(tmp_path / JOURNAL)[1:] == (whole, 1 << 20)
+    assert len(read) <= 11
+    assert sum(read) <= whole + (1 << 20)
