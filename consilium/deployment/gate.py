@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 from pydantic import Field
 
@@ -250,6 +251,16 @@ def fewest(experiment: Experiment, images: int) -> int:
     passes = {share for number in _rounds(experiment) for share in experiment.strategy.declares.passes(number)}
     steps = [plan(images, experiment.config.train, share, torch.Generator().manual_seed(0)) for share in passes]
     return min((len({int(row) for step in each for rows in step for row in rows}) for each in steps), default=images)
+
+
+def unmeasured(gate: Gate) -> list[str]:
+    """Patterns of gate.metrics that fit no metric of the agreement's task: misspelt, or of another task."""
+    task = gate.experiment.task
+    share, label = 1 / len(task.classes), np.zeros(1, dtype=np.int64)
+    scores = {f"p.{name}": [share] for name in task.classes}
+    table = pd.DataFrame({"site": [""], "id": [""], "group": [""], "label": label, **scores})
+    names = {*task.validation(np.full((1, len(scores)), share), label), *task.metrics(table, bootstrap=0)}
+    return [pattern for pattern in gate.rules.metrics if not any(fnmatchcase(name, pattern) for name in names)]
 
 
 def check(gate: Gate) -> None:

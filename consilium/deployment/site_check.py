@@ -115,8 +115,16 @@ def _rules(own: SiteFile, pieces: Experiment, prepared: Federation) -> list[Find
         why = rules.barred(pieces.handshake.version)
         remedy = "the hospital's own word: change [gate] or approve, or do not take part" if why else ""
         found.append(Finding("gate", "bad" if why else "good", why or "this agreement may be answered", remedy))
-        found += _place(rules)
+        found += [*_place(rules), *_odd(rules)]
     return found
+
+
+def _odd(rules: gate.Gate) -> list[Finding]:
+    """What the hospital wrote for nothing: the metrics that it meant are blanked without a word."""
+    found = ", ".join(gate.unmeasured(rules))
+    remedy = "names are those of a report's tables, as accuracy or sensitivity.*; compare the spelling"
+    text = f"this task measures nothing that is called so: {found}"
+    return [Finding("gate.metrics", "doubtful", text, remedy)] if found else []
 
 
 def _place(rules: gate.Gate) -> list[Finding]:

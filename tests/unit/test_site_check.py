@@ -167,6 +167,16 @@ def test_a_hospital_that_keeps_as_many_runs_as_it_may(tmp_path: Path) -> None:
     assert found["gate"].verdict == "good", "the run that it knows goes on"
 
 
+def test_metrics_that_nobody_measures_are_named(tmp_path: Path) -> None:
+    folder = hospital(tmp_path)
+    text = (folder / files.SITE).read_text()
+    (folder / files.SITE).write_text(f'{text}metrics = ["accuracy", "sensitivity.*", "loss"]\n')
+    assert "gate.metrics" not in told(folder)
+    (folder / files.SITE).write_text(f'{text}metrics = ["acuracy", "loss", "c_index"]\n')
+    found = told(folder)["gate.metrics"]
+    assert (found.verdict, found.text.rpartition(": ")[2]) == ("doubtful", "acuracy, c_index")
+
+
 def test_the_verb_prints_remedies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = hospital(tmp_path, one_class)
     assert call("site", "check", folder) == 0
