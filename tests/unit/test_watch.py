@@ -83,6 +83,16 @@ def said(folder: Path, body: str, program: tuple[str, str] = NODE) -> str:
     return out
 
 
+def assert_stays(folder: Path, body: str, begins: str = "child ") -> None:
+    """It says that it is there, and does not end by itself."""
+    with started(folder, body) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith(begins)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(2)
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def assert_gone(child: int) -> None:
     status, end = Path(f"/proc/{child}/stat"), time.monotonic() + 30
     while status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z":
@@ -133,12 +143,7 @@ def test_a_wait_for_a_reply_that_no_task_will_bring_ends_the_node(tmp_path: Path
 )
 def test_a_wait_for_a_task_that_is_open_ends_nothing(tasks: list[str], then: str, state: str, tmp_path: Path) -> None:
     """Nor does one in another part of Flower's, or with words that are not known."""
-    with started(tmp_path, CHILD + WAITING.format(tasks=tasks, then=then, state=state)) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(2)
-        os.killpg(process.pid, signal.SIGKILL)
+    assert_stays(tmp_path, CHILD + WAITING.format(tasks=tasks, then=then, state=state))
 
 
 @pytest.mark.parametrize(
@@ -155,12 +160,7 @@ def test_flowers_own_wait_for_an_app_that_has_ended_ends_the_node(then: str, tmp
 
 def test_flowers_own_wait_for_an_app_at_work_ends_nothing(tmp_path: Path) -> None:
     pytest.importorskip("flwr")
-    with started(tmp_path, FLOWERS.format(then="")) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(2)
-        os.killpg(process.pid, signal.SIGKILL)
+    assert_stays(tmp_path, FLOWERS.format(then=""), "ready")
 
 
 def test_it_takes_leave_where_flower_does(tmp_path: Path) -> None:
@@ -182,13 +182,7 @@ def test_an_exit_of_flowers_own_is_left_to_it(tmp_path: Path) -> None:
 
 
 def test_what_is_no_error_ends_nothing(tmp_path: Path) -> None:
-    body = CHILD + LOG + "log.warning('Connection attempt failed'); import time; time.sleep(1000)"
-    with started(tmp_path, body) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(2)
-        os.killpg(process.pid, signal.SIGKILL)
+    assert_stays(tmp_path, CHILD + LOG + "log.warning('Connection attempt failed'); import time; time.sleep(1000)")
 
 
 @pytest.mark.parametrize(
